@@ -1,0 +1,363 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The waist: everything that crosses the border of the NAT core. Drivers (DPDK worker, pcap driver, switch
+ * agent) and Python know this header and nothing behind it.
+ *
+ * Conventions: IPv4 addresses and ports are host-order integers everywhere but in packet bytes. `now` is
+ * always an argument, in nanoseconds of any monotonic clock. A core has no globals and one owner: the thread
+ * that calls it. The two rings (commands in, events out) are the only things another thread may touch.
+ */
+#ifndef NAT_H
+#define NAT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define NAT_BURST 32u      /* packets handled together; a caller may pass any number */
+#define NAT_MAX_PORTS 8u   /* interfaces of one core */
+#define NAT_MAX_ROUTES 64u /* per core, connected ones included */
+#define NAT_MAX_RANGES 64u /* address ranges of the pool */
+#define NAT_OUTBOX 256u    /* frames the core may have waiting to be sent on its own behalf */
+#define NAT_OUTBOX_BYTES 128u
+
+enum nat_side { NAT_INTERNAL = 0, NAT_EXTERNAL = 1 };
+enum nat_mapping_mode { NAT_MAPPING_ENDPOINT_INDEPENDENT = 0, NAT_MAPPING_ENDPOINT_DEPENDENT = 1 };
+enum nat_filtering {
+    NAT_FILTER_ADDRESS_AND_PORT = 0,
+    NAT_FILTER_ADDRESS = 1,
+    NAT_FILTER_ENDPOINT_INDEPENDENT = 2,
+};
+
+/* What became of a packet. Every verdict has a counter, so no packet can vanish unnamed. */
+#define NAT_VERDICTS(V)                                                                                      \
+    V(FORWARD, "forward", "translated and sent on")                                                          \
+    V(REPLY, "reply", "answered by the NAT itself; the frame now holds the answer")                          \
+    V(HELD, "held", "kept until its next hop is resolved or its session is committed")                       \
+    V(CONSUMED, "consumed", "understood and finished, such as an ARP reply")                                 \
+    V(DROP_RUNT, "drop_runt", "shorter than its headers say it must be")                                     \
+    V(DROP_NOT_FOR_US, "drop_not_for_us", "the destination MAC is not ours")                                 \
+    V(DROP_MULTICAST, "drop_multicast", "multicast or broadcast is not translated")                          \
+    V(DROP_IPV6, "drop_ipv6", "IPv6 is not translated by a NAT44")                                           \
+    V(DROP_ETHERTYPE, "drop_ethertype", "neither IPv4 nor ARP")                                              \
+    V(DROP_VLAN, "drop_vlan", "VLAN tag that this port does not carry")                                      \
+    V(DROP_ARP, "drop_arp", "ARP that is malformed or not for us")                                           \
+    V(DROP_IP_HEADER, "drop_ip_header", "IP version, header length or total length is wrong")                \
+    V(DROP_IP_CHECKSUM, "drop_ip_checksum", "IP header checksum is wrong")                                   \
+    V(DROP_ADDRESS, "drop_address", "source or destination address that may not be forwarded")               \
+    V(DROP_FRAGMENT, "drop_fragment", "fragment whose first part is not known, or the store is full")        \
+    V(DROP_PROTOCOL, "drop_protocol", "IP protocol other than UDP, TCP and ICMP")                            \
+    V(DROP_L4_HEADER, "drop_l4_header", "UDP, TCP or ICMP header with a wrong length or offset")             \
+    V(DROP_ICMP_CHECKSUM, "drop_icmp_checksum", "ICMP checksum is wrong")                                    \
+    V(DROP_ICMP_TYPE, "drop_icmp_type", "ICMP message that a NAT does not translate")                        \
+    V(DROP_ICMP_EMBEDDED, "drop_icmp_embedded", "ICMP error quoting a broken packet")                        \
+    V(DROP_ICMP_NO_SESSION, "drop_icmp_no_session", "ICMP error about a session that does not exist")        \
+    V(DROP_TTL, "drop_ttl", "time to live used up, and no time exceeded was due")                            \
+    V(DROP_TOO_BIG, "drop_too_big", "larger than the outgoing MTU and may not be fragmented")                \
+    V(DROP_NO_MAPPING, "drop_no_mapping", "from outside, to a pool port that is mapped to nobody")           \
+    V(DROP_FILTERED, "drop_filtered", "from outside, to a mapping that does not admit this sender")          \
+    V(DROP_NOT_POOL, "drop_not_pool", "from outside, to an address that is not ours")                        \
+    V(DROP_TCP_NOT_SYN, "drop_tcp_not_syn", "TCP without a session, and not the start of one")               \
+    V(DROP_NO_PORT, "drop_no_port", "no free external port in the pool")                                     \
+    V(DROP_TABLE_FULL, "drop_table_full", "session, mapping, host or index table is full")                   \
+    V(DROP_QUOTA, "drop_quota", "the inside host is at its limit")                                           \
+    V(DROP_BUDGET, "drop_budget", "more new sessions per second than configured")                            \
+    V(DROP_EVENTS_FULL, "drop_events_full", "the control loop does not keep up with new sessions")           \
+    V(DROP_NO_ROUTE, "drop_no_route", "no route to the destination")                                         \
+    V(DROP_HOLD_LIMIT, "drop_hold_limit", "too many packets held already")                                   \
+    V(DROP_UNREACHABLE, "drop_unreachable", "held, and the next hop did not answer ARP")                     \
+    V(DROP_HOLD_TIMEOUT, "drop_hold_timeout", "held, and the peer did not acknowledge the session in time")  \
+    V(DROP_SESSION_GONE, "drop_session_gone", "held, and its session ended meanwhile")                       \
+    V(DROP_LOCAL, "drop_local", "to one of our own addresses, and not for a service that we offer")          \
+    V(DROP_OUTBOX, "drop_outbox", "the answer found no room to be sent")
+
+#define NAT_VERDICT_ENUM(name, text, help) NAT_##name,
+enum nat_verdict { NAT_VERDICTS(NAT_VERDICT_ENUM) NAT_VERDICT_COUNT };
+#undef NAT_VERDICT_ENUM
+
+/* Counters that are no verdicts. */
+#define NAT_GAUGES(G)                                                                                        \
+    G(sessions, "sessions that exist")                                                                       \
+    G(mappings, "mappings that exist")                                                                       \
+    G(hosts, "inside hosts that have a session")                                                             \
+    G(neighbours, "next hops that are known or being resolved")                                              \
+    G(held, "packets held now")                                                                              \
+    G(events, "events waiting to be read")
+#define NAT_COUNTERS(C)                                                                                      \
+    C(sessions_opened, "sessions opened")                                                                    \
+    C(sessions_closed, "sessions closed")                                                                    \
+    C(sessions_installed, "sessions installed by command")                                                   \
+    C(mappings_opened, "mappings opened")                                                                    \
+    C(mappings_closed, "mappings closed")                                                                    \
+    C(unpaired, "mappings on another address than their host's, because that was exhausted")                 \
+    C(icmp_errors_translated, "ICMP errors translated")                                                      \
+    C(icmp_errors_sent, "ICMP errors of our own")                                                            \
+    C(icmp_errors_limited, "ICMP errors of our own not sent because of the rate limit")                      \
+    C(arp_requests_sent, "ARP requests sent")                                                                \
+    C(arp_replies_sent, "ARP replies sent")                                                                  \
+    C(echo_replies_sent, "pings to our own addresses answered")                                              \
+    C(hairpinned, "packets from an inside host to another one's external endpoint")                          \
+    C(commands, "commands carried out")
+
+struct nat_stats {
+    uint64_t verdicts[NAT_VERDICT_COUNT];
+    uint64_t rx_packets[NAT_MAX_PORTS], rx_bytes[NAT_MAX_PORTS];
+    uint64_t tx_packets[NAT_MAX_PORTS], tx_bytes[NAT_MAX_PORTS];
+#define NAT_COUNTER_FIELD(name, help) uint64_t name;
+    NAT_COUNTERS(NAT_COUNTER_FIELD)
+    NAT_GAUGES(NAT_COUNTER_FIELD)
+#undef NAT_COUNTER_FIELD
+};
+
+/* A packet on its way through the core. The driver owns the bytes; `cookie` is the driver's own. */
+struct nat_packet {
+    uint8_t *data;     /* Ethernet header; the first `contiguous` bytes are at data */
+    uint32_t length;   /* of the whole frame */
+    uint32_t segment;  /* bytes readable at data; equals length unless the driver chains buffers */
+    uint32_t capacity; /* bytes writable at data, for answers that are longer than the question */
+    uint8_t port;      /* in: where it came from; out: where it goes, for FORWARD and REPLY */
+    uint8_t verdict;   /* out: enum nat_verdict */
+    uint16_t reserved;
+    void *cookie;
+};
+
+/* One session as the rest of the system sees it: the wire record of the sync protocol, the row of
+ * `show sessions`, the body of an event. Little-endian, fixed offsets, no padding. */
+#define NAT_RECORD_FIELDS(F)                                                                                 \
+    F(uint64_t, id)              /* identity; see nat_id */                                                  \
+    F(uint64_t, mapping_id)      /* 0 when the session is its own mapping (endpoint-dependent) */            \
+    F(uint64_t, packets_out)     /* internal to external */                                                  \
+    F(uint64_t, packets_in)                                                                                  \
+    F(uint64_t, bytes_out)       /* IP bytes */                                                              \
+    F(uint64_t, bytes_in)                                                                                    \
+    F(uint64_t, internal_mac)    /* next hop towards the inside: the 48 bits of its MAC, 0 unknown */        \
+    F(uint32_t, internal_addr)                                                                               \
+    F(uint32_t, external_addr)                                                                               \
+    F(uint32_t, remote_addr)                                                                                 \
+    F(uint32_t, age_ms)          /* since it was opened: ages travel, clocks do not */                       \
+    F(uint32_t, idle_ms)         /* since its last packet */                                                 \
+    F(uint32_t, timeout_ms)      /* that applies in its present state */                                     \
+    F(uint16_t, internal_port)   /* ICMP: query identifier */                                                \
+    F(uint16_t, external_port)                                                                               \
+    F(uint16_t, remote_port)     /* ICMP: 0 */                                                               \
+    F(uint8_t, protocol)                                                                                     \
+    F(uint8_t, tcp_state)        /* enum nat_tcp_state; 0 for UDP and ICMP */                                \
+    F(uint8_t, flags)            /* NAT_SESSION_* */                                                         \
+    F(uint8_t, internal_if)      /* port index towards the inside */                                         \
+    F(uint8_t, external_if)                                                                                  \
+    F(uint8_t, reserved0)                                                                                    \
+    F(uint32_t, reserved1)
+
+#define NAT_STRUCT_FIELD(type, name) type name;
+struct nat_record {
+    NAT_RECORD_FIELDS(NAT_STRUCT_FIELD)
+} __attribute__((packed));
+
+enum nat_session_flag {
+    NAT_SESSION_PENDING = 1,  /* opened here, not yet committed: its packets are held */
+    NAT_SESSION_FOREIGN = 2,  /* owned by the peer: not aged here */
+    NAT_SESSION_INBOUND = 4,  /* opened by a packet from outside */
+    NAT_SESSION_OFFLOAD = 8,  /* carried by the switch */
+    NAT_SESSION_DYING = 16,   /* delete when the event ring has room */
+};
+
+enum nat_tcp_state {
+    NAT_TCP_NONE = 0,
+    NAT_TCP_SYN_OUT,     /* SYN from inside seen */
+    NAT_TCP_SYN_IN,      /* SYN from outside seen */
+    NAT_TCP_SYN_BOTH,    /* SYNs of both sides seen, the last ACK is due */
+    NAT_TCP_ESTABLISHED,
+    NAT_TCP_FIN_OUT,     /* inside has finished sending */
+    NAT_TCP_FIN_IN,
+    NAT_TCP_CLOSING,     /* both have */
+    NAT_TCP_RESET,
+    NAT_TCP_STATES
+};
+
+enum nat_event_type {
+    NAT_EVENT_OPEN = 1,   /* session opened */
+    NAT_EVENT_CLOSE,      /* session ended; reason says why */
+    NAT_EVENT_UPDATE,     /* TCP state changed */
+};
+enum nat_close_reason { NAT_CLOSE_IDLE = 1, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT };
+
+#define NAT_EVENT_FIELDS(F)                                                                                  \
+    F(uint64_t, sequence)     /* counts up by one; a gap would mean a lost event, and there is none */       \
+    F(uint64_t, time_ns)      /* `now` of the packet or tick that caused it */                               \
+    F(uint8_t, type)          /* enum nat_event_type */                                                      \
+    F(uint8_t, reason)        /* enum nat_close_reason */                                                    \
+    F(uint16_t, reserved2)                                                                                   \
+    F(uint32_t, reserved3)
+struct nat_event {
+    NAT_EVENT_FIELDS(NAT_STRUCT_FIELD)
+    struct nat_record session;
+} __attribute__((packed));
+#undef NAT_STRUCT_FIELD
+
+/* Identity of a session or mapping, also its OpenFlow cookie:
+ * direction 1 | class 3 | instance 8 | start epoch 20 | counter 32, from the highest bit down. */
+enum nat_id_class { NAT_ID_SESSION = 1, NAT_ID_MAPPING = 2 };
+static inline uint64_t nat_id(unsigned cls, unsigned instance, unsigned epoch, uint32_t counter)
+{
+    return (uint64_t)(cls & 7u) << 60 | (uint64_t)(instance & 0xffu) << 52 | (uint64_t)(epoch & 0xfffffu) << 32 |
+           counter;
+}
+
+struct nat_port_config {
+    uint8_t side; /* enum nat_side */
+    uint8_t mac[6];
+    uint8_t reserved;
+    uint32_t address; /* 0: none */
+    uint16_t mtu;     /* IP bytes */
+    uint16_t vlan;    /* 0: untagged */
+};
+
+struct nat_route_config {
+    uint32_t prefix;
+    uint8_t length;
+    uint8_t port;
+    uint8_t connected; /* the destination itself is the next hop */
+    uint8_t has_mac;   /* `mac` of the gateway stands in the configuration */
+    uint8_t mac[6];
+    uint8_t reserved[2];
+    uint32_t gateway;
+};
+
+/* Static neighbour. */
+struct nat_neighbour_config {
+    uint32_t address;
+    uint8_t port;
+    uint8_t mac[6];
+    uint8_t reserved;
+};
+
+/* External addresses. Both instances of a pair know all ports; each opens mappings only on its own. */
+struct nat_pool_range {
+    uint32_t first, last;           /* addresses, inclusive */
+    uint16_t port_first, port_last; /* ports that are ours or the peer's, inclusive */
+    uint16_t own_first, own_last;   /* ports that this core may hand out */
+};
+
+struct nat_config {
+    uint32_t abi; /* NAT_ABI */
+    uint8_t instance;
+    uint8_t mapping;   /* enum nat_mapping_mode */
+    uint8_t filtering; /* enum nat_filtering */
+    uint8_t n_ports;
+    uint8_t synchronous; /* a new session is pending until committed */
+    uint8_t reserved[3];
+    uint32_t epoch;
+    uint32_t max_sessions;
+    uint32_t max_mappings; /* 0: max_sessions */
+    uint32_t max_hosts;    /* 0: from max_sessions */
+    uint32_t max_neighbours;
+    uint32_t max_held;
+    uint32_t event_ring;         /* entries, a power of two */
+    uint32_t sessions_per_host;  /* 0: no limit */
+    uint32_t mappings_per_host;  /* 0: no limit */
+    uint32_t new_sessions_rate;  /* per second; 0: no limit */
+    uint32_t new_sessions_burst; /* depth of the token bucket */
+    uint32_t icmp_rate;          /* ICMP errors of our own per second */
+    uint32_t hold_ms;            /* a packet is held no longer */
+    uint32_t timeout_udp_ms, timeout_tcp_established_ms, timeout_tcp_transitory_ms, timeout_icmp_ms;
+    uint32_t quarantine_ms; /* a freed external port rests so long */
+    uint64_t seed;          /* of the port choice; 0 takes one from the system */
+    uint8_t n_pool, n_routes;
+    uint16_t n_neighbours;
+    struct nat_port_config ports[NAT_MAX_PORTS];
+    struct nat_route_config routes[NAT_MAX_ROUTES];
+    struct nat_pool_range pool[NAT_MAX_RANGES];
+    const struct nat_neighbour_config *neighbours;
+};
+#define NAT_ABI 1u
+
+/* What the tables take, in bytes. */
+struct nat_memory {
+    uint64_t sessions, index, mappings, hosts, pool, other, total;
+};
+
+/* A command to the owner of the core. `result` is valid once `done` is non-zero. */
+enum nat_command_op {
+    NAT_CMD_SESSIONS = 1, /* gather records of slots [cursor, …) into buffer; cursor moves on, 0 at the end */
+    NAT_CMD_INSTALL,      /* install the `count` records at buffer; result: how many were */
+    NAT_CMD_DELETE,       /* delete the sessions with the `count` ids at buffer */
+    NAT_CMD_COMMIT,       /* commit the sessions with the `count` ids at buffer: their packets may leave */
+    NAT_CMD_FIND,         /* buffer: one record with its 5-tuple filled in; filled whole if it exists */
+    NAT_CMD_NEIGHBOURS,   /* gather nat_neighbour_record */
+    NAT_CMD_HOSTS,        /* gather nat_host_record */
+};
+struct nat_command {
+    uint32_t op;
+    uint32_t count;  /* entries that fit, or that there are, in buffer */
+    uint64_t cursor;
+    void *buffer;
+    uint32_t result; /* entries written or handled */
+    uint32_t done;   /* set last, with release order */
+};
+
+#define NAT_NEIGHBOUR_FIELDS(F)                                                                              \
+    F(uint64_t, mac)                                                                                         \
+    F(uint32_t, address) /* 0: known by its MAC only */                                                      \
+    F(uint32_t, sessions)                                                                                    \
+    F(uint32_t, confirmed_ms) /* since it was last confirmed */                                              \
+    F(uint8_t, port)                                                                                         \
+    F(uint8_t, state)                                                                                        \
+    F(uint16_t, held)
+#define NAT_HOST_FIELDS(F)                                                                                   \
+    F(uint32_t, address)                                                                                     \
+    F(uint32_t, external_addr)                                                                               \
+    F(uint32_t, sessions)                                                                                    \
+    F(uint32_t, mappings)                                                                                    \
+    F(uint64_t, refused)
+#define NAT_STRUCT_FIELD(type, name) type name;
+struct nat_neighbour_record {
+    NAT_NEIGHBOUR_FIELDS(NAT_STRUCT_FIELD)
+} __attribute__((packed));
+struct nat_host_record {
+    NAT_HOST_FIELDS(NAT_STRUCT_FIELD)
+} __attribute__((packed));
+#undef NAT_STRUCT_FIELD
+enum nat_neighbour_state { NAT_NB_FREE, NAT_NB_INCOMPLETE, NAT_NB_REACHABLE, NAT_NB_PROBE, NAT_NB_STATIC };
+
+struct nat_core;
+
+/* Returns NULL and a line in `error` when memory or the configuration do not allow it. */
+struct nat_core *nat_create(const struct nat_config *config, char *error, size_t error_size);
+void nat_destroy(struct nat_core *core);
+/* What nat_create would take, without taking it. */
+void nat_memory_for(const struct nat_config *config, struct nat_memory *out);
+
+/* The packet's way. Every packet gets a verdict; HELD ones belong to the core until nat_take returns them. */
+void nat_burst(struct nat_core *core, struct nat_packet *packets, unsigned n, uint64_t now);
+/* Work between bursts: commands, ageing, neighbours, held packets' deadlines; each bounded. Returns whether
+ * it found anything to do. */
+bool nat_poll(struct nat_core *core, uint64_t now);
+/* Packets that were held and now have a final verdict; returns how many were written. */
+unsigned nat_take(struct nat_core *core, struct nat_packet *out, unsigned max);
+/* Frames of the core's own (ARP): copies one into `frame` (NAT_OUTBOX_BYTES), returns its length, 0 if none. */
+unsigned nat_outbox(struct nat_core *core, uint8_t *frame, uint8_t *port);
+/* Announces our addresses (gratuitous ARP) through the outbox. */
+void nat_announce(struct nat_core *core);
+/* All sessions handed back, at the end: held packets become DROP_SESSION_GONE and can be taken. */
+void nat_flush(struct nat_core *core);
+
+/* From any one other thread. */
+bool nat_command_push(struct nat_core *core, struct nat_command *command);
+unsigned nat_events(struct nat_core *core, struct nat_event *out, unsigned max);
+const struct nat_stats *nat_stats(const struct nat_core *core);
+
+/* How native code outside the engine reaches the core, which is compiled exactly once. */
+struct nat_api {
+    uint32_t size;
+    uint32_t abi;
+    uint64_t header_hash; /* of this file; a worker built against another one is refused */
+    void (*burst)(struct nat_core *, struct nat_packet *, unsigned, uint64_t);
+    bool (*poll)(struct nat_core *, uint64_t);
+    unsigned (*take)(struct nat_core *, struct nat_packet *, unsigned);
+    unsigned (*outbox)(struct nat_core *, uint8_t *, uint8_t *);
+    void (*announce)(struct nat_core *);
+    void (*flush)(struct nat_core *);
+};
+extern const struct nat_api nat_api;
+
+#endif

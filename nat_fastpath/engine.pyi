@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The NAT core for Python: sessions, events and counters as numpy arrays, frames as bytes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nat_fastpath.core_config import CoreConfig
+
+RECORD: np.dtype[np.void]  # struct nat_record: a session
+EVENT: np.dtype[np.void]  # struct nat_event: sequence, time_ns, type, reason, and all fields of RECORD
+NEIGHBOUR: np.dtype[np.void]  # struct nat_neighbour_record
+HOST: np.dtype[np.void]  # struct nat_host_record
+
+class Verdict(IntEnum):
+    """enum nat_verdict; member names are those of nat.h (``Verdict.DROP_NO_MAPPING``), see VERDICT_NAMES."""
+
+    FORWARD = ...
+    REPLY = ...
+    HELD = ...
+    CONSUMED = ...
+    DROP_RUNT = ...
+    # ... and so on; the runtime class has one member per line of NAT_VERDICTS
+
+VERDICT_NAMES: tuple[str, ...]  # "forward", "reply", ..., indexed by Verdict
+VERDICT_HELP: tuple[str, ...]  # one line on each
+EVENT_OPEN: int
+EVENT_CLOSE: int
+EVENT_UPDATE: int
+CLOSE_REASONS: Mapping[int, str]  # 1 "idle", 2 "command", 3 "hold timeout"
+TCP_STATES: tuple[str, ...]  # "none", "syn_out", ..., indexed by RECORD["tcp_state"]
+NEIGHBOUR_STATES: tuple[str, ...]
+FLAG_PENDING: int
+FLAG_FOREIGN: int
+FLAG_INBOUND: int
+FLAG_OFFLOAD: int
+
+class Result(NamedTuple):
+    """What became of one packet. ``frame`` is the translated frame or the answer, empty when dropped or held."""
+
+    verdict: Verdict
+    port: int
+    frame: bytes
+
+class CoreError(Exception):
+    """The configuration or the memory does not allow a core; the message says why."""
+
+class Core:
+    """One NAT core, owned by the thread that calls it, until a worker takes it over with ``attach``."""
+
+    def __init__(self, config: CoreConfig) -> None: ...
+    @property
+    def config(self) -> CoreConfig: ...
+    @property
+    def address(self) -> int:
+        """The ``struct nat_core *`` as an integer, for a native worker. Keep the Core alive while it is used."""
+    @staticmethod
+    def api_address() -> int:
+        """The ``const struct nat_api *`` as an integer."""
+    # -- packets; raise RuntimeError while a worker is attached
+    def burst(self, frames: Sequence[tuple[int, bytes]], now_ns: int) -> list[Result]:
+        """Sends (port, frame) pairs through the core as one call; one Result each, in order."""
+    def poll(self, now_ns: int) -> bool: ...
+    def settle(self, now_ns: int) -> None:
+        """Polls until the ageing sweep has seen every session once at ``now_ns``."""
+    def take(self) -> list[Result]:
+        """Held packets that have a final verdict now."""
+    def outbox(self) -> list[tuple[int, bytes]]:
+        """(port, frame) pairs that the core itself wants sent."""
+    def announce(self) -> None: ...
+    # -- from any one other thread too
+    def attach(self) -> None:
+        """From now on a worker owns the core: commands go through the ring instead of being carried out at once."""
+    def detach(self) -> None: ...
+    def events(self, maximum: int = 65536) -> np.ndarray[Any, np.dtype[np.void]]:
+        """Takes up to ``maximum`` events out of the ring; shape (n,), dtype EVENT."""
+    def sessions(self, cursor: int = 0, maximum: int = 4096) -> tuple[np.ndarray[Any, np.dtype[np.void]], int]:
+        """Up to ``maximum`` records and the cursor of the next page, 0 at the end.  A cursor names a slot, so
+        paging is stable while sessions come and go. Raises TimeoutError when the worker does not answer."""
+    def find(self, protocol: int, source: tuple[int, int], destination: tuple[int, int], side: str = "internal") -> Any:
+        """The record of the session that a packet with this 5-tuple belongs to (numpy void), or None."""
+    def install(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
+    def delete(self, ids: Iterable[int]) -> int: ...
+    def commit(self, ids: Iterable[int]) -> int: ...
+    def neighbours(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
+    def hosts(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
+    def verdicts(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """Packets by verdict; shape (len(Verdict),)."""
+    def counters(self) -> dict[str, int]:
+        """All other counters and gauges by name: rx_packets.0, tx_bytes.1, sessions, mappings, ..."""
+    def memory(self) -> dict[str, int]:
+        """Bytes by part: sessions, index, mappings, hosts, pool, other, total."""
+    def close(self) -> None: ...
+
+def memory_for(config: CoreConfig) -> dict[str, int]:
+    """What ``Core(config)`` would take, in bytes, without taking it."""
