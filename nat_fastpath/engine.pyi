@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The NAT core for Python: sessions, events and counters as numpy arrays, frames as bytes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -82,8 +82,9 @@ class Core:
     def find(self, protocol: int, source: tuple[int, int], destination: tuple[int, int], side: str = "internal") -> Any:
         """The record of the session that a packet with this 5-tuple belongs to (numpy void), or None."""
     def install(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
-    def delete(self, ids: Iterable[int]) -> int: ...
-    def commit(self, ids: Iterable[int]) -> int: ...
+    def delete(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int:
+        """Ends the sessions of these records (by 5-tuple and id); returns how many there were."""
+    def commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
     def neighbours(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
     def hosts(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
     def verdicts(self) -> np.ndarray[Any, np.dtype[np.uint64]]:

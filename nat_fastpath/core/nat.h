@@ -280,8 +280,8 @@ struct nat_memory {
 enum nat_command_op {
     NAT_CMD_SESSIONS = 1, /* gather records of slots [cursor, …) into buffer; cursor moves on, 0 at the end */
     NAT_CMD_INSTALL,      /* install the `count` records at buffer; result: how many were */
-    NAT_CMD_DELETE,       /* delete the sessions with the `count` ids at buffer */
-    NAT_CMD_COMMIT,       /* commit the sessions with the `count` ids at buffer: their packets may leave */
+    NAT_CMD_DELETE,       /* delete the sessions of the `count` records at buffer, by 5-tuple and id */
+    NAT_CMD_COMMIT,       /* commit the sessions of the `count` records at buffer: their packets may leave */
     NAT_CMD_FIND,         /* buffer: one record with its 5-tuple filled in; filled whole if it exists */
     NAT_CMD_NEIGHBOURS,   /* gather nat_neighbour_record */
     NAT_CMD_HOSTS,        /* gather nat_host_record */
@@ -334,6 +334,8 @@ void nat_burst(struct nat_core *core, struct nat_packet *packets, unsigned n, ui
 bool nat_poll(struct nat_core *core, uint64_t now);
 /* Packets that were held and now have a final verdict; returns how many were written. */
 unsigned nat_take(struct nat_core *core, struct nat_packet *out, unsigned max);
+/* Sweeps the whole session table at once. For captures and tests: a worker relies on nat_poll's small steps. */
+void nat_settle(struct nat_core *core, uint64_t now);
 /* Frames of the core's own (ARP): copies one into `frame` (NAT_OUTBOX_BYTES), returns its length, 0 if none. */
 unsigned nat_outbox(struct nat_core *core, uint8_t *frame, uint8_t *port);
 /* Announces our addresses (gratuitous ARP) through the outbox. */

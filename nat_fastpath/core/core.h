@@ -1,0 +1,329 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What a core is made of. Read nat.h first; pipeline.c shows the packet's way through it.
+ */
+#ifndef CORE_H
+#define CORE_H
+
+#include <assert.h>
+#include <stdatomic.h>
+
+#include "flow_hash.h"
+#include "flow_table.h"
+#include "nat.h"
+#include "port_pool.h"
+#include "tcp_state.h"
+#include "wire.h"
+
+enum { OUT = 0, IN = 1 }; /* direction of a packet: from inside, from outside */
+#define NONE16 UINT16_MAX
+#define NONE32 UINT32_MAX
+
+enum timer { TIMER_UDP, TIMER_ICMP, TIMER_TCP_TRANSITORY, TIMER_TCP_ESTABLISHED, TIMERS };
+
+/* All that an established packet needs, in one cache line. Keys are raw, as in the packet before translation:
+ * addrs[OUT] = internal, remote; addrs[IN] = remote, external (first field in the low half). */
+struct session {
+    uint64_t addrs[2];
+    uint32_t ports[2];
+    uint8_t protocol; /* 0: the slot is free, and ports[0] links it */
+    uint8_t flags;    /* enum nat_session_flag */
+    uint8_t tcp_state;
+    uint8_t timer;
+    uint16_t neighbour[2]; /* [OUT] towards the outside, [IN] towards the inside */
+    uint16_t l3_delta;     /* of the translation OUT; its complement is that of IN */
+    uint16_t l4_delta;
+    uint32_t last_ms;
+    uint32_t packets[2]; /* the high parts are in the cold record */
+    uint64_t bytes[2];
+};
+static_assert(sizeof(struct session) == 64, "a session's hot part is one cache line");
+
+struct session_cold {
+    uint64_t id;
+    uint32_t opened_ms;
+    uint32_t mapping; /* NONE32: the session is its own */
+    uint16_t packets_high[2];
+    uint16_t held_first, held_last; /* packets waiting for its commit */
+};
+static_assert(sizeof(struct session_cold) == 24, "memory per session is promised");
+
+/* Endpoint-independent mapping: X:x <-> X':x', as long as it has a session. */
+struct mapping {
+    uint64_t id;
+    uint32_t internal_addr, external_addr; /* host order */
+    uint32_t sessions;
+    uint32_t slot; /* of the pool */
+    uint16_t internal_port, external_port;
+    uint8_t protocol; /* 0: free, and `slot` links it */
+    uint8_t reserved[3];
+};
+static_assert(sizeof(struct mapping) == 32, "memory per mapping is promised");
+
+/* Address-dependent filtering: this mapping has sent to this remote address. */
+struct permission {
+    uint32_t mapping;
+    uint32_t remote; /* host order */
+    uint32_t sessions; /* 0: free, and `mapping` links it */
+};
+
+struct host {
+    uint32_t address;
+    uint32_t sessions; /* 0: free, and `address` links it */
+    uint32_t mappings;
+    uint32_t refused;
+    uint16_t external; /* index of its pool address: paired pooling, RFC 4787 REQ-2 */
+    uint16_t reserved;
+};
+
+struct neighbour {
+    uint32_t address; /* 0: known by its MAC only */
+    uint8_t mac[6];
+    uint8_t port;
+    uint8_t state; /* enum nat_neighbour_state */
+    uint32_t sessions;
+    uint32_t confirmed_ms, used_ms, asked_ms;
+    uint16_t held_first, held_last, held;
+    uint8_t asked; /* requests without an answer */
+    uint8_t keep;  /* gateways are refreshed even when idle */
+};
+
+/* A record array with a free list threaded through it and a high-water mark: no slot is touched before use. */
+struct slab {
+    uint32_t capacity, used, top, free; /* free: NONE32 ends the list */
+};
+
+struct held {
+    struct nat_packet packet;
+    uint64_t since_ms;
+    uint32_t session; /* NONE32: the core's business is done, the packet only waits for its next hop */
+    uint16_t neighbour, next;
+};
+
+struct outbox_frame {
+    uint8_t port;
+    uint8_t length;
+    uint8_t bytes[NAT_OUTBOX_BYTES];
+};
+
+#define COMMAND_RING 64u
+
+struct nat_core {
+    struct nat_config config;
+    struct nat_stats stats;
+    flow_hash_many_fn hash_many;
+    const char *hash_name;
+    uint32_t now_ms; /* of the burst or poll under way; ages are differences, so wrapping does no harm */
+    uint64_t now_ns;
+    uint32_t timeout_ms[TIMERS];
+    bool has_mappings;
+    bool has_permissions;
+
+    struct flow_table flows; /* value: 1 + (session << 1 | direction) */
+    struct session *sessions;
+    struct session_cold *cold;
+    struct slab session_slab;
+    uint32_t next_session_id, next_mapping_id;
+
+    struct flow_table mapping_index; /* endpoint-independent only; value: 1 + mapping */
+    struct mapping *mappings;
+    struct slab mapping_slab;
+
+    struct flow_table permission_index;
+    struct permission *permissions;
+    struct slab permission_slab;
+
+    struct flow_table host_index;
+    struct host *hosts;
+    struct slab host_slab;
+
+    struct port_pool pool;
+
+    struct flow_table neighbour_index; /* by port and address */
+    struct neighbour *neighbours;
+    struct slab neighbour_slab;
+    uint32_t neighbour_sweep;
+    uint16_t gateway_neighbour[NAT_MAX_ROUTES]; /* NONE16: the route is connected */
+
+    struct held *held;
+    struct slab held_slab;
+    uint16_t done_first, done_last; /* of those that have a verdict and wait for nat_take */
+    uint32_t held_sweep;
+
+    struct outbox_frame outbox[NAT_OUTBOX];
+    uint32_t outbox_head, outbox_tail;
+
+    /* ageing */
+    uint32_t sweep_at;
+    uint64_t sweep_ns;   /* when the sweep last moved */
+    uint64_t sweep_debt; /* slots due, in units of 2^-30 slot */
+
+    /* token buckets: credit in ns */
+    uint64_t budget_credit, budget_ns;
+    uint64_t icmp_credit, icmp_ns;
+
+    /* rings */
+    struct nat_event *events;
+    uint64_t event_sequence;
+    _Alignas(64) _Atomic uint32_t event_tail; /* written by the owner */
+    uint32_t event_head_seen;
+    _Alignas(64) _Atomic uint32_t event_head; /* written by the reader */
+    _Alignas(64) struct nat_command *commands[COMMAND_RING];
+    _Atomic uint32_t command_tail;
+    _Alignas(64) _Atomic uint32_t command_head;
+};
+
+/* --- slabs ------------------------------------------------------------------------------------------ */
+
+/* `link` reads or writes the field that threads the free list of that record type. */
+#define SLAB_TAKE(slab, records, link)                                                                       \
+    ({                                                                                                       \
+        uint32_t slab_at_ = NONE32;                                                                          \
+        if ((slab)->free != NONE32) {                                                                        \
+            slab_at_ = (slab)->free;                                                                         \
+            (slab)->free = (records)[slab_at_].link;                                                         \
+            (slab)->used++;                                                                                  \
+        } else if ((slab)->top < (slab)->capacity) {                                                         \
+            slab_at_ = (slab)->top++;                                                                        \
+            (slab)->used++;                                                                                  \
+        }                                                                                                    \
+        slab_at_;                                                                                            \
+    })
+#define SLAB_GIVE(slab, records, link, at)                                                                   \
+    do {                                                                                                     \
+        (records)[at].link = (slab)->free;                                                                   \
+        (slab)->free = (at);                                                                                 \
+        (slab)->used--;                                                                                      \
+    } while (0)
+static inline bool slab_full(const struct slab *slab)
+{
+    return slab->used == slab->capacity;
+}
+
+/* --- keys ------------------------------------------------------------------------------------------- */
+
+struct flow_key {
+    uint64_t addrs; /* raw: source in the low half, destination in the high */
+    uint32_t ports;
+    uint8_t protocol;
+};
+static inline struct flow_key flow_key(uint32_t raw_source, uint32_t raw_destination, uint16_t raw_sport, uint16_t raw_dport,
+                                       uint8_t protocol)
+{
+    return (struct flow_key){raw_source | (uint64_t)raw_destination << 32, raw_sport | (uint32_t)raw_dport << 16, protocol};
+}
+static inline uint32_t low32(uint64_t v)
+{
+    return (uint32_t)v;
+}
+static inline uint32_t high32(uint64_t v)
+{
+    return (uint32_t)(v >> 32);
+}
+/* host order */
+static inline uint32_t session_internal_addr(const struct session *s)
+{
+    return net32(low32(s->addrs[OUT]));
+}
+static inline uint32_t session_remote_addr(const struct session *s)
+{
+    return net32(high32(s->addrs[OUT]));
+}
+static inline uint32_t session_external_addr(const struct session *s)
+{
+    return net32(high32(s->addrs[IN]));
+}
+static inline uint16_t session_internal_port(const struct session *s)
+{
+    return net16((uint16_t)s->ports[OUT]);
+}
+static inline uint16_t session_remote_port(const struct session *s)
+{
+    return net16((uint16_t)(s->ports[OUT] >> 16));
+}
+static inline uint16_t session_external_port(const struct session *s)
+{
+    return net16((uint16_t)(s->ports[IN] >> 16));
+}
+
+/* --- sessions.c -------------------------------------------------------------------------------------- */
+
+/* The session that a packet with this key in this direction belongs to, NONE32 if none. */
+uint32_t session_find(const struct nat_core *core, const struct flow_key *key, uint32_t hash, int direction);
+
+/* What a new session is made from, host order. */
+struct session_request {
+    uint32_t internal_addr, remote_addr, external_addr;
+    uint16_t internal_port, remote_port, external_port; /* external: filled in for OUT, given for IN */
+    uint8_t protocol, tcp_state;
+    uint16_t neighbour[2];
+    bool inbound;
+    uint32_t mapping; /* the one that an inbound packet found */
+};
+/* FORWARD and the new session, or the reason why not; then nothing has changed. */
+enum nat_verdict session_open(struct nat_core *core, struct session_request *request, uint32_t *session);
+/* False: the event ring has no room, and the session lives on. */
+bool session_close(struct nat_core *core, uint32_t session, enum nat_close_reason reason);
+/* What an inbound packet without a session finds: FORWARD and *request completed, or why it is dropped. */
+enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, uint16_t external_port, uint8_t protocol,
+                                uint32_t remote_addr, struct session_request *request);
+void session_record(const struct nat_core *core, uint32_t session, struct nat_record *record);
+/* From the peer or the operator. */
+bool session_install(struct nat_core *core, const struct nat_record *record);
+uint32_t session_by_record(const struct nat_core *core, const struct nat_record *record);
+void session_set_timer(struct session *session);
+
+/* --- ageing.c ---------------------------------------------------------------------------------------- */
+bool ageing_step(struct nat_core *core);
+
+/* --- events.c ---------------------------------------------------------------------------------------- */
+bool event_room(struct nat_core *core);
+/* There must be room. */
+void event_emit(struct nat_core *core, enum nat_event_type type, unsigned reason, uint32_t session);
+bool commands_step(struct nat_core *core);
+
+/* --- neighbour.c ------------------------------------------------------------------------------------- */
+bool neighbour_setup(struct nat_core *core, char *error, size_t error_size);
+/* Index of the next hop towards `address` on a port of `side`; NONE16 and a reason when there is none. */
+uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_side side, enum nat_verdict *why);
+/* Next hop back to where this frame came from: the sender itself when it is on the link, else the router. */
+uint16_t neighbour_behind(struct nat_core *core, uint8_t port, uint32_t source, const uint8_t *mac);
+enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet, unsigned l2);
+bool neighbour_step(struct nat_core *core);
+void neighbour_resolve(struct nat_core *core, uint16_t neighbour);
+bool is_own_address(const struct nat_core *core, uint32_t address);
+bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address);
+/* The port's own next hop for an answer: swaps nothing, just gives the MAC back to the sender. */
+struct nat_packet;
+
+/* Writes the link header and sends the packet to its next hop, or holds it. */
+enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, uint16_t neighbour);
+/* Holds a packet of a session that is not committed yet. */
+enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *packet, uint32_t session, uint16_t neighbour);
+/* Ends the waiting of a session's packets: FORWARD sends them on, anything else is their verdict. */
+void hold_release(struct nat_core *core, uint32_t session, enum nat_verdict verdict);
+bool hold_step(struct nat_core *core);
+
+/* --- icmp.c ------------------------------------------------------------------------------------------ */
+/* Turns the packet into an ICMP error about itself, back to its sender; or the drop that stands in for it. */
+enum nat_verdict icmp_error(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint8_t type, uint8_t code,
+                            uint16_t mtu, enum nat_verdict otherwise);
+enum nat_verdict icmp_echo_reply(struct nat_core *core, struct nat_packet *packet, unsigned l2);
+/* Translates an ICMP error from outside or inside. */
+enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *packet, unsigned l2, int direction);
+static inline bool icmp_is_error(uint8_t type)
+{
+    return type == ICMP_UNREACHABLE || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETER_PROBLEM || type == 4 || type == 5;
+}
+
+/* --- pipeline.c -------------------------------------------------------------------------------------- */
+/* TTL, size, counters, TCP state and rewriting of a packet of a known session, then its next hop. */
+enum nat_verdict session_packet(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint32_t session, int direction);
+
+static inline void count_tx(struct nat_core *core, const struct nat_packet *packet)
+{
+    core->stats.tx_packets[packet->port]++;
+    core->stats.tx_bytes[packet->port] += packet->length;
+}
+
+#endif

@@ -1,0 +1,551 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Opening, closing and finding sessions and the mappings, permissions and hosts that they hang on. Opening
+ * takes everything that it needs or nothing at all.
+ */
+#include "core.h"
+
+uint32_t session_find(const struct nat_core *core, const struct flow_key *key, uint32_t hash, int direction)
+{
+    struct flow_cursor cursor = flow_cursor(&core->flows, hash);
+    uint32_t value;
+    while ((value = flow_cursor_next(&cursor)) != FLOW_TABLE_NONE) {
+        value--;
+        const struct session *s = &core->sessions[value >> 1];
+        if ((int)(value & 1) == direction && s->addrs[direction] == key->addrs && s->ports[direction] == key->ports &&
+            s->protocol == key->protocol)
+            return value >> 1;
+    }
+    return NONE32;
+}
+
+static uint32_t session_hash(const struct session *s, int direction)
+{
+    return flow_hash(s->addrs[direction], s->ports[direction], s->protocol);
+}
+
+void session_set_timer(struct session *s)
+{
+    if (s->protocol == PROTO_UDP)
+        s->timer = TIMER_UDP;
+    else if (s->protocol == PROTO_ICMP)
+        s->timer = TIMER_ICMP;
+    else
+        s->timer = tcp_is_established[s->tcp_state] ? TIMER_TCP_ESTABLISHED : TIMER_TCP_TRANSITORY;
+}
+
+/* --- hosts ------------------------------------------------------------------------------------------ */
+
+static uint32_t host_find(const struct nat_core *core, uint32_t address)
+{
+    struct flow_cursor cursor = flow_cursor(&core->host_index, mix32(address));
+    uint32_t value;
+    while ((value = flow_cursor_next(&cursor)) != FLOW_TABLE_NONE)
+        if (core->hosts[value - 1].address == address)
+            return value - 1;
+    return NONE32;
+}
+
+/* A new host has no sessions yet: whoever asked for it gives it one, or takes it back. */
+static uint32_t host_add(struct nat_core *core, uint32_t address)
+{
+    uint32_t at = SLAB_TAKE(&core->host_slab, core->hosts, address);
+    if (at == NONE32)
+        return NONE32;
+    if (!flow_table_insert(&core->host_index, mix32(address), at + 1)) {
+        SLAB_GIVE(&core->host_slab, core->hosts, address, at);
+        return NONE32;
+    }
+    /* where it begins is spread by address and survives nothing else: any pool address serves any host */
+    uint32_t start = (uint32_t)((uint64_t)mix32(address ^ 0x5bd1e995u) * core->pool.n_addresses >> 32);
+    core->hosts[at] = (struct host){.address = address, .external = (uint16_t)start};
+    return at;
+}
+
+static void host_drop_if_idle(struct nat_core *core, uint32_t at)
+{
+    struct host *host = &core->hosts[at];
+    if (host->sessions)
+        return;
+    flow_table_remove(&core->host_index, mix32(host->address), at + 1);
+    SLAB_GIVE(&core->host_slab, core->hosts, address, at);
+}
+
+/* --- mappings --------------------------------------------------------------------------------------- */
+
+static uint32_t mapping_hash(uint8_t protocol, uint32_t address, uint16_t port)
+{
+    return mix32(mix32(address) + ((uint32_t)port << 8 | protocol));
+}
+
+static uint32_t mapping_find(const struct nat_core *core, uint8_t protocol, uint32_t address, uint16_t port)
+{
+    if (!core->mapping_index.n_buckets)
+        return NONE32;
+    struct flow_cursor cursor = flow_cursor(&core->mapping_index, mapping_hash(protocol, address, port));
+    uint32_t value;
+    while ((value = flow_cursor_next(&cursor)) != FLOW_TABLE_NONE) {
+        const struct mapping *m = &core->mappings[value - 1];
+        if (m->internal_addr == address && m->internal_port == port && m->protocol == protocol)
+            return value - 1;
+    }
+    return NONE32;
+}
+
+static void mapping_remove(struct nat_core *core, uint32_t at)
+{
+    struct mapping *m = &core->mappings[at];
+    if (core->mapping_index.n_buckets)
+        flow_table_remove(&core->mapping_index, mapping_hash(m->protocol, m->internal_addr, m->internal_port), at + 1);
+    m->protocol = 0;
+    SLAB_GIVE(&core->mapping_slab, core->mappings, slot, at);
+}
+
+static uint32_t mapping_add(struct nat_core *core, const struct session_request *r, uint32_t slot, uint64_t id)
+{
+    uint32_t at = SLAB_TAKE(&core->mapping_slab, core->mappings, slot);
+    if (at == NONE32)
+        return NONE32;
+    if (core->mapping_index.n_buckets &&
+        !flow_table_insert(&core->mapping_index, mapping_hash(r->protocol, r->internal_addr, r->internal_port), at + 1)) {
+        SLAB_GIVE(&core->mapping_slab, core->mappings, slot, at);
+        return NONE32;
+    }
+    core->mappings[at] = (struct mapping){
+        .id = id,
+        .internal_addr = r->internal_addr,
+        .external_addr = r->external_addr,
+        .internal_port = r->internal_port,
+        .external_port = r->external_port,
+        .protocol = r->protocol,
+        .slot = slot,
+    };
+    return at;
+}
+
+/* --- permissions ------------------------------------------------------------------------------------ */
+
+static uint32_t permission_hash(uint32_t mapping, uint32_t remote)
+{
+    return mix32(mix32(remote) + mapping);
+}
+
+static uint32_t permission_find(const struct nat_core *core, uint32_t mapping, uint32_t remote)
+{
+    struct flow_cursor cursor = flow_cursor(&core->permission_index, permission_hash(mapping, remote));
+    uint32_t value;
+    while ((value = flow_cursor_next(&cursor)) != FLOW_TABLE_NONE)
+        if (core->permissions[value - 1].mapping == mapping && core->permissions[value - 1].remote == remote)
+            return value - 1;
+    return NONE32;
+}
+
+static bool permission_add(struct nat_core *core, uint32_t mapping, uint32_t remote)
+{
+    uint32_t at = permission_find(core, mapping, remote);
+    if (at == NONE32) {
+        at = SLAB_TAKE(&core->permission_slab, core->permissions, mapping);
+        if (at == NONE32)
+            return false;
+        if (!flow_table_insert(&core->permission_index, permission_hash(mapping, remote), at + 1)) {
+            SLAB_GIVE(&core->permission_slab, core->permissions, mapping, at);
+            return false;
+        }
+        core->permissions[at] = (struct permission){.mapping = mapping, .remote = remote};
+    }
+    core->permissions[at].sessions++;
+    return true;
+}
+
+static void permission_remove(struct nat_core *core, uint32_t mapping, uint32_t remote)
+{
+    uint32_t at = permission_find(core, mapping, remote);
+    if (--core->permissions[at].sessions)
+        return;
+    flow_table_remove(&core->permission_index, permission_hash(mapping, remote), at + 1);
+    SLAB_GIVE(&core->permission_slab, core->permissions, mapping, at);
+}
+
+/* --- sessions --------------------------------------------------------------------------------------- */
+
+static bool index_session(struct nat_core *core, uint32_t at)
+{
+    const struct session *s = &core->sessions[at];
+    if (!flow_table_insert(&core->flows, session_hash(s, OUT), 1 + (at << 1 | OUT)))
+        return false;
+    if (flow_table_insert(&core->flows, session_hash(s, IN), 1 + (at << 1 | IN)))
+        return true;
+    flow_table_remove(&core->flows, session_hash(s, OUT), 1 + (at << 1 | OUT));
+    return false;
+}
+
+static void fill_session(struct session *s, const struct session_request *r, uint32_t now_ms)
+{
+    uint32_t internal = net32(r->internal_addr), external = net32(r->external_addr), remote = net32(r->remote_addr);
+    uint16_t iport = net16(r->internal_port), eport = net16(r->external_port), rport = net16(r->remote_port);
+    *s = (struct session){
+        .addrs = {internal | (uint64_t)remote << 32, remote | (uint64_t)external << 32},
+        .ports = {iport | (uint32_t)rport << 16, rport | (uint32_t)eport << 16},
+        .protocol = r->protocol,
+        .flags = r->inbound ? NAT_SESSION_INBOUND : 0,
+        .tcp_state = r->tcp_state,
+        .neighbour = {r->neighbour[OUT], r->neighbour[IN]},
+        .last_ms = now_ms,
+    };
+    s->l3_delta = delta32(internal, external);
+    s->l4_delta = fold((uint32_t)s->l3_delta + delta16(iport, eport));
+    session_set_timer(s);
+}
+
+/* A free port for the host: of its own address, or, only when that has none left, of another. */
+static bool take_port(struct nat_core *core, struct host *host, struct session_request *r)
+{
+    uint32_t index = host->external;
+    if (!pool_take(&core->pool, index, r->protocol, &r->external_port)) {
+        index = pool_usable_address(&core->pool, r->protocol, index);
+        if (index == POOL_NONE || !pool_take(&core->pool, index, r->protocol, &r->external_port))
+            return false;
+        if (host->sessions == 0)
+            host->external = (uint16_t)index;
+        else
+            core->stats.unpaired++;
+    }
+    r->external_addr = pool_address_at(&core->pool, index);
+    return true;
+}
+
+static bool spend_budget(struct nat_core *core)
+{
+    uint32_t rate = core->config.new_sessions_rate;
+    if (!rate)
+        return true;
+    uint64_t cost = 1000000000ull / rate;
+    uint64_t depth = cost * core->config.new_sessions_burst;
+    uint64_t credit = core->budget_credit + (core->now_ns - core->budget_ns);
+    core->budget_ns = core->now_ns;
+    core->budget_credit = credit > depth ? depth : credit;
+    if (core->budget_credit < cost)
+        return false;
+    core->budget_credit -= cost;
+    return true;
+}
+
+/* Everything but the counters of success: the part that open and install share. `slot` is claimed already
+ * when a new mapping is due. */
+static uint32_t add_session(struct nat_core *core, const struct session_request *r, uint32_t mapping, uint64_t id)
+{
+    uint32_t at = SLAB_TAKE(&core->session_slab, core->sessions, ports[0]);
+    if (at == NONE32)
+        return NONE32;
+    struct session *s = &core->sessions[at];
+    fill_session(s, r, core->now_ms);
+    if (!index_session(core, at)) {
+        s->protocol = 0;
+        SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
+        return NONE32;
+    }
+    if (core->has_permissions && !permission_add(core, mapping, r->remote_addr)) {
+        flow_table_remove(&core->flows, session_hash(s, OUT), 1 + (at << 1 | OUT));
+        flow_table_remove(&core->flows, session_hash(s, IN), 1 + (at << 1 | IN));
+        s->protocol = 0;
+        SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
+        return NONE32;
+    }
+    core->cold[at] = (struct session_cold){
+        .id = id, .opened_ms = core->now_ms, .mapping = mapping, .held_first = NONE16, .held_last = NONE16};
+    for (int d = 0; d < 2; d++)
+        if (s->neighbour[d] != NONE16)
+            core->neighbours[s->neighbour[d]].sessions++;
+    return at;
+}
+
+static uint64_t new_id(struct nat_core *core, enum nat_id_class cls)
+{
+    uint32_t *counter = cls == NAT_ID_SESSION ? &core->next_session_id : &core->next_mapping_id;
+    return nat_id(cls, core->config.instance, core->config.epoch, ++*counter);
+}
+
+enum nat_verdict session_open(struct nat_core *core, struct session_request *r, uint32_t *session)
+{
+    const struct nat_config *config = &core->config;
+    if (!event_room(core))
+        return NAT_DROP_EVENTS_FULL;
+    if (!spend_budget(core))
+        return NAT_DROP_BUDGET;
+
+    enum nat_verdict why = NAT_DROP_TABLE_FULL;
+    uint32_t h = host_find(core, r->internal_addr);
+    if (h == NONE32 && (h = host_add(core, r->internal_addr)) == NONE32)
+        return why;
+    struct host *host = &core->hosts[h];
+
+    uint32_t mapping = NONE32, slot = POOL_NONE;
+    bool new_port = !r->inbound;
+    if (r->inbound) {
+        mapping = r->mapping;
+    } else if (config->mapping == NAT_MAPPING_ENDPOINT_INDEPENDENT) {
+        mapping = mapping_find(core, r->protocol, r->internal_addr, r->internal_port);
+        if (mapping != NONE32) {
+            new_port = false;
+            r->external_addr = core->mappings[mapping].external_addr;
+            r->external_port = core->mappings[mapping].external_port;
+        }
+    }
+
+    if ((config->sessions_per_host && host->sessions >= config->sessions_per_host) ||
+        (new_port && config->mappings_per_host && host->mappings >= config->mappings_per_host)) {
+        host->refused++;
+        why = NAT_DROP_QUOTA;
+        goto refuse_host;
+    }
+    if (slab_full(&core->session_slab) || (new_port && core->has_mappings && slab_full(&core->mapping_slab)))
+        goto refuse_host;
+    if (new_port) {
+        if (!take_port(core, host, r)) {
+            why = NAT_DROP_NO_PORT;
+            goto refuse_host;
+        }
+        slot = pool_slot(&core->pool, r->external_addr, r->protocol, r->external_port);
+        if (core->has_mappings) {
+            mapping = mapping_add(core, r, slot, 0);
+            if (mapping == NONE32)
+                goto refuse_port;
+        }
+    }
+    uint32_t at = add_session(core, r, mapping, 0);
+    if (at == NONE32)
+        goto refuse_mapping;
+
+    core->cold[at].id = new_id(core, NAT_ID_SESSION);
+    if (new_port) {
+        core->pool.slots[slot] = 1 + (core->has_mappings ? mapping : at);
+        host->mappings++;
+        core->stats.mappings_opened++;
+        if (core->has_mappings)
+            core->mappings[mapping].id = new_id(core, NAT_ID_MAPPING);
+    }
+    if (core->has_mappings)
+        core->mappings[mapping].sessions++;
+    host->sessions++;
+    if (config->synchronous)
+        core->sessions[at].flags |= NAT_SESSION_PENDING;
+    core->stats.sessions_opened++;
+    event_emit(core, NAT_EVENT_OPEN, 0, at);
+    *session = at;
+    return NAT_FORWARD;
+
+refuse_mapping:
+    if (new_port && core->has_mappings)
+        mapping_remove(core, mapping);
+refuse_port:
+    if (new_port)
+        pool_return(&core->pool, slot);
+refuse_host:
+    host_drop_if_idle(core, h);
+    return why;
+}
+
+bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason reason)
+{
+    if (!event_room(core))
+        return false;
+    struct session *s = &core->sessions[at];
+    struct session_cold *cold = &core->cold[at];
+    if (cold->held_first != NONE16)
+        hold_release(core, at, reason == NAT_CLOSE_HOLD_TIMEOUT ? NAT_DROP_HOLD_TIMEOUT : NAT_DROP_SESSION_GONE);
+    event_emit(core, NAT_EVENT_CLOSE, reason, at);
+    flow_table_remove(&core->flows, session_hash(s, OUT), 1 + (at << 1 | OUT));
+    flow_table_remove(&core->flows, session_hash(s, IN), 1 + (at << 1 | IN));
+    for (int d = 0; d < 2; d++)
+        if (s->neighbour[d] != NONE16)
+            core->neighbours[s->neighbour[d]].sessions--;
+    if (core->has_permissions)
+        permission_remove(core, cold->mapping, session_remote_addr(s));
+
+    uint32_t h = host_find(core, session_internal_addr(s));
+    struct host *host = &core->hosts[h];
+    bool last = true;
+    uint32_t slot;
+    if (core->has_mappings) {
+        struct mapping *m = &core->mappings[cold->mapping];
+        slot = m->slot;
+        last = --m->sessions == 0;
+        if (last)
+            mapping_remove(core, cold->mapping);
+    } else {
+        slot = pool_slot(&core->pool, session_external_addr(s), s->protocol, session_external_port(s));
+    }
+    if (last) {
+        pool_give(&core->pool, slot, core->now_ns / 1000000);
+        host->mappings--;
+        core->stats.mappings_closed++;
+    }
+    host->sessions--;
+    host_drop_if_idle(core, h);
+    s->protocol = 0;
+    SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
+    core->stats.sessions_closed++;
+    return true;
+}
+
+enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, uint16_t external_port, uint8_t protocol,
+                                uint32_t remote_addr, struct session_request *r)
+{
+    uint32_t slot = pool_slot(&core->pool, external_addr, protocol, external_port);
+    if (slot == POOL_NONE)
+        return pool_address_index(&core->pool, external_addr) == POOL_NONE ? NAT_DROP_NOT_POOL : NAT_DROP_NO_MAPPING;
+    uint32_t user = core->pool.slots[slot];
+    if (user == POOL_FREE || user & POOL_RESTING)
+        return NAT_DROP_NO_MAPPING;
+    if (core->config.filtering == NAT_FILTER_ADDRESS_AND_PORT)
+        return NAT_DROP_FILTERED;
+    if (core->config.filtering == NAT_FILTER_ADDRESS && permission_find(core, user - 1, remote_addr) == NONE32)
+        return NAT_DROP_FILTERED;
+    const struct mapping *m = &core->mappings[user - 1];
+    r->mapping = user - 1;
+    r->internal_addr = m->internal_addr;
+    r->internal_port = m->internal_port;
+    r->external_addr = external_addr;
+    r->external_port = external_port;
+    return NAT_FORWARD;
+}
+
+/* --- records ---------------------------------------------------------------------------------------- */
+
+static uint64_t mac_number(const uint8_t *mac)
+{
+    uint64_t v = 0;
+    for (int i = 0; i < 6; i++)
+        v = v << 8 | mac[i];
+    return v;
+}
+
+void session_record(const struct nat_core *core, uint32_t at, struct nat_record *record)
+{
+    const struct session *s = &core->sessions[at];
+    const struct session_cold *cold = &core->cold[at];
+    const struct neighbour *inside = s->neighbour[IN] == NONE16 ? NULL : &core->neighbours[s->neighbour[IN]];
+    const struct neighbour *outside = s->neighbour[OUT] == NONE16 ? NULL : &core->neighbours[s->neighbour[OUT]];
+    *record = (struct nat_record){
+        .id = cold->id,
+        .mapping_id = cold->mapping == NONE32 ? 0 : core->mappings[cold->mapping].id,
+        .packets_out = (uint64_t)cold->packets_high[OUT] << 32 | s->packets[OUT],
+        .packets_in = (uint64_t)cold->packets_high[IN] << 32 | s->packets[IN],
+        .bytes_out = s->bytes[OUT],
+        .bytes_in = s->bytes[IN],
+        .internal_mac = inside ? mac_number(inside->mac) : 0,
+        .internal_addr = session_internal_addr(s),
+        .external_addr = session_external_addr(s),
+        .remote_addr = session_remote_addr(s),
+        .age_ms = core->now_ms - cold->opened_ms,
+        .idle_ms = core->now_ms - s->last_ms,
+        .timeout_ms = core->timeout_ms[s->timer],
+        .internal_port = session_internal_port(s),
+        .external_port = session_external_port(s),
+        .remote_port = session_remote_port(s),
+        .protocol = s->protocol,
+        .tcp_state = s->tcp_state,
+        .flags = s->flags,
+        .internal_if = inside ? inside->port : 0xff,
+        .external_if = outside ? outside->port : 0xff,
+    };
+}
+
+uint32_t session_by_record(const struct nat_core *core, const struct nat_record *record)
+{
+    struct flow_key key = flow_key(net32(record->internal_addr), net32(record->remote_addr), net16(record->internal_port),
+                                   net16(record->remote_port), record->protocol);
+    return session_find(core, &key, flow_hash(key.addrs, key.ports, key.protocol), OUT);
+}
+
+bool session_install(struct nat_core *core, const struct nat_record *record)
+{
+    struct session_request r = {
+        .internal_addr = record->internal_addr,
+        .remote_addr = record->remote_addr,
+        .external_addr = record->external_addr,
+        .internal_port = record->internal_port,
+        .remote_port = record->remote_port,
+        .external_port = record->external_port,
+        .protocol = record->protocol,
+        .tcp_state = record->tcp_state,
+        .neighbour = {NONE16, NONE16},
+        .inbound = record->flags & NAT_SESSION_INBOUND,
+    };
+    bool known_protocol = r.protocol == PROTO_UDP || r.protocol == PROTO_TCP || r.protocol == PROTO_ICMP;
+    uint32_t slot = known_protocol ? pool_slot(&core->pool, r.external_addr, r.protocol, r.external_port) : POOL_NONE;
+    if (slot == POOL_NONE || r.tcp_state >= NAT_TCP_STATES || session_by_record(core, record) != NONE32)
+        return false;
+    struct flow_key inbound = flow_key(net32(r.remote_addr), net32(r.external_addr), net16(r.remote_port),
+                                       net16(r.external_port), r.protocol);
+    if (session_find(core, &inbound, flow_hash(inbound.addrs, inbound.ports, inbound.protocol), IN) != NONE32)
+        return false;
+
+    enum nat_verdict why;
+    r.neighbour[OUT] = neighbour_towards(core, r.remote_addr, NAT_EXTERNAL, &why);
+    r.neighbour[IN] = neighbour_towards(core, r.internal_addr, NAT_INTERNAL, &why);
+    if (r.neighbour[OUT] == NONE16 || r.neighbour[IN] == NONE16)
+        return false;
+
+    uint32_t h = host_find(core, r.internal_addr);
+    if (h == NONE32 && (h = host_add(core, r.internal_addr)) == NONE32)
+        return false;
+    struct host *host = &core->hosts[h];
+    uint32_t mapping = NONE32;
+    bool new_mapping = false;
+    if (core->has_mappings) {
+        uint32_t user = core->pool.slots[slot];
+        mapping = user == POOL_FREE || user & POOL_RESTING ? NONE32 : user - 1;
+        if (mapping != NONE32 && (core->mappings[mapping].internal_addr != r.internal_addr ||
+                                  core->mappings[mapping].internal_port != r.internal_port))
+            goto refuse;
+        /* one internal endpoint never gets two external ones */
+        uint32_t known = mapping_find(core, r.protocol, r.internal_addr, r.internal_port);
+        if (known != NONE32 && known != mapping)
+            goto refuse;
+    }
+    if (mapping == NONE32) {
+        if (!pool_claim(&core->pool, slot))
+            goto refuse;
+        new_mapping = true;
+        if (core->has_mappings && (mapping = mapping_add(core, &r, slot, record->mapping_id)) == NONE32)
+            goto refuse_port;
+    }
+    uint32_t at = add_session(core, &r, mapping, record->id);
+    if (at == NONE32)
+        goto refuse_mapping;
+    if (new_mapping) {
+        core->pool.slots[slot] = 1 + (core->has_mappings ? mapping : at);
+        host->mappings++;
+        core->stats.mappings_opened++;
+        /* a host that comes with sessions keeps the address that they have */
+        if (!host->sessions)
+            host->external = (uint16_t)pool_address_index(&core->pool, r.external_addr);
+    }
+    if (core->has_mappings)
+        core->mappings[mapping].sessions++;
+    host->sessions++;
+    struct session *s = &core->sessions[at];
+    struct session_cold *cold = &core->cold[at];
+    s->flags = record->flags & (NAT_SESSION_FOREIGN | NAT_SESSION_INBOUND | NAT_SESSION_OFFLOAD);
+    s->last_ms = core->now_ms - record->idle_ms;
+    cold->opened_ms = core->now_ms - record->age_ms;
+    s->packets[OUT] = (uint32_t)record->packets_out;
+    s->packets[IN] = (uint32_t)record->packets_in;
+    cold->packets_high[OUT] = (uint16_t)(record->packets_out >> 32);
+    cold->packets_high[IN] = (uint16_t)(record->packets_in >> 32);
+    s->bytes[OUT] = record->bytes_out;
+    s->bytes[IN] = record->bytes_in;
+    core->stats.sessions_installed++;
+    return true;
+
+refuse_mapping:
+    if (new_mapping && core->has_mappings)
+        mapping_remove(core, mapping);
+refuse_port:
+    if (new_mapping)
+        pool_return(&core->pool, slot);
+refuse:
+    host_drop_if_idle(core, h);
+    return false;
+}
