@@ -106,6 +106,12 @@ struct outbox_frame {
     uint8_t bytes[NAT_OUTBOX_BYTES];
 };
 
+/* Credit is time: one event at `rate` per second costs 1/rate of it. */
+struct token_bucket {
+    uint64_t credit_ns, at_ns;
+};
+bool bucket_spend(struct token_bucket *bucket, uint32_t rate, uint32_t depth, uint64_t now_ns);
+
 #define COMMAND_RING 64u
 
 struct nat_core {
@@ -142,7 +148,8 @@ struct nat_core {
     struct flow_table neighbour_index; /* by port and address */
     struct neighbour *neighbours;
     struct slab neighbour_slab;
-    uint32_t neighbour_sweep;
+    uint32_t neighbour_sweep, neighbour_sweep_ms;
+    uint64_t announce_at; /* the next address to announce; beyond the last: nothing to do */
     uint16_t gateway_neighbour[NAT_MAX_ROUTES]; /* NONE16: the route is connected */
 
     struct held *held;
@@ -156,11 +163,8 @@ struct nat_core {
     /* ageing */
     uint32_t sweep_at;
     uint64_t sweep_ns;   /* when the sweep last moved */
-    uint64_t sweep_debt; /* slots due, in units of 2^-30 slot */
 
-    /* token buckets: credit in ns */
-    uint64_t budget_credit, budget_ns;
-    uint64_t icmp_credit, icmp_ns;
+    struct token_bucket new_sessions, icmp_errors;
 
     /* rings */
     struct nat_event *events;
@@ -278,23 +282,22 @@ bool ageing_step(struct nat_core *core);
 
 /* --- events.c ---------------------------------------------------------------------------------------- */
 bool event_room(struct nat_core *core);
+/* An eighth of the ring is kept for what happens to sessions that exist. */
+bool event_room_to_open(struct nat_core *core);
 /* There must be room. */
 void event_emit(struct nat_core *core, enum nat_event_type type, unsigned reason, uint32_t session);
 bool commands_step(struct nat_core *core);
 
 /* --- neighbour.c ------------------------------------------------------------------------------------- */
-bool neighbour_setup(struct nat_core *core, char *error, size_t error_size);
+/* Static neighbours and the gateways of the routes, which it sorts. */
+bool neighbour_setup(struct nat_core *core, const struct nat_config *config, char *error, size_t error_size);
 /* Index of the next hop towards `address` on a port of `side`; NONE16 and a reason when there is none. */
 uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_side side, enum nat_verdict *why);
 /* Next hop back to where this frame came from: the sender itself when it is on the link, else the router. */
 uint16_t neighbour_behind(struct nat_core *core, uint8_t port, uint32_t source, const uint8_t *mac);
 enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet, unsigned l2);
 bool neighbour_step(struct nat_core *core);
-void neighbour_resolve(struct nat_core *core, uint16_t neighbour);
 bool is_own_address(const struct nat_core *core, uint32_t address);
-bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address);
-/* The port's own next hop for an answer: swaps nothing, just gives the MAC back to the sender. */
-struct nat_packet;
 
 /* Writes the link header and sends the packet to its next hop, or holds it. */
 enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, uint16_t neighbour);
@@ -316,14 +319,17 @@ static inline bool icmp_is_error(uint8_t type)
     return type == ICMP_UNREACHABLE || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETER_PROBLEM || type == 4 || type == 5;
 }
 
-/* --- pipeline.c -------------------------------------------------------------------------------------- */
-/* TTL, size, counters, TCP state and rewriting of a packet of a known session, then its next hop. */
-enum nat_verdict session_packet(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint32_t session, int direction);
-
+/* --- core.c ------------------------------------------------------------------------------------------- */
 static inline void count_tx(struct nat_core *core, const struct nat_packet *packet)
 {
     core->stats.tx_packets[packet->port]++;
     core->stats.tx_bytes[packet->port] += packet->length;
+}
+
+static inline void core_time(struct nat_core *core, uint64_t now)
+{
+    core->now_ns = now;
+    core->now_ms = (uint32_t)(now / 1000000);
 }
 
 #endif

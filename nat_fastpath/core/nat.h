@@ -343,10 +343,15 @@ void nat_announce(struct nat_core *core);
 /* All sessions handed back, at the end: held packets become DROP_SESSION_GONE and can be taken. */
 void nat_flush(struct nat_core *core);
 
+/* Carries a command out at once, for the thread that owns the core. A DELETE ends early, with a cursor that
+ * says where, when the event ring is full. */
+void nat_command_now(struct nat_core *core, struct nat_command *command);
+
 /* From any one other thread. */
 bool nat_command_push(struct nat_core *core, struct nat_command *command);
 unsigned nat_events(struct nat_core *core, struct nat_event *out, unsigned max);
-const struct nat_stats *nat_stats(const struct nat_core *core);
+/* The gauges in it are brought up to date by this call. */
+const struct nat_stats *nat_stats(struct nat_core *core);
 
 /* How native code outside the engine reaches the core, which is compiled exactly once. */
 struct nat_api {

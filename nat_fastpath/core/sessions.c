@@ -214,22 +214,6 @@ static bool take_port(struct nat_core *core, struct host *host, struct session_r
     return true;
 }
 
-static bool spend_budget(struct nat_core *core)
-{
-    uint32_t rate = core->config.new_sessions_rate;
-    if (!rate)
-        return true;
-    uint64_t cost = 1000000000ull / rate;
-    uint64_t depth = cost * core->config.new_sessions_burst;
-    uint64_t credit = core->budget_credit + (core->now_ns - core->budget_ns);
-    core->budget_ns = core->now_ns;
-    core->budget_credit = credit > depth ? depth : credit;
-    if (core->budget_credit < cost)
-        return false;
-    core->budget_credit -= cost;
-    return true;
-}
-
 /* Everything but the counters of success: the part that open and install share. `slot` is claimed already
  * when a new mapping is due. */
 static uint32_t add_session(struct nat_core *core, const struct session_request *r, uint32_t mapping, uint64_t id)
@@ -268,9 +252,10 @@ static uint64_t new_id(struct nat_core *core, enum nat_id_class cls)
 enum nat_verdict session_open(struct nat_core *core, struct session_request *r, uint32_t *session)
 {
     const struct nat_config *config = &core->config;
-    if (!event_room(core))
+    if (!event_room_to_open(core))
         return NAT_DROP_EVENTS_FULL;
-    if (!spend_budget(core))
+    if (config->new_sessions_rate &&
+        !bucket_spend(&core->new_sessions, config->new_sessions_rate, config->new_sessions_burst, core->now_ns))
         return NAT_DROP_BUDGET;
 
     enum nat_verdict why = NAT_DROP_TABLE_FULL;

@@ -135,6 +135,8 @@ static inline uint16_t delta32(uint32_t before, uint32_t after)
 {
     return fold((uint32_t)(uint16_t)~before + (uint16_t)(~before >> 16) + (uint16_t)after + (after >> 16));
 }
+/* The word that begins with the TTL, when that goes down by one. */
+#define TTL_DELTA 0xfffeu
 static inline uint16_t apply_delta(uint16_t check, uint32_t delta)
 {
     return (uint16_t)~fold((uint32_t)(uint16_t)~check + delta);

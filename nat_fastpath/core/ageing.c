@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Sessions end when they have been idle for their timeout. A sweep walks the hot lines in order, a few per
+ * step: reading memory in order costs 2 ns a session, chasing timer lists ten times that.
+ */
+#include "core.h"
+
+#define SWEEP_PERIOD_NS 1000000000ull /* the whole table is seen once in this time, so a timeout is late by no more */
+#define SWEEP_STEP 1024u              /* sessions looked at in one step at most */
+#define CLOSE_STEP 64u                /* and closed, which is dearer */
+#define WAKE_STEP 64u
+
+static bool expired(const struct nat_core *core, const struct session *s)
+{
+    return s->protocol && !(s->flags & NAT_SESSION_FOREIGN) && core->now_ms - s->last_ms >= core->timeout_ms[s->timer];
+}
+
+/* Looks at up to `look` sessions; returns how many it closed. Stays at one that it could not close. */
+static unsigned sweep(struct nat_core *core, uint32_t look, unsigned close)
+{
+    unsigned closed = 0;
+    for (; look && core->session_slab.top; look--) {
+        if (core->sweep_at >= core->session_slab.top)
+            core->sweep_at = 0;
+        if (expired(core, &core->sessions[core->sweep_at])) {
+            if (closed == close || !session_close(core, core->sweep_at, NAT_CLOSE_IDLE))
+                return closed;
+            closed++;
+        }
+        core->sweep_at++;
+    }
+    return closed;
+}
+
+bool ageing_step(struct nat_core *core)
+{
+    unsigned did = pool_wake(&core->pool, core->now_ns / 1000000, WAKE_STEP);
+    uint64_t elapsed = core->now_ns - core->sweep_ns;
+    uint64_t due = (elapsed < SWEEP_PERIOD_NS ? elapsed : SWEEP_PERIOD_NS) * core->session_slab.top / SWEEP_PERIOD_NS;
+    if (due) {
+        core->sweep_ns = core->now_ns;
+        did += sweep(core, due < SWEEP_STEP ? (uint32_t)due : SWEEP_STEP, CLOSE_STEP);
+    }
+    return did;
+}
+
+void nat_settle(struct nat_core *core, uint64_t now)
+{
+    core_time(core, now);
+    core->sweep_at = 0;
+    sweep(core, core->session_slab.top, NONE32);
+    pool_wake(&core->pool, now / 1000000, NONE32);
+    core->sweep_ns = now;
+    nat_poll(core, now);
+}

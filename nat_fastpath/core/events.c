@@ -1,0 +1,186 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The two rings between the core's owner and one other thread: events out, commands in. Each index has one
+ * writer; release and acquire order the entries themselves.
+ */
+#include "core.h"
+
+static bool ring_has(struct nat_core *core, uint32_t wanted)
+{
+    uint32_t tail = atomic_load_explicit(&core->event_tail, memory_order_relaxed);
+    if (core->config.event_ring - (tail - core->event_head_seen) >= wanted)
+        return true;
+    core->event_head_seen = atomic_load_explicit(&core->event_head, memory_order_acquire);
+    return core->config.event_ring - (tail - core->event_head_seen) >= wanted;
+}
+
+bool event_room(struct nat_core *core)
+{
+    return ring_has(core, 1);
+}
+
+bool event_room_to_open(struct nat_core *core)
+{
+    return ring_has(core, 1 + core->config.event_ring / 8);
+}
+
+void event_emit(struct nat_core *core, enum nat_event_type type, unsigned reason, uint32_t session)
+{
+    uint32_t tail = atomic_load_explicit(&core->event_tail, memory_order_relaxed);
+    struct nat_event *event = &core->events[tail & (core->config.event_ring - 1)];
+    event->sequence = core->event_sequence++;
+    event->time_ns = core->now_ns;
+    event->type = (uint8_t)type;
+    event->reason = (uint8_t)reason;
+    event->reserved2 = 0;
+    event->reserved3 = 0;
+    session_record(core, session, &event->session);
+    atomic_store_explicit(&core->event_tail, tail + 1, memory_order_release);
+}
+
+unsigned nat_events(struct nat_core *core, struct nat_event *out, unsigned max)
+{
+    uint32_t head = atomic_load_explicit(&core->event_head, memory_order_relaxed);
+    uint32_t n = atomic_load_explicit(&core->event_tail, memory_order_acquire) - head;
+    if (n > max)
+        n = max;
+    uint32_t mask = core->config.event_ring - 1, at = head & mask;
+    uint32_t first = n < core->config.event_ring - at ? n : core->config.event_ring - at;
+    memcpy(out, core->events + at, first * sizeof *out);
+    memcpy(out + first, core->events, (n - first) * sizeof *out);
+    atomic_store_explicit(&core->event_head, head + n, memory_order_release);
+    return n;
+}
+
+bool nat_command_push(struct nat_core *core, struct nat_command *command)
+{
+    uint32_t tail = atomic_load_explicit(&core->command_tail, memory_order_relaxed);
+    if (tail - atomic_load_explicit(&core->command_head, memory_order_acquire) == COMMAND_RING)
+        return false;
+    command->done = 0;
+    core->commands[tail % COMMAND_RING] = command;
+    atomic_store_explicit(&core->command_tail, tail + 1, memory_order_release);
+    return true;
+}
+
+/* Slots or records handled by one step: what a command may cost between two bursts. */
+#define COMMAND_STEP 64u
+
+/* The gathering commands share one way: walk the slots of a slab from `cursor` on. */
+#define GATHER(slab_name, record_type, present, fill)                                                        \
+    ({                                                                                                       \
+        record_type *out_ = command->buffer;                                                                 \
+        uint64_t at_ = command->cursor, end_ = at_ + COMMAND_STEP;                                           \
+        for (; at_ < core->slab_name.top && at_ < end_ && command->result < command->count; at_++) {         \
+            uint32_t i = (uint32_t)at_;                                                                      \
+            if (present) {                                                                                   \
+                record_type *record = &out_[command->result++];                                              \
+                fill;                                                                                        \
+            }                                                                                                \
+        }                                                                                                    \
+        command->cursor = at_ >= core->slab_name.top ? 0 : at_;                                              \
+        command->cursor == 0 || command->result == command->count;                                           \
+    })
+
+static bool for_records(struct nat_core *core, struct nat_command *command)
+{
+    const struct nat_record *records = command->buffer;
+    uint64_t end = command->cursor + COMMAND_STEP;
+    for (; command->cursor < command->count && command->cursor < end; command->cursor++) {
+        const struct nat_record *record = &records[command->cursor];
+        if (command->op == NAT_CMD_INSTALL) {
+            command->result += session_install(core, record);
+            continue;
+        }
+        uint32_t at = session_by_record(core, record);
+        if (at == NONE32 || core->cold[at].id != record->id)
+            continue;
+        if (command->op == NAT_CMD_COMMIT) {
+            core->sessions[at].flags &= (uint8_t)~NAT_SESSION_PENDING;
+            hold_release(core, at, NAT_FORWARD);
+        } else if (!session_close(core, at, NAT_CLOSE_COMMAND)) {
+            return false; /* the reader of events must make room first */
+        }
+        command->result++;
+    }
+    return command->cursor == command->count;
+}
+
+static uint64_t mac_of(const uint8_t *mac)
+{
+    uint64_t v = 0;
+    for (int i = 0; i < 6; i++)
+        v = v << 8 | mac[i];
+    return v;
+}
+
+/* One bounded step of a command; true when it is finished. */
+static bool command_step(struct nat_core *core, struct nat_command *command)
+{
+    switch (command->op) {
+    case NAT_CMD_SESSIONS:
+        return GATHER(session_slab, struct nat_record, core->sessions[i].protocol, session_record(core, i, record));
+    case NAT_CMD_NEIGHBOURS:
+        return GATHER(neighbour_slab, struct nat_neighbour_record, core->neighbours[i].state != NAT_NB_FREE, ({
+                          const struct neighbour *n = &core->neighbours[i];
+                          *record = (struct nat_neighbour_record){mac_of(n->mac),
+                                                                  n->address,
+                                                                  n->sessions,
+                                                                  core->now_ms - n->confirmed_ms,
+                                                                  n->port,
+                                                                  n->state,
+                                                                  n->held};
+                      }));
+    case NAT_CMD_HOSTS:
+        return GATHER(host_slab, struct nat_host_record, core->hosts[i].sessions, ({
+                          const struct host *h = &core->hosts[i];
+                          *record = (struct nat_host_record){h->address, pool_address_at(&core->pool, h->external), h->sessions,
+                                                             h->mappings, h->refused};
+                      }));
+    case NAT_CMD_FIND: {
+        struct nat_record *record = command->buffer;
+        int direction = record->flags & NAT_SESSION_INBOUND ? IN : OUT;
+        struct flow_key key =
+            direction == OUT ? flow_key(net32(record->internal_addr), net32(record->remote_addr), net16(record->internal_port),
+                                        net16(record->remote_port), record->protocol)
+                             : flow_key(net32(record->remote_addr), net32(record->external_addr), net16(record->remote_port),
+                                        net16(record->external_port), record->protocol);
+        uint32_t at = session_find(core, &key, flow_hash(key.addrs, key.ports, key.protocol), direction);
+        if (at != NONE32) {
+            session_record(core, at, record);
+            command->result = 1;
+        }
+        return true;
+    }
+    case NAT_CMD_INSTALL:
+    case NAT_CMD_DELETE:
+    case NAT_CMD_COMMIT:
+        return for_records(core, command);
+    default:
+        return true;
+    }
+}
+
+void nat_command_now(struct nat_core *core, struct nat_command *command)
+{
+    uint64_t before;
+    do
+        before = command->cursor;
+    while (!command_step(core, command) && command->cursor != before);
+    core->stats.commands++;
+    command->done = 1;
+}
+
+bool commands_step(struct nat_core *core)
+{
+    uint32_t head = atomic_load_explicit(&core->command_head, memory_order_relaxed);
+    if (head == atomic_load_explicit(&core->command_tail, memory_order_acquire))
+        return false;
+    struct nat_command *command = core->commands[head % COMMAND_RING];
+    if (command_step(core, command)) {
+        core->stats.commands++;
+        atomic_store_explicit(&core->command_head, head + 1, memory_order_release);
+        __atomic_store_n(&command->done, 1, __ATOMIC_RELEASE);
+    }
+    return true;
+}

@@ -1,0 +1,528 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Next hops (ARP, RFC 826) and the packets that wait for them. Both live in the core, so that established
+ * traffic never waits for anybody else.
+ */
+#include "core.h"
+
+#include <stdio.h>
+
+#define ASK_MS 250u /* between two requests for an unknown MAC */
+#define ASK_TRIES 4u
+#define CONFIRM_MS 30000u /* a MAC this old is asked for again while it is in use */
+#define PROBE_MS 1000u    /* between two requests for a known one */
+#define PROBE_UNICAST 3u  /* the first of them go to the known MAC (RFC 1122, 2.3.2.1) */
+#define PROBE_TRIES 6u
+#define IDLE_MS 60000u /* an unused next hop is forgotten */
+#define SWEEP_MS 20u
+#define SWEEP_STEP 64u
+#define HELD_PER_NEIGHBOUR 64u
+
+enum { ARP_REQUEST = 1, ARP_REPLY = 2 };
+static const uint8_t broadcast_mac[6] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
+static const uint8_t no_mac[6];
+
+static bool same_mac(const uint8_t *a, const uint8_t *b)
+{
+    return raw32(a) == raw32(b) && raw16(a + 4) == raw16(b + 4);
+}
+
+/* --- our own addresses ------------------------------------------------------------------------------- */
+
+bool is_own_address(const struct nat_core *core, uint32_t address)
+{
+    for (unsigned i = 0; i < core->config.n_ports; i++)
+        if (core->config.ports[i].address == address && address)
+            return true;
+    return false;
+}
+
+static bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address)
+{
+    const struct nat_port_config *config = &core->config.ports[port];
+    return address && (config->address == address ||
+                       (config->side == NAT_EXTERNAL && pool_address_index(&core->pool, address) != POOL_NONE));
+}
+
+/* --- routes ------------------------------------------------------------------------------------------ */
+
+static uint32_t prefix_mask(uint8_t length)
+{
+    return length ? ~0u << (32 - length) : 0;
+}
+
+static bool route_covers(const struct nat_route_config *route, uint32_t address)
+{
+    return ((address ^ route->prefix) & prefix_mask(route->length)) == 0;
+}
+
+static bool is_on_link(const struct nat_core *core, uint8_t port, uint32_t address)
+{
+    for (unsigned i = 0; i < core->config.n_routes; i++) {
+        const struct nat_route_config *route = &core->config.routes[i];
+        if (route->connected && route->port == port && route_covers(route, address))
+            return true;
+    }
+    return false;
+}
+
+/* --- the table --------------------------------------------------------------------------------------- */
+
+static uint32_t neighbour_hash(uint8_t port, uint32_t address, const uint8_t *mac)
+{
+    uint32_t word = address ? address : raw32(mac) ^ (uint32_t)raw16(mac + 4) << 16 ^ 0x5bd1e995u;
+    return mix32(word + port * 0x9e3779b1u);
+}
+
+/* By address, or by MAC alone when `address` is 0. */
+static uint16_t neighbour_find(const struct nat_core *core, uint8_t port, uint32_t address, const uint8_t *mac)
+{
+    struct flow_cursor cursor = flow_cursor(&core->neighbour_index, neighbour_hash(port, address, mac));
+    uint32_t value;
+    while ((value = flow_cursor_next(&cursor)) != FLOW_TABLE_NONE) {
+        const struct neighbour *n = &core->neighbours[value - 1];
+        if (n->port == port && n->address == address && (address || same_mac(n->mac, mac)))
+            return (uint16_t)(value - 1);
+    }
+    return NONE16;
+}
+
+static uint16_t neighbour_add(struct nat_core *core, uint8_t port, uint32_t address, const uint8_t *mac, uint8_t state)
+{
+    uint32_t at = SLAB_TAKE(&core->neighbour_slab, core->neighbours, address);
+    if (at == NONE32)
+        return NONE16;
+    if (!flow_table_insert(&core->neighbour_index, neighbour_hash(port, address, mac), at + 1)) {
+        SLAB_GIVE(&core->neighbour_slab, core->neighbours, address, at);
+        return NONE16;
+    }
+    struct neighbour *n = &core->neighbours[at];
+    *n = (struct neighbour){
+        .address = address,
+        .port = port,
+        .state = state,
+        .confirmed_ms = core->now_ms,
+        .used_ms = core->now_ms,
+        .asked_ms = core->now_ms - ASK_MS,
+        .held_first = NONE16,
+        .held_last = NONE16,
+    };
+    memcpy(n->mac, mac, 6);
+    return (uint16_t)at;
+}
+
+static void neighbour_forget(struct nat_core *core, uint16_t at)
+{
+    struct neighbour *n = &core->neighbours[at];
+    flow_table_remove(&core->neighbour_index, neighbour_hash(n->port, n->address, n->mac), at + 1u);
+    n->state = NAT_NB_FREE;
+    SLAB_GIVE(&core->neighbour_slab, core->neighbours, address, at);
+}
+
+static uint16_t neighbour_at(struct nat_core *core, uint8_t port, uint32_t address)
+{
+    uint16_t at = neighbour_find(core, port, address, no_mac);
+    return at != NONE16 ? at : neighbour_add(core, port, address, no_mac, NAT_NB_INCOMPLETE);
+}
+
+bool neighbour_setup(struct nat_core *core, const struct nat_config *config, char *error, size_t error_size)
+{
+    /* longest prefix first, so that the first match is the best; few enough that plain insertion does */
+    struct nat_route_config *routes = core->config.routes;
+    for (unsigned i = 1; i < config->n_routes; i++)
+        for (unsigned k = i; k && routes[k - 1].length < routes[k].length; k--) {
+            struct nat_route_config swap = routes[k];
+            routes[k] = routes[k - 1];
+            routes[k - 1] = swap;
+        }
+    for (unsigned i = 0; i < config->n_neighbours; i++) {
+        const struct nat_neighbour_config *n = &config->neighbours[i];
+        if (!n->address || n->port >= config->n_ports || neighbour_find(core, n->port, n->address, no_mac) != NONE16 ||
+            neighbour_add(core, n->port, n->address, n->mac, NAT_NB_STATIC) == NONE16) {
+            snprintf(error, error_size, "static neighbour %u: no address, no such port, twice, or no room in max_neighbours", i);
+            return false;
+        }
+    }
+    for (unsigned i = 0; i < config->n_routes; i++) {
+        const struct nat_route_config *route = &routes[i];
+        core->gateway_neighbour[i] = NONE16;
+        if (route->connected)
+            continue;
+        uint16_t at = neighbour_at(core, route->port, route->gateway);
+        if (at == NONE16) {
+            snprintf(error, error_size, "no room for the gateway of route %u in max_neighbours", i);
+            return false;
+        }
+        struct neighbour *n = &core->neighbours[at];
+        if (route->has_mac) {
+            memcpy(n->mac, route->mac, 6);
+            n->state = NAT_NB_STATIC;
+        }
+        n->keep = 1;
+        core->gateway_neighbour[i] = at;
+    }
+    return true;
+}
+
+uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_side side, enum nat_verdict *why)
+{
+    *why = NAT_DROP_NO_ROUTE;
+    unsigned length = 32;
+    bool matched = false;
+    for (unsigned i = 0; i < core->config.n_routes; i++) {
+        const struct nat_route_config *route = &core->config.routes[i];
+        if (matched && route->length < length)
+            break; /* the best route leads to the other side */
+        if (!route_covers(route, address))
+            continue;
+        matched = true;
+        length = route->length;
+        if (core->config.ports[route->port].side != side)
+            continue;
+        if (!route->connected)
+            return core->gateway_neighbour[i];
+        uint32_t host = address & ~prefix_mask(route->length);
+        if (route->length < 31 && (host == 0 || host == ~prefix_mask(route->length))) {
+            *why = NAT_DROP_MULTICAST;
+            return NONE16;
+        }
+        *why = NAT_DROP_TABLE_FULL;
+        return neighbour_at(core, route->port, address);
+    }
+    return NONE16;
+}
+
+static void neighbour_confirm(struct nat_core *core, uint16_t at, const uint8_t *mac);
+
+uint16_t neighbour_behind(struct nat_core *core, uint8_t port, uint32_t source, const uint8_t *mac)
+{
+    uint16_t at = NONE16;
+    if (is_on_link(core, port, source)) {
+        at = neighbour_at(core, port, source);
+    } else {
+        for (unsigned i = 0; i < core->config.n_routes && at == NONE16; i++)
+            if (core->config.routes[i].port == port && route_covers(&core->config.routes[i], source))
+                at = core->gateway_neighbour[i];
+    }
+    if (at != NONE16) {
+        struct neighbour *n = &core->neighbours[at];
+        if (n->state == NAT_NB_INCOMPLETE || (n->state != NAT_NB_STATIC && same_mac(n->mac, mac))) {
+            neighbour_confirm(core, at, mac);
+            return at;
+        }
+        if (same_mac(n->mac, mac))
+            return at;
+    }
+    /* It came from another MAC than its address has: this session's answers go there, no one else's do. */
+    at = neighbour_find(core, port, 0, mac);
+    return at != NONE16 ? at : neighbour_add(core, port, 0, mac, NAT_NB_REACHABLE);
+}
+
+/* --- frames of our own ------------------------------------------------------------------------------- */
+
+static void put_arp(uint8_t *arp, uint16_t operation, const uint8_t *sender_mac, uint32_t sender, const uint8_t *target_mac,
+                    uint32_t target)
+{
+    put16(arp, 1);
+    put16(arp + 2, ETHERTYPE_IPV4);
+    arp[4] = 6;
+    arp[5] = 4;
+    put16(arp + 6, operation);
+    memcpy(arp + 8, sender_mac, 6);
+    put32(arp + 14, sender);
+    memcpy(arp + 18, target_mac, 6);
+    put32(arp + 24, target);
+}
+
+static bool send_request(struct nat_core *core, uint8_t port, const uint8_t *to, uint32_t sender, uint32_t target)
+{
+    if (core->outbox_tail - core->outbox_head == NAT_OUTBOX)
+        return false;
+    const struct nat_port_config *config = &core->config.ports[port];
+    struct outbox_frame *frame = &core->outbox[core->outbox_tail++ % NAT_OUTBOX];
+    memset(frame->bytes, 0, sizeof frame->bytes);
+    frame->port = port;
+    frame->length = 60; /* the least that Ethernet carries */
+    memcpy(frame->bytes, to, 6);
+    memcpy(frame->bytes + 6, config->mac, 6);
+    put16(frame->bytes + 12, ETHERTYPE_ARP);
+    put_arp(frame->bytes + ETH_BYTES, ARP_REQUEST, config->mac, sender, no_mac, target);
+    core->stats.arp_requests_sent++;
+    return true;
+}
+
+unsigned nat_outbox(struct nat_core *core, uint8_t *bytes, uint8_t *port)
+{
+    if (core->outbox_head == core->outbox_tail)
+        return 0;
+    const struct outbox_frame *frame = &core->outbox[core->outbox_head++ % NAT_OUTBOX];
+    memcpy(bytes, frame->bytes, frame->length);
+    *port = frame->port;
+    core->stats.tx_packets[frame->port]++;
+    core->stats.tx_bytes[frame->port] += frame->length;
+    return frame->length;
+}
+
+void nat_announce(struct nat_core *core)
+{
+    core->announce_at = 0;
+}
+
+/* One address after the other, port by port: its own, then the pool's that lie in its subnet. */
+static bool announce_step(struct nat_core *core)
+{
+    uint64_t per_port = 1u + (uint64_t)core->pool.n_addresses;
+    uint64_t end = per_port * core->config.n_ports;
+    bool did = core->announce_at < end;
+    for (unsigned budget = SWEEP_STEP; core->announce_at < end && budget; budget--, core->announce_at++) {
+        uint8_t port = (uint8_t)(core->announce_at / per_port);
+        uint32_t index = (uint32_t)(core->announce_at % per_port);
+        const struct nat_port_config *config = &core->config.ports[port];
+        uint32_t address = index ? pool_address_at(&core->pool, index - 1) : config->address;
+        bool due = index ? config->side == NAT_EXTERNAL && address != config->address && is_on_link(core, port, address)
+                         : address != 0;
+        if (due && !send_request(core, port, broadcast_mac, address, address))
+            break;
+    }
+    return did;
+}
+
+/* --- waiting ----------------------------------------------------------------------------------------- */
+
+static bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_t *first, uint16_t *last, uint32_t session,
+                 uint16_t neighbour)
+{
+    uint32_t at = SLAB_TAKE(&core->held_slab, core->held, session);
+    if (at == NONE32)
+        return false;
+    core->held[at] = (struct held){
+        .packet = *packet, .since_ms = core->now_ms, .session = session, .neighbour = neighbour, .next = NONE16};
+    if (*first == NONE16)
+        *first = (uint16_t)at;
+    else
+        core->held[*last].next = (uint16_t)at;
+    *last = (uint16_t)at;
+    return true;
+}
+
+/* Takes the first packet off a list. */
+static struct held unhold(struct nat_core *core, uint16_t *first, uint16_t *last)
+{
+    uint16_t at = *first;
+    struct held held = core->held[at];
+    *first = held.next;
+    if (*first == NONE16)
+        *last = NONE16;
+    SLAB_GIVE(&core->held_slab, core->held, session, at);
+    return held;
+}
+
+static void finish(struct nat_core *core, struct nat_packet *packet, enum nat_verdict verdict)
+{
+    if (verdict == NAT_HELD)
+        return; /* it went from one queue into another */
+    packet->verdict = (uint8_t)verdict;
+    core->stats.verdicts[verdict]++;
+    if (verdict == NAT_FORWARD)
+        count_tx(core, packet);
+    /* there is room: its own place was just given back */
+    hold(core, packet, &core->done_first, &core->done_last, NONE32, NONE16);
+}
+
+unsigned nat_take(struct nat_core *core, struct nat_packet *out, unsigned max)
+{
+    unsigned n = 0;
+    while (n < max && core->done_first != NONE16)
+        out[n++] = unhold(core, &core->done_first, &core->done_last).packet;
+    return n;
+}
+
+static enum nat_verdict hold_for_neighbour(struct nat_core *core, struct nat_packet *packet, uint16_t at)
+{
+    struct neighbour *n = &core->neighbours[at];
+    if (n->held == HELD_PER_NEIGHBOUR || !hold(core, packet, &n->held_first, &n->held_last, NONE32, at))
+        return NAT_DROP_HOLD_LIMIT;
+    n->held++;
+    if (core->now_ms - n->asked_ms >= ASK_MS && send_request(core, n->port, broadcast_mac, core->config.ports[n->port].address, n->address)) {
+        n->asked_ms = core->now_ms;
+        n->asked = 1;
+    }
+    return NAT_HELD;
+}
+
+enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *packet, uint32_t session, uint16_t neighbour)
+{
+    struct session_cold *cold = &core->cold[session];
+    return hold(core, packet, &cold->held_first, &cold->held_last, session, neighbour) ? NAT_HELD : NAT_DROP_HOLD_LIMIT;
+}
+
+void hold_release(struct nat_core *core, uint32_t session, enum nat_verdict verdict)
+{
+    struct session_cold *cold = &core->cold[session];
+    while (cold->held_first != NONE16) {
+        struct held held = unhold(core, &cold->held_first, &cold->held_last);
+        finish(core, &held.packet, verdict == NAT_FORWARD ? neighbour_send(core, &held.packet, held.neighbour) : verdict);
+    }
+}
+
+static void neighbour_release(struct nat_core *core, uint16_t at, enum nat_verdict verdict)
+{
+    struct neighbour *n = &core->neighbours[at];
+    n->held = 0;
+    while (n->held_first != NONE16) {
+        struct held held = unhold(core, &n->held_first, &n->held_last);
+        finish(core, &held.packet, verdict == NAT_FORWARD ? neighbour_send(core, &held.packet, at) : verdict);
+    }
+}
+
+/* Sessions whose commit did not come in time. */
+bool hold_step(struct nat_core *core)
+{
+    bool did = false;
+    for (unsigned budget = SWEEP_STEP; budget && core->held_slab.used; budget--) {
+        if (core->held_sweep >= core->held_slab.top) {
+            core->held_sweep = 0;
+            break;
+        }
+        const struct held *held = &core->held[core->held_sweep++];
+        /* a free place has a link where the session stands: its list head tells the two apart */
+        uint32_t session = held->session;
+        if (session < core->session_slab.top && core->sessions[session].protocol &&
+            core->cold[session].held_first == core->held_sweep - 1 &&
+            (uint32_t)(core->now_ms - held->since_ms) >= core->config.hold_ms)
+            did |= session_close(core, session, NAT_CLOSE_HOLD_TIMEOUT);
+    }
+    return did;
+}
+
+void nat_flush(struct nat_core *core)
+{
+    for (uint32_t at = 0; at < core->session_slab.top; at++)
+        if (core->sessions[at].protocol)
+            hold_release(core, at, NAT_DROP_SESSION_GONE);
+    for (uint32_t at = 0; at < core->neighbour_slab.top; at++)
+        if (core->neighbours[at].state != NAT_NB_FREE)
+            neighbour_release(core, (uint16_t)at, NAT_DROP_SESSION_GONE);
+}
+
+/* --- sending and learning ---------------------------------------------------------------------------- */
+
+static void neighbour_confirm(struct nat_core *core, uint16_t at, const uint8_t *mac)
+{
+    struct neighbour *n = &core->neighbours[at];
+    memcpy(n->mac, mac, 6);
+    n->state = NAT_NB_REACHABLE;
+    n->confirmed_ms = core->now_ms;
+    n->asked = 0;
+    if (n->held)
+        neighbour_release(core, at, NAT_FORWARD);
+}
+
+enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, uint16_t at)
+{
+    struct neighbour *n = &core->neighbours[at];
+    n->used_ms = core->now_ms;
+    packet->port = n->port;
+    if (n->state == NAT_NB_INCOMPLETE)
+        return hold_for_neighbour(core, packet, at);
+    memcpy(packet->data, n->mac, 6);
+    memcpy(packet->data + 6, core->config.ports[n->port].mac, 6);
+    return NAT_FORWARD;
+}
+
+enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet, unsigned l2)
+{
+    if (packet->segment < l2 + ARP_BYTES)
+        return NAT_DROP_RUNT;
+    uint8_t *arp = packet->data + l2, *sender_mac = arp + 8;
+    const struct nat_port_config *config = &core->config.ports[packet->port];
+    uint16_t operation = get16(arp + 6);
+    if (get16(arp) != 1 || get16(arp + 2) != ETHERTYPE_IPV4 || arp[4] != 6 || arp[5] != 4 ||
+        (operation != ARP_REQUEST && operation != ARP_REPLY) || sender_mac[0] & 1 || same_mac(sender_mac, no_mac) ||
+        same_mac(sender_mac, config->mac))
+        return NAT_DROP_ARP;
+    uint32_t sender = get32(arp + 14), target = get32(arp + 24);
+
+    enum nat_verdict verdict = NAT_DROP_ARP;
+    if (sender && !is_answered_address(core, packet->port, sender)) {
+        uint16_t at = neighbour_find(core, packet->port, sender, no_mac);
+        if (at != NONE16) {
+            if (core->neighbours[at].state != NAT_NB_STATIC)
+                neighbour_confirm(core, at, sender_mac);
+            verdict = NAT_CONSUMED;
+        }
+    }
+    if (operation == ARP_REPLY || !is_answered_address(core, packet->port, target))
+        return verdict;
+
+    uint8_t asker[6];
+    memcpy(asker, sender_mac, 6);
+    memcpy(packet->data, asker, 6);
+    memcpy(packet->data + 6, config->mac, 6);
+    put_arp(arp, ARP_REPLY, config->mac, target, asker, sender);
+    core->stats.arp_replies_sent++;
+    return NAT_REPLY;
+}
+
+static bool neighbour_tick(struct nat_core *core, uint16_t at)
+{
+    struct neighbour *n = &core->neighbours[at];
+    uint32_t now = core->now_ms, since_asked = now - n->asked_ms, own = core->config.ports[n->port].address;
+    bool unused = !n->sessions && !n->keep && !n->held;
+    switch (n->state) {
+    case NAT_NB_INCOMPLETE:
+        if (n->asked >= ASK_TRIES && since_asked >= ASK_MS) {
+            neighbour_release(core, at, NAT_DROP_UNREACHABLE);
+            if (unused && now - n->used_ms >= PROBE_MS)
+                neighbour_forget(core, at);
+            else if (n->keep && since_asked >= PROBE_MS)
+                n->asked = 0;
+            return true;
+        }
+        /* gateways are asked for before anybody needs them */
+        if ((n->held || n->keep) && since_asked >= ASK_MS && send_request(core, n->port, broadcast_mac, own, n->address)) {
+            n->asked_ms = now;
+            n->asked++;
+            return true;
+        }
+        if (unused && now - n->used_ms >= IDLE_MS)
+            neighbour_forget(core, at);
+        return false;
+    case NAT_NB_REACHABLE:
+        if (unused && now - n->used_ms >= IDLE_MS) {
+            neighbour_forget(core, at);
+        } else if (n->address && now - n->confirmed_ms >= CONFIRM_MS && (n->keep || now - n->used_ms < CONFIRM_MS)) {
+            n->state = NAT_NB_PROBE;
+            n->asked = 0;
+            n->asked_ms = now - PROBE_MS;
+        }
+        return false;
+    case NAT_NB_PROBE:
+        if (since_asked < PROBE_MS)
+            return false;
+        if (n->asked >= PROBE_TRIES) {
+            n->state = NAT_NB_INCOMPLETE;
+            n->asked = 0;
+        } else if (send_request(core, n->port, n->asked < PROBE_UNICAST ? n->mac : broadcast_mac, own, n->address)) {
+            n->asked_ms = now;
+            n->asked++;
+        }
+        return true;
+    default:
+        return false;
+    }
+}
+
+bool neighbour_step(struct nat_core *core)
+{
+    bool did = announce_step(core);
+    if (core->neighbour_sweep >= core->neighbour_slab.top) {
+        if (core->now_ms - core->neighbour_sweep_ms < SWEEP_MS)
+            return did;
+        core->neighbour_sweep = 0;
+        core->neighbour_sweep_ms = core->now_ms;
+    }
+    for (unsigned budget = SWEEP_STEP; budget && core->neighbour_sweep < core->neighbour_slab.top; budget--)
+        did |= neighbour_tick(core, (uint16_t)core->neighbour_sweep++);
+    return did;
+}

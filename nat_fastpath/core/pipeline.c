@@ -1,0 +1,495 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A packet's whole way, top to bottom. nat_burst takes the common shape (untagged IPv4 without options, whole
+ * UDP or TCP, of a known session) through in batches, so that memory is asked for long before it is needed.
+ * Whatever differs in anything goes through `packet_alone`, which is the definition of what this NAT does.
+ */
+#include "core.h"
+
+/* --- one packet of a known session -------------------------------------------------------------------- */
+
+static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2, bool hairpin);
+
+static void tcp_advance(struct nat_core *core, uint32_t at, uint8_t state, int direction)
+{
+    struct session *s = &core->sessions[at];
+    int opener = s->flags & NAT_SESSION_INBOUND ? IN : OUT;
+    /* the third step of the handshake is the opener's */
+    if (s->tcp_state == NAT_TCP_SYN_BOTH && state == NAT_TCP_ESTABLISHED && direction != opener)
+        return;
+    /* both ends gone, the same endpoints begin anew, perhaps the other way round */
+    if (state == NAT_TCP_SYN_OUT)
+        s->flags &= (uint8_t)~NAT_SESSION_INBOUND;
+    else if (state == NAT_TCP_SYN_IN)
+        s->flags |= NAT_SESSION_INBOUND;
+    s->tcp_state = state;
+    session_set_timer(s);
+    if (event_room(core))
+        event_emit(core, NAT_EVENT_UPDATE, 0, at);
+}
+
+/* Once per millisecond and session at most: answers go back to where its packets now come from. */
+static void follow_sender(struct nat_core *core, struct session *s, const struct nat_packet *packet)
+{
+    const struct neighbour *n = &core->neighbours[s->neighbour[IN]];
+    const uint8_t *mac = packet->data + 6;
+    bool fresh = n->state != NAT_NB_REACHABLE || !n->address || core->now_ms - n->confirmed_ms < 1000;
+    if (fresh && raw32(mac) == raw32(n->mac) && raw16(mac + 4) == raw16(n->mac + 4))
+        return;
+    uint16_t at = neighbour_behind(core, packet->port, session_internal_addr(s), mac);
+    if (at == NONE16 || at == s->neighbour[IN])
+        return;
+    core->neighbours[s->neighbour[IN]].sessions--;
+    core->neighbours[at].sessions++;
+    s->neighbour[IN] = at;
+}
+
+/* `ip_header` and `l2` are constants where the caller knows them, and the compiler makes use of it. */
+static inline __attribute__((always_inline)) enum nat_verdict translate(struct nat_core *core, struct nat_packet *packet,
+                                                                        unsigned l2, unsigned ip_header, uint32_t at,
+                                                                        int direction, bool hairpinned)
+{
+    struct session *s = &core->sessions[at];
+    uint8_t *ip = packet->data + l2, *l4 = ip + ip_header;
+    uint16_t neighbour = s->neighbour[direction];
+    uint32_t bytes = get16(ip + 2);
+    bool hairpin = neighbour == NONE16;
+
+    /* the other half of a hairpin session comes from our own translation, never from the wire */
+    if (direction == IN && s->neighbour[OUT] == NONE16 && !hairpinned)
+        return NAT_DROP_ADDRESS;
+    if (ip[8] <= 1)
+        return hairpinned ? NAT_DROP_TTL : icmp_error(core, packet, l2, ICMP_TIME_EXCEEDED, 0, 0, NAT_DROP_TTL);
+    if (!hairpin) {
+        uint16_t mtu = core->config.ports[core->neighbours[neighbour].port].mtu;
+        if (bytes > mtu)
+            return hairpinned || !(get16(ip + 6) & IP_DF)
+                       ? NAT_DROP_TOO_BIG
+                       : icmp_error(core, packet, l2, ICMP_UNREACHABLE, 4, mtu, NAT_DROP_TOO_BIG);
+    }
+
+    if (s->protocol == PROTO_TCP) {
+        uint8_t state = tcp_next[s->tcp_state][direction][tcp_kind[l4[13] & 7]];
+        if (state != s->tcp_state)
+            tcp_advance(core, at, state, direction);
+    }
+    if (s->last_ms != core->now_ms) {
+        s->last_ms = core->now_ms;
+        if (direction == OUT)
+            follow_sender(core, s, packet);
+        neighbour = s->neighbour[direction];
+    }
+    if (++s->packets[direction] == 0)
+        core->cold[at].packets_high[direction]++;
+    s->bytes[direction] += bytes;
+
+    uint32_t l3 = direction == OUT ? s->l3_delta : (uint16_t)~s->l3_delta;
+    uint32_t l4_delta = direction == OUT ? s->l4_delta : (uint16_t)~s->l4_delta;
+    uint16_t before, after;
+    if (direction == OUT) {
+        before = (uint16_t)s->ports[OUT];
+        after = (uint16_t)(s->ports[IN] >> 16);
+        put_raw32(ip + 12, high32(s->addrs[IN]));
+    } else {
+        before = (uint16_t)(s->ports[IN] >> 16);
+        after = (uint16_t)s->ports[OUT];
+        put_raw32(ip + 16, low32(s->addrs[OUT]));
+    }
+    unsigned field = direction == OUT ? 0 : 2;
+    if (s->protocol == PROTO_TCP) {
+        put_raw16(l4 + field, after);
+        patch_check(l4 + 16, l4_delta);
+    } else if (s->protocol == PROTO_UDP) {
+        put_raw16(l4 + field, after);
+        patch_udp_check(l4 + 6, l4_delta);
+    } else {
+        put_raw16(l4 + 4, after);
+        patch_check(l4 + 2, delta16(before, after));
+    }
+
+    if (hairpin) {
+        patch_check(ip + 10, l3);
+        core->stats.hairpinned++;
+        return inbound(core, packet, l2, true);
+    }
+    ip[8]--;
+    patch_check(ip + 10, l3 + TTL_DELTA);
+    if (s->flags & NAT_SESSION_PENDING)
+        return hold_for_session(core, packet, at, neighbour);
+    return neighbour_send(core, packet, neighbour);
+}
+
+static enum nat_verdict session_packet(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint32_t at,
+                                       int direction, bool hairpinned)
+{
+    return translate(core, packet, l2, (packet->data[l2] & 15u) * 4, at, direction, hairpinned);
+}
+
+/* --- one packet, whatever it is ----------------------------------------------------------------------- */
+
+static bool is_query(uint8_t type)
+{
+    return type == ICMP_ECHO || type == ICMP_TIMESTAMP;
+}
+static bool is_query_reply(uint8_t type)
+{
+    return type == ICMP_ECHO_REPLY || type == ICMP_TIMESTAMP_REPLY;
+}
+
+/* The key of a packet whose headers are checked. An ICMP query has one identifier for both ends. */
+static struct flow_key packet_key(const uint8_t *ip, const uint8_t *l4, int direction)
+{
+    uint16_t source = raw16(l4), destination = raw16(l4 + 2);
+    if (ip[9] == PROTO_ICMP) {
+        source = direction == OUT ? raw16(l4 + 4) : 0;
+        destination = direction == OUT ? 0 : raw16(l4 + 4);
+    }
+    return flow_key(raw32(ip + 12), raw32(ip + 16), source, destination, ip[9]);
+}
+
+static bool opens_tcp(const uint8_t *l4)
+{
+    return (l4[13] & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
+}
+
+static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packet, unsigned l2)
+{
+    uint8_t *ip = packet->data + l2, *l4 = ip + (ip[0] & 15u) * 4;
+    bool is_icmp = ip[9] == PROTO_ICMP;
+    if (is_icmp && icmp_is_error(l4[0]))
+        return icmp_translate_error(core, packet, l2, OUT);
+    if (is_icmp && !is_query(l4[0]))
+        return is_query_reply(l4[0]) ? NAT_DROP_ICMP_NO_SESSION : NAT_DROP_ICMP_TYPE;
+
+    struct flow_key key = packet_key(ip, l4, OUT);
+    uint32_t hash = flow_hash(key.addrs, key.ports, key.protocol);
+    uint32_t at = session_find(core, &key, hash, OUT);
+    if (at != NONE32)
+        return session_packet(core, packet, l2, at, OUT, false);
+
+    uint32_t remote = get32(ip + 16);
+    bool to_pool = pool_address_index(&core->pool, remote) != POOL_NONE;
+    if (to_pool && is_icmp)
+        return l4[0] == ICMP_ECHO ? icmp_echo_reply(core, packet, l2) : NAT_DROP_ICMP_TYPE;
+    if (ip[8] <= 1)
+        return icmp_error(core, packet, l2, ICMP_TIME_EXCEEDED, 0, 0, NAT_DROP_TTL);
+    if (ip[9] == PROTO_TCP && !opens_tcp(l4))
+        return NAT_DROP_TCP_NOT_SYN;
+
+    enum nat_verdict verdict = NAT_FORWARD;
+    uint16_t outside = to_pool ? NONE16 : neighbour_towards(core, remote, NAT_EXTERNAL, &verdict);
+    if (!to_pool && outside == NONE16)
+        return verdict;
+    struct session_request request = {
+        .internal_addr = get32(ip + 12),
+        .remote_addr = remote,
+        .internal_port = net16((uint16_t)key.ports),
+        .remote_port = net16((uint16_t)(key.ports >> 16)),
+        .protocol = ip[9],
+        .tcp_state = ip[9] == PROTO_TCP ? NAT_TCP_SYN_OUT : NAT_TCP_NONE,
+        .neighbour = {outside, neighbour_behind(core, packet->port, get32(ip + 12), packet->data + 6)},
+    };
+    if (request.neighbour[IN] == NONE16)
+        return NAT_DROP_TABLE_FULL;
+    verdict = session_open(core, &request, &at);
+    return verdict == NAT_FORWARD ? session_packet(core, packet, l2, at, OUT, false) : verdict;
+}
+
+static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2, bool hairpinned)
+{
+    uint8_t *ip = packet->data + l2, *l4 = ip + (ip[0] & 15u) * 4;
+    bool is_icmp = ip[9] == PROTO_ICMP;
+    uint32_t external = get32(ip + 16);
+    if (is_icmp && !is_query_reply(l4[0])) {
+        if (pool_address_index(&core->pool, external) == POOL_NONE)
+            return NAT_DROP_NOT_POOL;
+        if (icmp_is_error(l4[0]))
+            return icmp_translate_error(core, packet, l2, IN);
+        return l4[0] == ICMP_ECHO && !hairpinned ? icmp_echo_reply(core, packet, l2) : NAT_DROP_ICMP_TYPE;
+    }
+
+    struct flow_key key = packet_key(ip, l4, IN);
+    uint32_t hash = flow_hash(key.addrs, key.ports, key.protocol);
+    uint32_t at = session_find(core, &key, hash, IN);
+    if (at != NONE32)
+        return session_packet(core, packet, l2, at, IN, hairpinned);
+
+    uint32_t remote = get32(ip + 12);
+    struct session_request request = {
+        .remote_addr = remote,
+        .remote_port = net16((uint16_t)key.ports),
+        .protocol = ip[9],
+        .tcp_state = ip[9] == PROTO_TCP ? NAT_TCP_SYN_IN : NAT_TCP_NONE,
+        .inbound = true,
+    };
+    enum nat_verdict verdict = mapping_admits(core, external, net16((uint16_t)(key.ports >> 16)), ip[9], remote, &request);
+    if (is_icmp && verdict != NAT_DROP_NOT_POOL)
+        return NAT_DROP_ICMP_NO_SESSION; /* only what was asked for */
+    if (verdict != NAT_FORWARD)
+        return verdict;
+    if (ip[9] == PROTO_TCP && !opens_tcp(l4))
+        return NAT_DROP_TCP_NOT_SYN;
+    if (ip[8] <= 1)
+        return hairpinned ? NAT_DROP_TTL : icmp_error(core, packet, l2, ICMP_TIME_EXCEEDED, 0, 0, NAT_DROP_TTL);
+    request.neighbour[IN] = neighbour_towards(core, request.internal_addr, NAT_INTERNAL, &verdict);
+    if (request.neighbour[IN] == NONE16)
+        return verdict;
+    request.neighbour[OUT] = hairpinned ? NONE16 : neighbour_behind(core, packet->port, remote, packet->data + 6);
+    if (!hairpinned && request.neighbour[OUT] == NONE16)
+        return NAT_DROP_TABLE_FULL;
+    verdict = session_open(core, &request, &at);
+    return verdict == NAT_FORWARD ? session_packet(core, packet, l2, at, IN, hairpinned) : verdict;
+}
+
+/* The transport header lies within the datagram, and what of it we read or write within the first segment. */
+static enum nat_verdict transport_check(const struct nat_packet *packet, const uint8_t *ip, unsigned header, uint32_t total)
+{
+    const uint8_t *l4 = ip + header;
+    uint32_t bytes = total - header, there = (uint32_t)(packet->data + packet->segment - l4);
+    unsigned least;
+    switch (ip[9]) {
+    case PROTO_UDP:
+        least = UDP_BYTES;
+        break;
+    case PROTO_TCP:
+        least = TCP_BYTES;
+        break;
+    case PROTO_ICMP:
+        least = ICMP_BYTES;
+        break;
+    default:
+        return NAT_DROP_PROTOCOL;
+    }
+    if (bytes < least)
+        return NAT_DROP_L4_HEADER;
+    if (there < least)
+        return NAT_DROP_RUNT;
+    if (ip[9] == PROTO_UDP) {
+        uint16_t length = get16(l4 + 4);
+        if (length < UDP_BYTES || length > bytes)
+            return NAT_DROP_L4_HEADER;
+    } else if (ip[9] == PROTO_TCP) {
+        unsigned offset = (l4[12] >> 4) * 4u;
+        if (offset < TCP_BYTES || offset > bytes)
+            return NAT_DROP_L4_HEADER;
+    } else if (there >= bytes && !sums_right(l4, bytes)) {
+        return NAT_DROP_ICMP_CHECKSUM;
+    }
+    return NAT_FORWARD;
+}
+
+static bool is_multicast(uint32_t address)
+{
+    return address >> 28 == 14 || address == 0xffffffffu;
+}
+static bool is_unusable(uint32_t address)
+{
+    return address >> 24 == 0 || address >> 24 == 127;
+}
+
+static enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet)
+{
+    uint8_t *data = packet->data;
+    const struct nat_port_config *port = &core->config.ports[packet->port];
+    if (packet->segment < ETH_BYTES)
+        return NAT_DROP_RUNT;
+    uint16_t ethertype = get16(data + 12);
+    if (data[0] & 1) {
+        bool broadcast = raw32(data) == 0xffffffffu && raw16(data + 4) == 0xffffu;
+        if (!broadcast || ethertype != ETHERTYPE_ARP)
+            return NAT_DROP_MULTICAST;
+    } else if (raw32(data) != raw32(port->mac) || raw16(data + 4) != raw16(port->mac + 4)) {
+        return NAT_DROP_NOT_FOR_US;
+    }
+    unsigned l2 = ETH_BYTES;
+    if (ethertype == ETHERTYPE_ARP)
+        return neighbour_arp(core, packet, l2);
+    if (ethertype != ETHERTYPE_IPV4)
+        return ethertype == ETHERTYPE_VLAN   ? NAT_DROP_VLAN
+               : ethertype == ETHERTYPE_IPV6 ? NAT_DROP_IPV6
+                                             : NAT_DROP_ETHERTYPE;
+
+    uint8_t *ip = data + l2;
+    if (packet->segment < l2 + IP_BYTES)
+        return NAT_DROP_RUNT;
+    unsigned header = (ip[0] & 15u) * 4;
+    uint32_t total = get16(ip + 2);
+    if (ip[0] >> 4 != 4 || header < IP_BYTES || total < header || total > packet->length - l2)
+        return NAT_DROP_IP_HEADER;
+    if (packet->segment < l2 + header)
+        return NAT_DROP_RUNT;
+    if (!sums_right(ip, header))
+        return NAT_DROP_IP_CHECKSUM;
+
+    uint32_t source = get32(ip + 12), destination = get32(ip + 16);
+    bool to_pool = pool_address_index(&core->pool, destination) != POOL_NONE;
+    if (is_unusable(source) || is_multicast(source) || is_own_address(core, source) ||
+        pool_address_index(&core->pool, source) != POOL_NONE)
+        return NAT_DROP_ADDRESS;
+    if (is_multicast(destination))
+        return NAT_DROP_MULTICAST;
+    if (is_unusable(destination))
+        return NAT_DROP_ADDRESS;
+    if (get16(ip + 6) & (IP_MF | IP_OFFSET))
+        return NAT_DROP_FRAGMENT;
+    enum nat_verdict verdict = transport_check(packet, ip, header, total);
+    if (is_own_address(core, destination) && !to_pool) {
+        if (ip[9] == PROTO_ICMP && (verdict != NAT_FORWARD || ip[header] == ICMP_ECHO))
+            return verdict == NAT_FORWARD ? icmp_echo_reply(core, packet, l2) : verdict;
+        return NAT_DROP_LOCAL;
+    }
+    if (verdict != NAT_FORWARD)
+        return verdict;
+    return port->side == NAT_INTERNAL ? outbound(core, packet, l2) : inbound(core, packet, l2, false);
+}
+
+/* --- bursts ------------------------------------------------------------------------------------------- */
+
+#define NO_CANDIDATE NONE32
+
+/* One batch on its way. Arrays, because the hashing takes them sixteen at a time. */
+struct batch {
+    uint64_t addrs[NAT_BURST];
+    uint32_t ports[NAT_BURST];
+    uint8_t protocols[NAT_BURST];
+    uint32_t hashes[NAT_BURST];
+    uint32_t session[NAT_BURST]; /* candidate; NO_CANDIDATE: goes alone */
+    struct nat_packet *packets;
+    unsigned n;
+    uint32_t common; /* bit per packet: of the common shape */
+    uint32_t inside; /* bit per packet: from inside */
+};
+
+/* The common shape. What it does not look at (addresses) the session's existence vouches for. */
+static inline bool is_common(const struct nat_core *core, const struct nat_packet *packet)
+{
+    const uint8_t *data = packet->data, *ip = data + ETH_BYTES;
+    const struct nat_port_config *port = &core->config.ports[packet->port];
+    if (packet->segment < ETH_BYTES + IP_BYTES + UDP_BYTES || raw32(data) != raw32(port->mac) ||
+        raw16(data + 4) != raw16(port->mac + 4) || raw16(data + 12) != net16(ETHERTYPE_IPV4) || ip[0] != 0x45)
+        return false;
+    uint32_t total = get16(ip + 2), bytes = total - IP_BYTES;
+    if (total < IP_BYTES + UDP_BYTES || total > packet->length - ETH_BYTES || get16(ip + 6) & (IP_MF | IP_OFFSET) ||
+        !sums_right(ip, IP_BYTES))
+        return false;
+    const uint8_t *l4 = ip + IP_BYTES;
+    if (ip[9] == PROTO_UDP)
+        return get16(l4 + 4) >= UDP_BYTES && get16(l4 + 4) <= bytes;
+    if (ip[9] != PROTO_TCP || packet->segment < ETH_BYTES + IP_BYTES + TCP_BYTES || bytes < TCP_BYTES)
+        return false;
+    unsigned offset = (l4[12] >> 4) * 4u;
+    return offset >= TCP_BYTES && offset <= bytes;
+}
+
+/* Keys, hashes, and the first line of the index is on its way. */
+static void batch_parse(struct nat_core *core, struct batch *batch, struct nat_packet *packets, unsigned n)
+{
+    batch->packets = packets;
+    batch->n = n;
+    batch->common = batch->inside = 0;
+    for (unsigned i = 0; i < n; i++) {
+        const struct nat_packet *packet = &packets[i];
+        core->stats.rx_packets[packet->port]++;
+        core->stats.rx_bytes[packet->port] += packet->length;
+        if (!is_common(core, packet))
+            continue;
+        const uint8_t *ip = packet->data + ETH_BYTES;
+        batch->common |= 1u << i;
+        batch->inside |= (uint32_t)(core->config.ports[packet->port].side == NAT_INTERNAL) << i;
+        batch->addrs[i] = raw64(ip + 12);
+        batch->ports[i] = raw32(ip + IP_BYTES);
+        batch->protocols[i] = ip[9];
+    }
+    if (!batch->common)
+        return;
+    core->hash_many(batch->addrs, batch->ports, batch->protocols, batch->hashes, n);
+    for (unsigned i = 0; i < n; i++)
+        if (batch->common >> i & 1)
+            __builtin_prefetch(&core->flows.buckets[flow_table_first(&core->flows, batch->hashes[i])]);
+}
+
+static inline uint32_t bucket_candidate(const struct flow_bucket *bucket, uint32_t hash)
+{
+    unsigned mask = flow_bucket_match(bucket, hash);
+    uint32_t value = mask ? bucket->value[__builtin_ctz(mask)] : FLOW_TABLE_NONE;
+    return value == FLOW_TABLE_NONE ? NO_CANDIDATE : (value - 1) >> 1;
+}
+
+/* A candidate session for each, and its line is on its way. */
+static void batch_probe(struct nat_core *core, struct batch *batch)
+{
+    uint32_t second = 0;
+    for (unsigned i = 0; i < batch->n; i++) {
+        batch->session[i] = NO_CANDIDATE;
+        if (!(batch->common >> i & 1))
+            continue;
+        uint32_t hash = batch->hashes[i], bucket = flow_table_first(&core->flows, hash);
+        batch->session[i] = bucket_candidate(&core->flows.buckets[bucket], hash);
+        if (batch->session[i] != NO_CANDIDATE) {
+            __builtin_prefetch(&core->sessions[batch->session[i]], 1);
+        } else {
+            second |= 1u << i;
+            __builtin_prefetch(&core->flows.buckets[flow_table_other(&core->flows, hash, bucket)]);
+        }
+    }
+    for (; second; second &= second - 1) {
+        unsigned i = (unsigned)__builtin_ctz(second);
+        uint32_t hash = batch->hashes[i];
+        uint32_t bucket = flow_table_other(&core->flows, hash, flow_table_first(&core->flows, hash));
+        batch->session[i] = bucket_candidate(&core->flows.buckets[bucket], hash);
+        if (batch->session[i] != NO_CANDIDATE)
+            __builtin_prefetch(&core->sessions[batch->session[i]], 1);
+    }
+}
+
+static inline enum nat_verdict batch_one(struct nat_core *core, struct batch *batch, unsigned i)
+{
+    struct nat_packet *packet = &batch->packets[i];
+    uint32_t at = batch->session[i];
+    if (at == NO_CANDIDATE)
+        return packet_alone(core, packet);
+    const struct session *s = &core->sessions[at];
+    int direction = batch->inside >> i & 1 ? OUT : IN;
+    /* equal signatures are rare and different keys behind them rarer; then the long way finds the right one */
+    if (s->addrs[direction] != batch->addrs[i] || s->ports[direction] != batch->ports[i] ||
+        s->protocol != batch->protocols[i])
+        return packet_alone(core, packet);
+    if (direction == OUT)
+        return translate(core, packet, ETH_BYTES, IP_BYTES, at, OUT, false);
+    return translate(core, packet, ETH_BYTES, IP_BYTES, at, IN, false);
+}
+
+static void batch_finish(struct nat_core *core, struct batch *batch)
+{
+    for (unsigned i = 0; i < batch->n; i++) {
+        enum nat_verdict verdict = batch_one(core, batch, i);
+        struct nat_packet *packet = &batch->packets[i];
+        packet->verdict = (uint8_t)verdict;
+        core->stats.verdicts[verdict]++;
+        if (verdict <= NAT_REPLY)
+            count_tx(core, packet);
+    }
+}
+
+void nat_burst(struct nat_core *core, struct nat_packet *packets, unsigned n, uint64_t now)
+{
+    if (!n)
+        return;
+    core_time(core, now);
+    struct batch batches[2];
+    struct batch *current = &batches[0], *next = &batches[1];
+    unsigned at = n < NAT_BURST ? n : NAT_BURST;
+    batch_parse(core, current, packets, at);
+    batch_probe(core, current);
+    while (at < n) {
+        unsigned size = n - at < NAT_BURST ? n - at : NAT_BURST;
+        batch_parse(core, next, packets + at, size);
+        batch_finish(core, current);
+        batch_probe(core, next);
+        struct batch *swap = current;
+        current = next;
+        next = swap;
+        at += size;
+    }
+    batch_finish(core, current);
+}

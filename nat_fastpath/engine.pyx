@@ -1,0 +1,617 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3
+"""The NAT core for Python: sessions, events and counters as numpy arrays, frames as bytes.
+
+The typed face with the documentation of every call is engine.pyi.
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+from posix.unistd cimport usleep
+
+import threading
+import time
+from collections import namedtuple
+from enum import IntEnum
+
+import numpy as np
+
+cdef extern from "engine_tables.h" nogil:
+    enum:
+        NAT_ABI, NAT_VERDICT_COUNT, NAT_MAX_PORTS, NAT_MAX_ROUTES, NAT_MAX_RANGES, NAT_OUTBOX_BYTES
+        NAT_FORWARD, NAT_REPLY, NAT_HELD
+        NAT_EVENT_OPEN, NAT_EVENT_CLOSE, NAT_EVENT_UPDATE
+        NAT_CLOSE_IDLE, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT
+        NAT_SESSION_PENDING, NAT_SESSION_FOREIGN, NAT_SESSION_INBOUND, NAT_SESSION_OFFLOAD
+        NAT_CMD_SESSIONS, NAT_CMD_INSTALL, NAT_CMD_DELETE, NAT_CMD_COMMIT, NAT_CMD_FIND
+        NAT_CMD_NEIGHBOURS, NAT_CMD_HOSTS
+        N_COUNTER_ROWS, N_RECORD_ROWS, N_EVENT_ROWS, N_NEIGHBOUR_ROWS, N_HOST_ROWS
+
+    struct name_row:
+        const char *name
+        const char *text
+        const char *help
+    struct field_row:
+        const char *name
+        uint32_t offset
+        uint32_t size
+    const name_row *verdict_rows
+    const field_row *counter_rows
+    const field_row *record_rows
+    const field_row *event_rows
+    const field_row *neighbour_rows
+    const field_row *host_rows
+
+    struct nat_stats:
+        uint64_t *verdicts
+        uint64_t *rx_packets
+        uint64_t *rx_bytes
+        uint64_t *tx_packets
+        uint64_t *tx_bytes
+    struct nat_packet:
+        uint8_t *data
+        uint32_t length
+        uint32_t segment
+        uint32_t capacity
+        uint8_t port
+        uint8_t verdict
+        void *cookie
+    struct nat_record:
+        pass
+    struct nat_event:
+        pass
+    struct nat_neighbour_record:
+        pass
+    struct nat_host_record:
+        pass
+    struct nat_port_config:
+        uint8_t side
+        uint8_t *mac
+        uint32_t address
+        uint16_t mtu
+        uint16_t vlan
+    struct nat_route_config:
+        uint32_t prefix
+        uint8_t length
+        uint8_t port
+        uint8_t connected
+        uint8_t has_mac
+        uint8_t *mac
+        uint32_t gateway
+    struct nat_neighbour_config:
+        uint32_t address
+        uint8_t port
+        uint8_t *mac
+    struct nat_pool_range:
+        uint32_t first
+        uint32_t last
+        uint16_t port_first
+        uint16_t port_last
+        uint16_t own_first
+        uint16_t own_last
+    struct nat_config:
+        uint32_t abi
+        uint8_t instance
+        uint8_t mapping
+        uint8_t filtering
+        uint8_t n_ports
+        uint8_t synchronous
+        uint32_t epoch
+        uint32_t max_sessions
+        uint32_t max_mappings
+        uint32_t max_hosts
+        uint32_t max_neighbours
+        uint32_t max_held
+        uint32_t event_ring
+        uint32_t sessions_per_host
+        uint32_t mappings_per_host
+        uint32_t new_sessions_rate
+        uint32_t new_sessions_burst
+        uint32_t icmp_rate
+        uint32_t hold_ms
+        uint32_t timeout_udp_ms
+        uint32_t timeout_tcp_established_ms
+        uint32_t timeout_tcp_transitory_ms
+        uint32_t timeout_icmp_ms
+        uint32_t quarantine_ms
+        uint64_t seed
+        uint8_t n_pool
+        uint8_t n_routes
+        uint16_t n_neighbours
+        nat_port_config *ports
+        nat_route_config *routes
+        nat_pool_range *pool
+        const nat_neighbour_config *neighbours
+    struct nat_memory:
+        uint64_t sessions
+        uint64_t index
+        uint64_t mappings
+        uint64_t hosts
+        uint64_t pool
+        uint64_t other
+        uint64_t total
+    struct nat_command:
+        uint32_t op
+        uint32_t count
+        uint64_t cursor
+        void *buffer
+        uint32_t result
+        uint32_t done
+    struct nat_core:
+        pass
+    struct nat_api_table "nat_api":
+        pass
+    const nat_api_table nat_api
+
+    nat_core *nat_create(const nat_config *config, char *error, size_t error_size)
+    void nat_destroy(nat_core *core)
+    void nat_memory_for(const nat_config *config, nat_memory *out)
+    void nat_burst(nat_core *core, nat_packet *packets, unsigned n, uint64_t now)
+    bint nat_poll(nat_core *core, uint64_t now)
+    void nat_settle(nat_core *core, uint64_t now)
+    unsigned nat_take(nat_core *core, nat_packet *out, unsigned max)
+    unsigned nat_outbox(nat_core *core, uint8_t *frame, uint8_t *port)
+    void nat_announce(nat_core *core)
+    void nat_flush(nat_core *core)
+    void nat_command_now(nat_core *core, nat_command *command)
+    bint nat_command_push(nat_core *core, nat_command *command)
+    unsigned nat_events(nat_core *core, nat_event *out, unsigned max)
+    const nat_stats *nat_stats_of "nat_stats"(nat_core *core)
+
+cdef extern from * nogil:
+    """
+    static inline unsigned command_done(const struct nat_command *c) { return __atomic_load_n(&c->done, __ATOMIC_ACQUIRE); }
+    """
+    unsigned command_done(const nat_command *command)
+
+
+cdef _dtype(const field_row *rows, unsigned n, size_t size):
+    fields = [(rows[i].name.decode(), f"<u{rows[i].size}", rows[i].offset) for i in range(n)]
+    names, formats, offsets = zip(*fields)
+    return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": size})
+
+
+RECORD = _dtype(record_rows, N_RECORD_ROWS, sizeof(nat_record))
+EVENT = _dtype(event_rows, N_EVENT_ROWS, sizeof(nat_event))
+NEIGHBOUR = _dtype(neighbour_rows, N_NEIGHBOUR_ROWS, sizeof(nat_neighbour_record))
+HOST = _dtype(host_rows, N_HOST_ROWS, sizeof(nat_host_record))
+
+Verdict = IntEnum("Verdict", {verdict_rows[i].name.decode(): i for i in range(NAT_VERDICT_COUNT)}, module=__name__)
+VERDICT_NAMES = tuple(verdict_rows[i].text.decode() for i in range(NAT_VERDICT_COUNT))
+VERDICT_HELP = tuple(verdict_rows[i].help.decode() for i in range(NAT_VERDICT_COUNT))
+_VERDICTS = tuple(Verdict)
+
+EVENT_OPEN = NAT_EVENT_OPEN
+EVENT_CLOSE = NAT_EVENT_CLOSE
+EVENT_UPDATE = NAT_EVENT_UPDATE
+CLOSE_REASONS = {NAT_CLOSE_IDLE: "idle", NAT_CLOSE_COMMAND: "command", NAT_CLOSE_HOLD_TIMEOUT: "hold timeout"}
+TCP_STATES = (
+    "none", "syn_out", "syn_in", "syn_both", "established", "fin_out", "fin_in", "closing", "reset"
+)  # fmt: skip
+NEIGHBOUR_STATES = ("free", "incomplete", "reachable", "probe", "static")
+FLAG_PENDING = NAT_SESSION_PENDING
+FLAG_FOREIGN = NAT_SESSION_FOREIGN
+FLAG_INBOUND = NAT_SESSION_INBOUND
+FLAG_OFFLOAD = NAT_SESSION_OFFLOAD
+
+_SIDES = {"internal": 0, "external": 1}
+_MAPPINGS = {"endpoint-independent": 0, "endpoint-dependent": 1}
+_FILTERINGS = {"address-and-port-dependent": 0, "address-dependent": 1, "endpoint-independent": 2}
+
+Result = namedtuple("Result", ("verdict", "port", "frame"))
+
+
+class CoreError(Exception):
+    """The configuration or the memory does not allow a core; the message says why."""
+
+
+def _choice(choices, value, what):
+    try:
+        return choices[value]
+    except KeyError:
+        raise CoreError(f"{what}: {value!r} is none of {', '.join(choices)}") from None
+
+
+def _milliseconds(seconds):
+    return min(round(seconds * 1000), 0xFFFFFFFF)
+
+
+cdef int _put_mac(uint8_t *out, mac) except -1:
+    if len(mac) != 6:
+        raise CoreError(f"a MAC has 6 bytes, not {len(mac)}")
+    cdef const uint8_t[::1] view = mac
+    memcpy(out, &view[0], 6)
+    return 0
+
+
+cdef class _Configuration:
+    """struct nat_config, with the memory of its neighbours."""
+
+    cdef nat_config c
+    cdef nat_neighbour_config *neighbours
+
+    def __cinit__(self, config):
+        memset(&self.c, 0, sizeof(self.c))
+        self.neighbours = NULL
+        cdef nat_config *c = &self.c
+        for name, limit in (("ports", NAT_MAX_PORTS), ("pool", NAT_MAX_RANGES), ("routes", NAT_MAX_ROUTES)):
+            if len(getattr(config, name)) > limit:
+                raise CoreError(f"{name}: {len(getattr(config, name))}, and a core takes {limit} at most")
+        if len(config.neighbours) >= 1 << 16:
+            raise CoreError(f"neighbours: {len(config.neighbours)}, and a core takes 65535 at most")
+        c.abi = NAT_ABI
+        c.instance = config.instance
+        c.epoch = config.epoch
+        c.mapping = _choice(_MAPPINGS, config.mapping, "mapping")
+        c.filtering = _choice(_FILTERINGS, config.filtering, "filtering")
+        c.synchronous = config.synchronous
+        c.max_sessions = config.max_sessions
+        c.max_mappings = config.max_mappings
+        c.max_hosts = config.max_hosts
+        c.max_neighbours = config.max_neighbours
+        c.max_held = config.max_held
+        c.event_ring = 1 << max(config.event_ring - 1, 0).bit_length()
+        c.sessions_per_host = config.sessions_per_host
+        c.mappings_per_host = config.mappings_per_host
+        c.new_sessions_rate = config.new_sessions_rate
+        c.new_sessions_burst = config.new_sessions_burst
+        c.icmp_rate = config.icmp_rate
+        c.hold_ms = _milliseconds(config.hold)
+        c.timeout_udp_ms = _milliseconds(config.udp_timeout)
+        c.timeout_tcp_established_ms = _milliseconds(config.tcp_established_timeout)
+        c.timeout_tcp_transitory_ms = _milliseconds(config.tcp_transitory_timeout)
+        c.timeout_icmp_ms = _milliseconds(config.icmp_timeout)
+        c.quarantine_ms = _milliseconds(config.quarantine)
+        c.seed = config.seed
+        c.n_ports = len(config.ports)
+        for i, port in enumerate(config.ports):
+            c.ports[i].side = _choice(_SIDES, port.side, f"ports[{i}].side")
+            _put_mac(c.ports[i].mac, port.mac)
+            c.ports[i].address = int(port.address)
+            c.ports[i].mtu = port.mtu
+            c.ports[i].vlan = port.vlan
+        c.n_routes = len(config.routes)
+        for i, route in enumerate(config.routes):
+            c.routes[i].prefix = int(route.prefix)
+            c.routes[i].length = route.length
+            c.routes[i].port = route.port
+            c.routes[i].gateway = int(route.gateway)
+            c.routes[i].connected = not int(route.gateway)
+            if route.gateway_mac is not None:
+                c.routes[i].has_mac = 1
+                _put_mac(c.routes[i].mac, route.gateway_mac)
+        c.n_pool = len(config.pool)
+        for i, part in enumerate(config.pool):
+            own = part.own or part.ports
+            c.pool[i].first = int(part.first)
+            c.pool[i].last = int(part.last)
+            c.pool[i].port_first, c.pool[i].port_last = part.ports
+            c.pool[i].own_first, c.pool[i].own_last = own
+        c.n_neighbours = len(config.neighbours)
+        if config.neighbours:
+            self.neighbours = <nat_neighbour_config *>calloc(len(config.neighbours), sizeof(nat_neighbour_config))
+            if self.neighbours == NULL:
+                raise MemoryError
+            c.neighbours = self.neighbours
+        for i, neighbour in enumerate(config.neighbours):
+            self.neighbours[i].address = int(neighbour.address)
+            self.neighbours[i].port = neighbour.port
+            _put_mac(self.neighbours[i].mac, neighbour.mac)
+
+    def __dealloc__(self):
+        free(self.neighbours)
+
+    def memory(self):
+        cdef nat_memory m
+        nat_memory_for(&self.c, &m)
+        return dict(m)
+
+
+def memory_for(config):
+    """What ``Core(config)`` would take, in bytes by part, without taking it."""
+    return _Configuration(config).memory()
+
+
+# An answer may be longer than the question: an ICMP error has up to 576 bytes.
+cdef enum:
+    ANSWER_BYTES = 640
+# Without any progress for so long, the worker is taken for dead.
+COMMAND_PATIENCE = 2.0  # seconds
+
+
+cdef object _result(const nat_packet *packet):
+    frame = b""
+    if packet.verdict <= NAT_REPLY:
+        frame = PyBytes_FromStringAndSize(<char *>packet.data, packet.length)
+    return Result(_VERDICTS[packet.verdict], packet.port, frame)
+
+
+cdef class Core:
+    """One NAT core, owned by the thread that calls it, until a worker takes it over with ``attach``."""
+
+    cdef nat_core *core
+    cdef readonly object config
+    cdef _Configuration configuration
+    cdef bint attached
+    cdef object lock
+    cdef list abandoned
+
+    def __cinit__(self, config):
+        self.core = NULL
+        self.attached = False
+        self.lock = threading.Lock()
+        self.abandoned = []
+        self.config = config
+        self.configuration = _Configuration(config)
+        cdef char error[256]
+        with nogil:
+            self.core = nat_create(&self.configuration.c, error, sizeof(error))
+        if self.core == NULL:
+            raise CoreError(error.decode())
+
+    def __dealloc__(self):
+        # A worker that still runs on this memory must never find it gone.
+        if self.core != NULL and not self.attached:
+            nat_destroy(self.core)
+
+    def close(self):
+        """Gives the memory back. Raises RuntimeError while a worker is attached."""
+        if self.core == NULL:
+            return
+        self._own()
+        self.flush()
+        nat_destroy(self.core)
+        self.core = NULL
+
+    cdef int _alive(self) except -1:
+        if self.core == NULL:
+            raise RuntimeError("this core is closed")
+        return 0
+
+    cdef int _own(self) except -1:
+        self._alive()
+        if self.attached:
+            raise RuntimeError("a worker owns this core: stop it first")
+        return 0
+
+    @property
+    def address(self):
+        """The ``struct nat_core *`` as an integer, for a native worker. Keep the Core alive while it is used."""
+        self._alive()
+        return <uintptr_t>self.core
+
+    @staticmethod
+    def api_address():
+        """The ``const struct nat_api *`` as an integer."""
+        return <uintptr_t>&nat_api
+
+    def attach(self):
+        """From now on a worker owns the core: commands go through the ring instead of being carried out at once."""
+        self._own()
+        self.attached = True
+
+    def detach(self):
+        """The worker has ended; the core belongs to the caller again."""
+        self.attached = False
+
+    # -- packets ---------------------------------------------------------------------------------------
+
+    def burst(self, frames, now_ns):
+        """Sends (port, frame) pairs through the core as one call; one Result each, in order."""
+        self._own()
+        cdef unsigned n = len(frames), i
+        cdef uint64_t now = now_ns
+        cdef const uint8_t[::1] view
+        cdef nat_packet *packets = <nat_packet *>calloc(n or 1, sizeof(nat_packet))
+        if packets == NULL:
+            raise MemoryError
+        try:
+            for i, (port, frame) in enumerate(frames):
+                if not 0 <= port < self.configuration.c.n_ports:
+                    raise ValueError(f"port {port}: there are {self.configuration.c.n_ports}")
+                packets[i].length = packets[i].segment = len(frame)
+                packets[i].capacity = max(len(frame), ANSWER_BYTES)
+                packets[i].port = port
+                packets[i].data = <uint8_t *>malloc(packets[i].capacity)
+                if packets[i].data == NULL:
+                    raise MemoryError
+                packets[i].cookie = packets[i].data
+                if len(frame):
+                    view = frame
+                    memcpy(packets[i].data, &view[0], len(frame))
+            with nogil:
+                nat_burst(self.core, packets, n, now)
+            results = []
+            for i in range(n):
+                results.append(_result(&packets[i]))
+                if packets[i].verdict == NAT_HELD:
+                    packets[i].cookie = NULL  # until take()
+            return results
+        finally:
+            for i in range(n):
+                free(packets[i].cookie)
+            free(packets)
+
+    def poll(self, now_ns):
+        """Bounded work between bursts; returns whether it found anything to do."""
+        self._own()
+        return nat_poll(self.core, now_ns)
+
+    def settle(self, now_ns):
+        """Polls until the ageing sweep has seen every session once at ``now_ns``."""
+        self._own()
+        cdef uint64_t now = now_ns
+        with nogil:
+            nat_settle(self.core, now)
+
+    def take(self):
+        """Held packets that have a final verdict now."""
+        self._own()
+        cdef nat_packet packet
+        results = []
+        while nat_take(self.core, &packet, 1):
+            results.append(_result(&packet))
+            free(packet.cookie)
+        return results
+
+    def flush(self):
+        """Gives up all held packets, and returns them."""
+        self._own()
+        nat_flush(self.core)
+        return self.take()
+
+    def outbox(self):
+        """(port, frame) pairs that the core itself wants sent."""
+        self._own()
+        cdef uint8_t frame[NAT_OUTBOX_BYTES]
+        cdef uint8_t port
+        cdef unsigned length
+        frames = []
+        while True:
+            length = nat_outbox(self.core, frame, &port)
+            if not length:
+                return frames
+            frames.append((port, PyBytes_FromStringAndSize(<char *>frame, length)))
+
+    def announce(self):
+        """Announces our addresses by gratuitous ARP, through the outbox."""
+        self._own()
+        nat_announce(self.core)
+
+    # -- commands --------------------------------------------------------------------------------------
+
+    cdef tuple _command(self, unsigned op, buffer, uint64_t cursor):
+        """Carries out a command on a record array; returns (result, cursor)."""
+        self._alive()
+        cdef nat_command *command = <nat_command *>calloc(1, sizeof(nat_command))
+        if command == NULL:
+            raise MemoryError
+        cdef uint8_t[::1] view = buffer.view(np.uint8)
+        command.op = op
+        command.count = len(buffer)
+        command.cursor = cursor
+        command.buffer = &view[0] if len(view) else NULL
+        with self.lock:
+            if not self.attached:
+                with nogil:
+                    nat_command_now(self.core, command)
+            elif not self._wait(command):
+                # The worker may still come back and write there: this memory must stay.
+                self.abandoned.append(buffer)
+                raise TimeoutError("the worker does not answer")
+        answer = (command.result, command.cursor)
+        free(command)
+        return answer
+
+    cdef bint _wait(self, nat_command *command):
+        patience = time.monotonic() + COMMAND_PATIENCE
+        while not nat_command_push(self.core, command):
+            if time.monotonic() > patience:
+                return False
+            usleep(50)
+        cdef uint64_t seen = command.cursor
+        while not command_done(command):
+            with nogil:
+                usleep(50)
+            if command.cursor != seen:
+                seen = command.cursor
+                patience = time.monotonic() + COMMAND_PATIENCE
+            elif time.monotonic() > patience:
+                return False
+        return True
+
+    def sessions(self, cursor=0, maximum=4096):
+        """Up to ``maximum`` records and the cursor of the next page, 0 at the end."""
+        records = np.zeros(maximum, RECORD)
+        n, following = self._command(NAT_CMD_SESSIONS, records, cursor)
+        return records[:n], following
+
+    def find(self, protocol, source, destination, side="internal"):
+        """The record of the session that a packet with this 5-tuple belongs to, or None."""
+        record = np.zeros(1, RECORD)
+        record["protocol"] = protocol
+        (source_address, source_port), (destination_address, destination_port) = source, destination
+        if _choice(_SIDES, side, "side") == 0:
+            record["internal_addr"], record["internal_port"] = int(source_address), source_port
+            record["remote_addr"], record["remote_port"] = int(destination_address), destination_port
+        else:
+            record["flags"] = NAT_SESSION_INBOUND
+            record["remote_addr"], record["remote_port"] = int(source_address), source_port
+            record["external_addr"], record["external_port"] = int(destination_address), destination_port
+        found, _ = self._command(NAT_CMD_FIND, record, 0)
+        return record[0] if found else None
+
+    cdef _records(self, unsigned op, records):
+        return self._command(op, np.array(records, RECORD, copy=True, ndmin=1), 0)[0]
+
+    def install(self, records):
+        """Installs sessions from the peer or the operator; returns how many were new and possible."""
+        return self._records(NAT_CMD_INSTALL, records)
+
+    def delete(self, records):
+        """Ends the sessions of these records (by 5-tuple and id); returns how many there were."""
+        return self._records(NAT_CMD_DELETE, records)
+
+    def commit(self, records):
+        """Lets the packets of these pending sessions go; returns how many sessions there were."""
+        return self._records(NAT_CMD_COMMIT, records)
+
+    cdef _all(self, unsigned op, dtype):
+        parts, cursor = [], 0
+        while True:
+            part = np.zeros(4096, dtype)
+            n, cursor = self._command(op, part, cursor)
+            parts.append(part[:n])
+            if not cursor:
+                return np.concatenate(parts)
+
+    def neighbours(self):
+        """The next hops, dtype NEIGHBOUR."""
+        return self._all(NAT_CMD_NEIGHBOURS, NEIGHBOUR)
+
+    def hosts(self):
+        """The inside hosts that have a session, dtype HOST."""
+        return self._all(NAT_CMD_HOSTS, HOST)
+
+    # -- what may be read at any time --------------------------------------------------------------------
+
+    def events(self, maximum=65536):
+        """Takes up to ``maximum`` events out of the ring; shape (n,), dtype EVENT."""
+        self._alive()
+        cdef const nat_stats *stats = nat_stats_of(self.core)
+        waiting = (<const uint64_t *>(<const uint8_t *>stats + counter_rows[N_COUNTER_ROWS - 1].offset))[0]
+        events = np.empty(min(maximum, waiting), EVENT)
+        cdef uint8_t[::1] view
+        cdef unsigned n = 0
+        if len(events):
+            view = events.view(np.uint8)
+            n = nat_events(self.core, <nat_event *>&view[0], <unsigned>len(events))
+        return events[:n]
+
+    def verdicts(self):
+        """Packets by verdict; shape (len(Verdict),)."""
+        self._alive()
+        cdef const nat_stats *stats = nat_stats_of(self.core)
+        return np.array([stats.verdicts[i] for i in range(NAT_VERDICT_COUNT)], np.uint64)
+
+    def counters(self):
+        """All other counters and gauges by name: rx_packets.0, tx_bytes.1, sessions, mappings, ..."""
+        self._alive()
+        cdef const nat_stats *stats = nat_stats_of(self.core)
+        cdef unsigned i
+        out = {}
+        for i in range(self.configuration.c.n_ports):
+            out[f"rx_packets.{i}"] = stats.rx_packets[i]
+            out[f"rx_bytes.{i}"] = stats.rx_bytes[i]
+            out[f"tx_packets.{i}"] = stats.tx_packets[i]
+            out[f"tx_bytes.{i}"] = stats.tx_bytes[i]
+        for i in range(N_COUNTER_ROWS):
+            out[counter_rows[i].name.decode()] = (
+                <const uint64_t *>(<const uint8_t *>stats + counter_rows[i].offset))[0]
+        return out
+
+    def memory(self):
+        """Bytes by part: sessions, index, mappings, hosts, pool, other, total."""
+        return self.configuration.memory()
