@@ -27,7 +27,8 @@ static const struct field_row record_rows[] = {NAT_RECORD_FIELDS(RECORD_ROW)};
 #define EVENT_ROW(type, name) {#name, offsetof(struct nat_event, name), sizeof(type)},
 #define EVENT_RECORD_ROW(type, name)                                                                         \
     {#name, offsetof(struct nat_event, session) + offsetof(struct nat_record, name), sizeof(type)},
-static const struct field_row event_rows[] = {NAT_EVENT_FIELDS(EVENT_ROW) NAT_RECORD_FIELDS(EVENT_RECORD_ROW)};
+static const struct field_row event_rows[] = {NAT_EVENT_FIELDS(EVENT_ROW)
+                                                  NAT_RECORD_FIELDS(EVENT_RECORD_ROW)};
 
 #define NEIGHBOUR_ROW(type, name) {#name, offsetof(struct nat_neighbour_record, name), sizeof(type)},
 static const struct field_row neighbour_rows[] = {NAT_NEIGHBOUR_FIELDS(NEIGHBOUR_ROW)};

@@ -5,14 +5,16 @@
  */
 #include "core.h"
 
-#define SWEEP_PERIOD_NS 1000000000ull /* the whole table is seen once in this time, so a timeout is late by no more */
-#define SWEEP_STEP 1024u              /* sessions looked at in one step at most */
-#define CLOSE_STEP 64u                /* and closed, which is dearer */
+#define SWEEP_PERIOD_NS                                                                                      \
+    1000000000ull        /* the whole table is seen once in this time, so a timeout is late by no more */
+#define SWEEP_STEP 1024u /* sessions looked at in one step at most */
+#define CLOSE_STEP 64u   /* and closed, which is dearer */
 #define WAKE_STEP 64u
 
 static bool expired(const struct nat_core *core, const struct session *s)
 {
-    return s->protocol && !(s->flags & NAT_SESSION_FOREIGN) && core->now_ms - s->last_ms >= core->timeout_ms[s->timer];
+    return s->protocol && !(s->flags & NAT_SESSION_FOREIGN) &&
+           core->now_ms - s->last_ms >= core->timeout_ms[s->timer];
 }
 
 /* Looks at up to `look` sessions; returns how many it closed. Stays at one that it could not close. */
@@ -36,7 +38,8 @@ bool ageing_step(struct nat_core *core)
 {
     unsigned did = pool_wake(&core->pool, core->now_ns / 1000000, WAKE_STEP);
     uint64_t elapsed = core->now_ns - core->sweep_ns;
-    uint64_t due = (elapsed < SWEEP_PERIOD_NS ? elapsed : SWEEP_PERIOD_NS) * core->session_slab.top / SWEEP_PERIOD_NS;
+    uint64_t due =
+        (elapsed < SWEEP_PERIOD_NS ? elapsed : SWEEP_PERIOD_NS) * core->session_slab.top / SWEEP_PERIOD_NS;
     if (due) {
         core->sweep_ns = core->now_ns;
         did += sweep(core, due < SWEEP_STEP ? (uint32_t)due : SWEEP_STEP, CLOSE_STEP);

@@ -14,7 +14,8 @@
 static bool mappings_are_kept(const struct nat_config *config)
 {
     /* endpoint-dependent sessions are mappings of their own, unless the filter admits others to them */
-    return config->mapping == NAT_MAPPING_ENDPOINT_INDEPENDENT || config->filtering != NAT_FILTER_ADDRESS_AND_PORT;
+    return config->mapping == NAT_MAPPING_ENDPOINT_INDEPENDENT ||
+           config->filtering != NAT_FILTER_ADDRESS_AND_PORT;
 }
 
 /* Fills in what was left to us. */
@@ -46,7 +47,8 @@ static struct nat_config completed(const struct nat_config *config)
     T(hosts, core->hosts, c->max_hosts, sizeof(struct host))                                                 \
     T(hosts, core->host_index.buckets, flow_table_buckets(c->max_hosts), sizeof(struct flow_bucket))         \
     T(other, core->neighbours, c->max_neighbours, sizeof(struct neighbour))                                  \
-    T(other, core->neighbour_index.buckets, flow_table_buckets(c->max_neighbours), sizeof(struct flow_bucket)) \
+    T(other, core->neighbour_index.buckets, flow_table_buckets(c->max_neighbours),                           \
+      sizeof(struct flow_bucket))                                                                            \
     T(other, core->held, c->max_held, sizeof(struct held))                                                   \
     T(other, core->events, c->event_ring, sizeof(struct nat_event))
 
@@ -94,8 +96,10 @@ static const char *config_fault(const struct nat_config *c)
     if (!c->n_pool || c->n_pool > NAT_MAX_RANGES || c->n_routes > NAT_MAX_ROUTES)
         return "there are 1 to 64 pool ranges and up to 64 routes";
     for (unsigned i = 0; i < c->n_routes; i++)
-        if (c->routes[i].length > 32 || c->routes[i].port >= c->n_ports || (!c->routes[i].connected && !c->routes[i].gateway))
-            return "a route has a length of up to 32, a port that exists, and a gateway unless it is connected";
+        if (c->routes[i].length > 32 || c->routes[i].port >= c->n_ports ||
+            (!c->routes[i].connected && !c->routes[i].gateway))
+            return "a route has a length of up to 32, a port that exists, and a gateway unless it is "
+                   "connected";
     return NULL;
 }
 
@@ -118,7 +122,8 @@ struct nat_core *nat_create(const struct nat_config *config, char *error, size_t
         c->seed = 1;
     TABLE_CONDITIONS;
     bool complete = true;
-#define TAKE(part, array, entries, size) complete &= !(entries) || (array = memory_take((uint64_t)(entries) * (size)));
+#define TAKE(part, array, entries, size)                                                                     \
+    complete &= !(entries) || (array = memory_take((uint64_t)(entries) * (size)));
     TABLES(TAKE)
 #undef TAKE
     if (!complete) {

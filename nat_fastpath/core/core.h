@@ -63,7 +63,7 @@ static_assert(sizeof(struct mapping) == 32, "memory per mapping is promised");
 /* Address-dependent filtering: this mapping has sent to this remote address. */
 struct permission {
     uint32_t mapping;
-    uint32_t remote; /* host order */
+    uint32_t remote;   /* host order */
     uint32_t sessions; /* 0: free, and `mapping` links it */
 };
 
@@ -88,7 +88,8 @@ struct neighbour {
     uint8_t keep;  /* gateways are refreshed even when idle */
 };
 
-/* A record array with a free list threaded through it and a high-water mark: no slot is touched before use. */
+/* A record array with a free list threaded through it and a high-water mark: no slot is touched before use.
+ */
 struct slab {
     uint32_t capacity, used, top, free; /* free: NONE32 ends the list */
 };
@@ -162,7 +163,7 @@ struct nat_core {
 
     /* ageing */
     uint32_t sweep_at;
-    uint64_t sweep_ns;   /* when the sweep last moved */
+    uint64_t sweep_ns; /* when the sweep last moved */
 
     struct token_bucket new_sessions, icmp_errors;
 
@@ -211,10 +212,11 @@ struct flow_key {
     uint32_t ports;
     uint8_t protocol;
 };
-static inline struct flow_key flow_key(uint32_t raw_source, uint32_t raw_destination, uint16_t raw_sport, uint16_t raw_dport,
-                                       uint8_t protocol)
+static inline struct flow_key flow_key(uint32_t raw_source, uint32_t raw_destination, uint16_t raw_sport,
+                                       uint16_t raw_dport, uint8_t protocol)
 {
-    return (struct flow_key){raw_source | (uint64_t)raw_destination << 32, raw_sport | (uint32_t)raw_dport << 16, protocol};
+    return (struct flow_key){raw_source | (uint64_t)raw_destination << 32,
+                             raw_sport | (uint32_t)raw_dport << 16, protocol};
 }
 static inline uint32_t low32(uint64_t v)
 {
@@ -269,8 +271,8 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *req
 /* False: the event ring has no room, and the session lives on. */
 bool session_close(struct nat_core *core, uint32_t session, enum nat_close_reason reason);
 /* What an inbound packet without a session finds: FORWARD and *request completed, or why it is dropped. */
-enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, uint16_t external_port, uint8_t protocol,
-                                uint32_t remote_addr, struct session_request *request);
+enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, uint16_t external_port,
+                                uint8_t protocol, uint32_t remote_addr, struct session_request *request);
 void session_record(const struct nat_core *core, uint32_t session, struct nat_record *record);
 /* From the peer or the operator. */
 bool session_install(struct nat_core *core, const struct nat_record *record);
@@ -292,7 +294,8 @@ bool commands_step(struct nat_core *core);
 /* Static neighbours and the gateways of the routes, which it sorts. */
 bool neighbour_setup(struct nat_core *core, const struct nat_config *config, char *error, size_t error_size);
 /* Index of the next hop towards `address` on a port of `side`; NONE16 and a reason when there is none. */
-uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_side side, enum nat_verdict *why);
+uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_side side,
+                           enum nat_verdict *why);
 /* Next hop back to where this frame came from: the sender itself when it is on the link, else the router. */
 uint16_t neighbour_behind(struct nat_core *core, uint8_t port, uint32_t source, const uint8_t *mac);
 enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet, unsigned l2);
@@ -302,21 +305,24 @@ bool is_own_address(const struct nat_core *core, uint32_t address);
 /* Writes the link header and sends the packet to its next hop, or holds it. */
 enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, uint16_t neighbour);
 /* Holds a packet of a session that is not committed yet. */
-enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *packet, uint32_t session, uint16_t neighbour);
+enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *packet, uint32_t session,
+                                  uint16_t neighbour);
 /* Ends the waiting of a session's packets: FORWARD sends them on, anything else is their verdict. */
 void hold_release(struct nat_core *core, uint32_t session, enum nat_verdict verdict);
 bool hold_step(struct nat_core *core);
 
 /* --- icmp.c ------------------------------------------------------------------------------------------ */
 /* Turns the packet into an ICMP error about itself, back to its sender; or the drop that stands in for it. */
-enum nat_verdict icmp_error(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint8_t type, uint8_t code,
-                            uint16_t mtu, enum nat_verdict otherwise);
+enum nat_verdict icmp_error(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint8_t type,
+                            uint8_t code, uint16_t mtu, enum nat_verdict otherwise);
 enum nat_verdict icmp_echo_reply(struct nat_core *core, struct nat_packet *packet, unsigned l2);
 /* Translates an ICMP error from outside or inside. */
-enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *packet, unsigned l2, int direction);
+enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *packet, unsigned l2,
+                                      int direction);
 static inline bool icmp_is_error(uint8_t type)
 {
-    return type == ICMP_UNREACHABLE || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETER_PROBLEM || type == 4 || type == 5;
+    return type == ICMP_UNREACHABLE || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETER_PROBLEM ||
+           type == 4 || type == 5;
 }
 
 /* --- core.c ------------------------------------------------------------------------------------------- */

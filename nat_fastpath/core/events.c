@@ -119,32 +119,32 @@ static bool command_step(struct nat_core *core, struct nat_command *command)
 {
     switch (command->op) {
     case NAT_CMD_SESSIONS:
-        return GATHER(session_slab, struct nat_record, core->sessions[i].protocol, session_record(core, i, record));
+        return GATHER(session_slab, struct nat_record, core->sessions[i].protocol,
+                      session_record(core, i, record));
     case NAT_CMD_NEIGHBOURS:
-        return GATHER(neighbour_slab, struct nat_neighbour_record, core->neighbours[i].state != NAT_NB_FREE, ({
+        return GATHER(neighbour_slab, struct nat_neighbour_record, core->neighbours[i].state != NAT_NB_FREE,
+                      ({
                           const struct neighbour *n = &core->neighbours[i];
-                          *record = (struct nat_neighbour_record){mac_of(n->mac),
-                                                                  n->address,
-                                                                  n->sessions,
-                                                                  core->now_ms - n->confirmed_ms,
-                                                                  n->port,
-                                                                  n->state,
-                                                                  n->held};
+                          *record = (struct nat_neighbour_record){
+                              mac_of(n->mac), n->address, n->sessions, core->now_ms - n->confirmed_ms,
+                              n->port,        n->state,   n->held};
                       }));
     case NAT_CMD_HOSTS:
         return GATHER(host_slab, struct nat_host_record, core->hosts[i].sessions, ({
                           const struct host *h = &core->hosts[i];
-                          *record = (struct nat_host_record){h->address, pool_address_at(&core->pool, h->external), h->sessions,
-                                                             h->mappings, h->refused};
+                          *record =
+                              (struct nat_host_record){h->address, pool_address_at(&core->pool, h->external),
+                                                       h->sessions, h->mappings, h->refused};
                       }));
     case NAT_CMD_FIND: {
         struct nat_record *record = command->buffer;
         int direction = record->flags & NAT_SESSION_INBOUND ? IN : OUT;
         struct flow_key key =
-            direction == OUT ? flow_key(net32(record->internal_addr), net32(record->remote_addr), net16(record->internal_port),
-                                        net16(record->remote_port), record->protocol)
-                             : flow_key(net32(record->remote_addr), net32(record->external_addr), net16(record->remote_port),
-                                        net16(record->external_port), record->protocol);
+            direction == OUT
+                ? flow_key(net32(record->internal_addr), net32(record->remote_addr),
+                           net16(record->internal_port), net16(record->remote_port), record->protocol)
+                : flow_key(net32(record->remote_addr), net32(record->external_addr),
+                           net16(record->remote_port), net16(record->external_port), record->protocol);
         uint32_t at = session_find(core, &key, flow_hash(key.addrs, key.ports, key.protocol), direction);
         if (at != NONE32) {
             session_record(core, at, record);

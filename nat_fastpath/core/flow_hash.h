@@ -41,8 +41,8 @@ static inline uint32_t flow_hash(uint64_t addrs, uint32_t ports, uint8_t protoco
 
 /* hashes[i] = flow_hash(addrs[i], ports[i], protocols[i]) for i < n; the arrays must hold a multiple of 16
  * entries, of which those from n on may be anything. Chosen once for the CPU it runs on. */
-typedef void (*flow_hash_many_fn)(const uint64_t *addrs, const uint32_t *ports, const uint8_t *protocols, uint32_t *hashes,
-                                  unsigned n);
+typedef void (*flow_hash_many_fn)(const uint64_t *addrs, const uint32_t *ports, const uint8_t *protocols,
+                                  uint32_t *hashes, unsigned n);
 flow_hash_many_fn flow_hash_choose(const char **name);
 
 #endif

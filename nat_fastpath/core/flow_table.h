@@ -59,7 +59,8 @@ static inline unsigned flow_bucket_match(const struct flow_bucket *bucket, uint3
     __m128i want = _mm_set1_epi32((int)hash);
     __m128i low = _mm_cmpeq_epi32(_mm_load_si128(signature), want);
     __m128i high = _mm_cmpeq_epi32(_mm_load_si128(signature + 1), want);
-    return (unsigned)_mm_movemask_ps(_mm_castsi128_ps(low)) | (unsigned)_mm_movemask_ps(_mm_castsi128_ps(high)) << 4;
+    return (unsigned)_mm_movemask_ps(_mm_castsi128_ps(low)) |
+           (unsigned)_mm_movemask_ps(_mm_castsi128_ps(high)) << 4;
 #else
     unsigned mask = 0;
     for (unsigned i = 0; i < FLOW_TABLE_SLOTS; i++)

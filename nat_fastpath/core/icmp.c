@@ -23,8 +23,8 @@ static void answer_mac(struct nat_core *core, struct nat_packet *packet)
     memcpy(packet->data + 6, core->config.ports[packet->port].mac, 6);
 }
 
-enum nat_verdict icmp_error(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint8_t type, uint8_t code,
-                            uint16_t mtu, enum nat_verdict otherwise)
+enum nat_verdict icmp_error(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint8_t type,
+                            uint8_t code, uint16_t mtu, enum nat_verdict otherwise)
 {
     uint8_t *ip = packet->data + l2;
     unsigned header = (ip[0] & 15u) * 4;
@@ -88,7 +88,8 @@ enum nat_verdict icmp_echo_reply(struct nat_core *core, struct nat_packet *packe
 struct quoted {
     uint8_t *ip, *l4;
     uint32_t l4_bytes; /* that are there */
-    struct flow_key key; /* of the packets that go against it: so of the direction in which the error travels */
+    struct flow_key
+        key; /* of the packets that go against it: so of the direction in which the error travels */
 };
 
 static enum nat_verdict quoted_parse(uint8_t *ip, uint32_t bytes, int direction, struct quoted *out)
@@ -149,7 +150,8 @@ static uint32_t quoted_rewrite(const struct quoted *q, unsigned at, uint32_t add
     return delta;
 }
 
-enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *packet, unsigned l2, int direction)
+enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *packet, unsigned l2,
+                                      int direction)
 {
     uint8_t *ip = packet->data + l2;
     unsigned header = (ip[0] & 15u) * 4;

@@ -26,7 +26,8 @@ void *memory_take(uint64_t bytes)
         return memory ? memset(memory, 0, size) : NULL;
     }
     uint64_t size = whole(bytes, HUGE_BYTES);
-    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_POPULATE, -1, 0);
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_POPULATE, -1, 0);
     if (memory != MAP_FAILED)
         return memory;
     /* one huge page more than needed, to begin at a boundary: only then can all of it be huge */

@@ -124,26 +124,26 @@ struct nat_packet {
 /* One session as the rest of the system sees it: the wire record of the sync protocol, the row of
  * `show sessions`, the body of an event. Little-endian, fixed offsets, no padding. */
 #define NAT_RECORD_FIELDS(F)                                                                                 \
-    F(uint64_t, id)              /* identity; see nat_id */                                                  \
-    F(uint64_t, mapping_id)      /* 0 when the session is its own mapping (endpoint-dependent) */            \
-    F(uint64_t, packets_out)     /* internal to external */                                                  \
+    F(uint64_t, id)          /* identity; see nat_id */                                                      \
+    F(uint64_t, mapping_id)  /* 0 when the session is its own mapping (endpoint-dependent) */                \
+    F(uint64_t, packets_out) /* internal to external */                                                      \
     F(uint64_t, packets_in)                                                                                  \
-    F(uint64_t, bytes_out)       /* IP bytes */                                                              \
+    F(uint64_t, bytes_out) /* IP bytes */                                                                    \
     F(uint64_t, bytes_in)                                                                                    \
-    F(uint64_t, internal_mac)    /* next hop towards the inside: the 48 bits of its MAC, 0 unknown */        \
+    F(uint64_t, internal_mac) /* next hop towards the inside: the 48 bits of its MAC, 0 unknown */           \
     F(uint32_t, internal_addr)                                                                               \
     F(uint32_t, external_addr)                                                                               \
     F(uint32_t, remote_addr)                                                                                 \
-    F(uint32_t, age_ms)          /* since it was opened: ages travel, clocks do not */                       \
-    F(uint32_t, idle_ms)         /* since its last packet */                                                 \
-    F(uint32_t, timeout_ms)      /* that applies in its present state */                                     \
-    F(uint16_t, internal_port)   /* ICMP: query identifier */                                                \
+    F(uint32_t, age_ms)        /* since it was opened: ages travel, clocks do not */                         \
+    F(uint32_t, idle_ms)       /* since its last packet */                                                   \
+    F(uint32_t, timeout_ms)    /* that applies in its present state */                                       \
+    F(uint16_t, internal_port) /* ICMP: query identifier */                                                  \
     F(uint16_t, external_port)                                                                               \
-    F(uint16_t, remote_port)     /* ICMP: 0 */                                                               \
+    F(uint16_t, remote_port) /* ICMP: 0 */                                                                   \
     F(uint8_t, protocol)                                                                                     \
-    F(uint8_t, tcp_state)        /* enum nat_tcp_state; 0 for UDP and ICMP */                                \
-    F(uint8_t, flags)            /* NAT_SESSION_* */                                                         \
-    F(uint8_t, internal_if)      /* port index towards the inside */                                         \
+    F(uint8_t, tcp_state)   /* enum nat_tcp_state; 0 for UDP and ICMP */                                     \
+    F(uint8_t, flags)       /* NAT_SESSION_* */                                                              \
+    F(uint8_t, internal_if) /* port index towards the inside */                                              \
     F(uint8_t, external_if)                                                                                  \
     F(uint8_t, reserved0)                                                                                    \
     F(uint32_t, reserved1)
@@ -154,38 +154,38 @@ struct nat_record {
 } __attribute__((packed));
 
 enum nat_session_flag {
-    NAT_SESSION_PENDING = 1,  /* opened here, not yet committed: its packets are held */
-    NAT_SESSION_FOREIGN = 2,  /* owned by the peer: not aged here */
-    NAT_SESSION_INBOUND = 4,  /* opened by a packet from outside */
-    NAT_SESSION_OFFLOAD = 8,  /* carried by the switch */
-    NAT_SESSION_DYING = 16,   /* delete when the event ring has room */
+    NAT_SESSION_PENDING = 1, /* opened here, not yet committed: its packets are held */
+    NAT_SESSION_FOREIGN = 2, /* owned by the peer: not aged here */
+    NAT_SESSION_INBOUND = 4, /* opened by a packet from outside */
+    NAT_SESSION_OFFLOAD = 8, /* carried by the switch */
+    NAT_SESSION_DYING = 16,  /* delete when the event ring has room */
 };
 
 enum nat_tcp_state {
     NAT_TCP_NONE = 0,
-    NAT_TCP_SYN_OUT,     /* SYN from inside seen */
-    NAT_TCP_SYN_IN,      /* SYN from outside seen */
-    NAT_TCP_SYN_BOTH,    /* SYNs of both sides seen, the last ACK is due */
+    NAT_TCP_SYN_OUT,  /* SYN from inside seen */
+    NAT_TCP_SYN_IN,   /* SYN from outside seen */
+    NAT_TCP_SYN_BOTH, /* SYNs of both sides seen, the last ACK is due */
     NAT_TCP_ESTABLISHED,
-    NAT_TCP_FIN_OUT,     /* inside has finished sending */
+    NAT_TCP_FIN_OUT, /* inside has finished sending */
     NAT_TCP_FIN_IN,
-    NAT_TCP_CLOSING,     /* both have */
+    NAT_TCP_CLOSING, /* both have */
     NAT_TCP_RESET,
     NAT_TCP_STATES
 };
 
 enum nat_event_type {
-    NAT_EVENT_OPEN = 1,   /* session opened */
-    NAT_EVENT_CLOSE,      /* session ended; reason says why */
-    NAT_EVENT_UPDATE,     /* TCP state changed */
+    NAT_EVENT_OPEN = 1, /* session opened */
+    NAT_EVENT_CLOSE,    /* session ended; reason says why */
+    NAT_EVENT_UPDATE,   /* TCP state changed */
 };
 enum nat_close_reason { NAT_CLOSE_IDLE = 1, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT };
 
 #define NAT_EVENT_FIELDS(F)                                                                                  \
-    F(uint64_t, sequence)     /* counts up by one; a gap would mean a lost event, and there is none */       \
-    F(uint64_t, time_ns)      /* `now` of the packet or tick that caused it */                               \
-    F(uint8_t, type)          /* enum nat_event_type */                                                      \
-    F(uint8_t, reason)        /* enum nat_close_reason */                                                    \
+    F(uint64_t, sequence) /* counts up by one; a gap would mean a lost event, and there is none */           \
+    F(uint64_t, time_ns)  /* `now` of the packet or tick that caused it */                                   \
+    F(uint8_t, type)      /* enum nat_event_type */                                                          \
+    F(uint8_t, reason)    /* enum nat_close_reason */                                                        \
     F(uint16_t, reserved2)                                                                                   \
     F(uint32_t, reserved3)
 struct nat_event {
@@ -199,8 +199,8 @@ struct nat_event {
 enum nat_id_class { NAT_ID_SESSION = 1, NAT_ID_MAPPING = 2 };
 static inline uint64_t nat_id(unsigned cls, unsigned instance, unsigned epoch, uint32_t counter)
 {
-    return (uint64_t)(cls & 7u) << 60 | (uint64_t)(instance & 0xffu) << 52 | (uint64_t)(epoch & 0xfffffu) << 32 |
-           counter;
+    return (uint64_t)(cls & 7u) << 60 | (uint64_t)(instance & 0xffu) << 52 |
+           (uint64_t)(epoch & 0xfffffu) << 32 | counter;
 }
 
 struct nat_port_config {
@@ -288,7 +288,7 @@ enum nat_command_op {
 };
 struct nat_command {
     uint32_t op;
-    uint32_t count;  /* entries that fit, or that there are, in buffer */
+    uint32_t count; /* entries that fit, or that there are, in buffer */
     uint64_t cursor;
     void *buffer;
     uint32_t result; /* entries written or handled */
@@ -334,9 +334,11 @@ void nat_burst(struct nat_core *core, struct nat_packet *packets, unsigned n, ui
 bool nat_poll(struct nat_core *core, uint64_t now);
 /* Packets that were held and now have a final verdict; returns how many were written. */
 unsigned nat_take(struct nat_core *core, struct nat_packet *out, unsigned max);
-/* Sweeps the whole session table at once. For captures and tests: a worker relies on nat_poll's small steps. */
+/* Sweeps the whole session table at once. For captures and tests: a worker relies on nat_poll's small steps.
+ */
 void nat_settle(struct nat_core *core, uint64_t now);
-/* Frames of the core's own (ARP): copies one into `frame` (NAT_OUTBOX_BYTES), returns its length, 0 if none. */
+/* Frames of the core's own (ARP): copies one into `frame` (NAT_OUTBOX_BYTES), returns its length, 0 if none.
+ */
 unsigned nat_outbox(struct nat_core *core, uint8_t *frame, uint8_t *port);
 /* Announces our addresses (gratuitous ARP) through the outbox. */
 void nat_announce(struct nat_core *core);

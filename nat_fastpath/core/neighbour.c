@@ -40,8 +40,8 @@ bool is_own_address(const struct nat_core *core, uint32_t address)
 static bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address)
 {
     const struct nat_port_config *config = &core->config.ports[port];
-    return address && (config->address == address ||
-                       (config->side == NAT_EXTERNAL && pool_address_index(&core->pool, address) != POOL_NONE));
+    return address && (config->address == address || (config->side == NAT_EXTERNAL &&
+                                                      pool_address_index(&core->pool, address) != POOL_NONE));
 }
 
 /* --- routes ------------------------------------------------------------------------------------------ */
@@ -75,7 +75,8 @@ static uint32_t neighbour_hash(uint8_t port, uint32_t address, const uint8_t *ma
 }
 
 /* By address, or by MAC alone when `address` is 0. */
-static uint16_t neighbour_find(const struct nat_core *core, uint8_t port, uint32_t address, const uint8_t *mac)
+static uint16_t neighbour_find(const struct nat_core *core, uint8_t port, uint32_t address,
+                               const uint8_t *mac)
 {
     struct flow_cursor cursor = flow_cursor(&core->neighbour_index, neighbour_hash(port, address, mac));
     uint32_t value;
@@ -87,7 +88,8 @@ static uint16_t neighbour_find(const struct nat_core *core, uint8_t port, uint32
     return NONE16;
 }
 
-static uint16_t neighbour_add(struct nat_core *core, uint8_t port, uint32_t address, const uint8_t *mac, uint8_t state)
+static uint16_t neighbour_add(struct nat_core *core, uint8_t port, uint32_t address, const uint8_t *mac,
+                              uint8_t state)
 {
     uint32_t at = SLAB_TAKE(&core->neighbour_slab, core->neighbours, address);
     if (at == NONE32)
@@ -137,9 +139,11 @@ bool neighbour_setup(struct nat_core *core, const struct nat_config *config, cha
         }
     for (unsigned i = 0; i < config->n_neighbours; i++) {
         const struct nat_neighbour_config *n = &config->neighbours[i];
-        if (!n->address || n->port >= config->n_ports || neighbour_find(core, n->port, n->address, no_mac) != NONE16 ||
+        if (!n->address || n->port >= config->n_ports ||
+            neighbour_find(core, n->port, n->address, no_mac) != NONE16 ||
             neighbour_add(core, n->port, n->address, n->mac, NAT_NB_STATIC) == NONE16) {
-            snprintf(error, error_size, "static neighbour %u: no address, no such port, twice, or no room in max_neighbours", i);
+            snprintf(error, error_size,
+                     "static neighbour %u: no address, no such port, twice, or no room in max_neighbours", i);
             return false;
         }
     }
@@ -220,8 +224,8 @@ uint16_t neighbour_behind(struct nat_core *core, uint8_t port, uint32_t source, 
 
 /* --- frames of our own ------------------------------------------------------------------------------- */
 
-static void put_arp(uint8_t *arp, uint16_t operation, const uint8_t *sender_mac, uint32_t sender, const uint8_t *target_mac,
-                    uint32_t target)
+static void put_arp(uint8_t *arp, uint16_t operation, const uint8_t *sender_mac, uint32_t sender,
+                    const uint8_t *target_mac, uint32_t target)
 {
     put16(arp, 1);
     put16(arp + 2, ETHERTYPE_IPV4);
@@ -234,7 +238,8 @@ static void put_arp(uint8_t *arp, uint16_t operation, const uint8_t *sender_mac,
     put32(arp + 24, target);
 }
 
-static bool send_request(struct nat_core *core, uint8_t port, const uint8_t *to, uint32_t sender, uint32_t target)
+static bool send_request(struct nat_core *core, uint8_t port, const uint8_t *to, uint32_t sender,
+                         uint32_t target)
 {
     if (core->outbox_tail - core->outbox_head == NAT_OUTBOX)
         return false;
@@ -279,7 +284,8 @@ static bool announce_step(struct nat_core *core)
         uint32_t index = (uint32_t)(core->announce_at % per_port);
         const struct nat_port_config *config = &core->config.ports[port];
         uint32_t address = index ? pool_address_at(&core->pool, index - 1) : config->address;
-        bool due = index ? config->side == NAT_EXTERNAL && address != config->address && is_on_link(core, port, address)
+        bool due = index ? config->side == NAT_EXTERNAL && address != config->address &&
+                               is_on_link(core, port, address)
                          : address != 0;
         if (due && !send_request(core, port, broadcast_mac, address, address))
             break;
@@ -289,14 +295,17 @@ static bool announce_step(struct nat_core *core)
 
 /* --- waiting ----------------------------------------------------------------------------------------- */
 
-static bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_t *first, uint16_t *last, uint32_t session,
-                 uint16_t neighbour)
+static bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_t *first, uint16_t *last,
+                 uint32_t session, uint16_t neighbour)
 {
     uint32_t at = SLAB_TAKE(&core->held_slab, core->held, session);
     if (at == NONE32)
         return false;
-    core->held[at] = (struct held){
-        .packet = *packet, .since_ms = core->now_ms, .session = session, .neighbour = neighbour, .next = NONE16};
+    core->held[at] = (struct held){.packet = *packet,
+                                   .since_ms = core->now_ms,
+                                   .session = session,
+                                   .neighbour = neighbour,
+                                   .next = NONE16};
     if (*first == NONE16)
         *first = (uint16_t)at;
     else
@@ -343,17 +352,20 @@ static enum nat_verdict hold_for_neighbour(struct nat_core *core, struct nat_pac
     if (n->held == HELD_PER_NEIGHBOUR || !hold(core, packet, &n->held_first, &n->held_last, NONE32, at))
         return NAT_DROP_HOLD_LIMIT;
     n->held++;
-    if (core->now_ms - n->asked_ms >= ASK_MS && send_request(core, n->port, broadcast_mac, core->config.ports[n->port].address, n->address)) {
+    if (core->now_ms - n->asked_ms >= ASK_MS &&
+        send_request(core, n->port, broadcast_mac, core->config.ports[n->port].address, n->address)) {
         n->asked_ms = core->now_ms;
         n->asked = 1;
     }
     return NAT_HELD;
 }
 
-enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *packet, uint32_t session, uint16_t neighbour)
+enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *packet, uint32_t session,
+                                  uint16_t neighbour)
 {
     struct session_cold *cold = &core->cold[session];
-    return hold(core, packet, &cold->held_first, &cold->held_last, session, neighbour) ? NAT_HELD : NAT_DROP_HOLD_LIMIT;
+    return hold(core, packet, &cold->held_first, &cold->held_last, session, neighbour) ? NAT_HELD
+                                                                                       : NAT_DROP_HOLD_LIMIT;
 }
 
 void hold_release(struct nat_core *core, uint32_t session, enum nat_verdict verdict)
@@ -361,7 +373,8 @@ void hold_release(struct nat_core *core, uint32_t session, enum nat_verdict verd
     struct session_cold *cold = &core->cold[session];
     while (cold->held_first != NONE16) {
         struct held held = unhold(core, &cold->held_first, &cold->held_last);
-        finish(core, &held.packet, verdict == NAT_FORWARD ? neighbour_send(core, &held.packet, held.neighbour) : verdict);
+        finish(core, &held.packet,
+               verdict == NAT_FORWARD ? neighbour_send(core, &held.packet, held.neighbour) : verdict);
     }
 }
 
@@ -438,8 +451,8 @@ enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet,
     const struct nat_port_config *config = &core->config.ports[packet->port];
     uint16_t operation = get16(arp + 6);
     if (get16(arp) != 1 || get16(arp + 2) != ETHERTYPE_IPV4 || arp[4] != 6 || arp[5] != 4 ||
-        (operation != ARP_REQUEST && operation != ARP_REPLY) || sender_mac[0] & 1 || same_mac(sender_mac, no_mac) ||
-        same_mac(sender_mac, config->mac))
+        (operation != ARP_REQUEST && operation != ARP_REPLY) || sender_mac[0] & 1 ||
+        same_mac(sender_mac, no_mac) || same_mac(sender_mac, config->mac))
         return NAT_DROP_ARP;
     uint32_t sender = get32(arp + 14), target = get32(arp + 24);
 
@@ -480,7 +493,8 @@ static bool neighbour_tick(struct nat_core *core, uint16_t at)
             return true;
         }
         /* gateways are asked for before anybody needs them */
-        if ((n->held || n->keep) && since_asked >= ASK_MS && send_request(core, n->port, broadcast_mac, own, n->address)) {
+        if ((n->held || n->keep) && since_asked >= ASK_MS &&
+            send_request(core, n->port, broadcast_mac, own, n->address)) {
             n->asked_ms = now;
             n->asked++;
             return true;
@@ -491,7 +505,8 @@ static bool neighbour_tick(struct nat_core *core, uint16_t at)
     case NAT_NB_REACHABLE:
         if (unused && now - n->used_ms >= IDLE_MS) {
             neighbour_forget(core, at);
-        } else if (n->address && now - n->confirmed_ms >= CONFIRM_MS && (n->keep || now - n->used_ms < CONFIRM_MS)) {
+        } else if (n->address && now - n->confirmed_ms >= CONFIRM_MS &&
+                   (n->keep || now - n->used_ms < CONFIRM_MS)) {
             n->state = NAT_NB_PROBE;
             n->asked = 0;
             n->asked_ms = now - PROBE_MS;
@@ -503,7 +518,8 @@ static bool neighbour_tick(struct nat_core *core, uint16_t at)
         if (n->asked >= PROBE_TRIES) {
             n->state = NAT_NB_INCOMPLETE;
             n->asked = 0;
-        } else if (send_request(core, n->port, n->asked < PROBE_UNICAST ? n->mac : broadcast_mac, own, n->address)) {
+        } else if (send_request(core, n->port, n->asked < PROBE_UNICAST ? n->mac : broadcast_mac, own,
+                                n->address)) {
             n->asked_ms = now;
             n->asked++;
         }

@@ -45,9 +45,9 @@ static void follow_sender(struct nat_core *core, struct session *s, const struct
 }
 
 /* `ip_header` and `l2` are constants where the caller knows them, and the compiler makes use of it. */
-static inline __attribute__((always_inline)) enum nat_verdict translate(struct nat_core *core, struct nat_packet *packet,
-                                                                        unsigned l2, unsigned ip_header, uint32_t at,
-                                                                        int direction, bool hairpinned)
+static inline __attribute__((always_inline)) enum nat_verdict
+translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigned ip_header, uint32_t at,
+          int direction, bool hairpinned)
 {
     struct session *s = &core->sessions[at];
     uint8_t *ip = packet->data + l2, *l4 = ip + ip_header;
@@ -59,7 +59,8 @@ static inline __attribute__((always_inline)) enum nat_verdict translate(struct n
     if (direction == IN && s->neighbour[OUT] == NONE16 && !hairpinned)
         return NAT_DROP_ADDRESS;
     if (ip[8] <= 1)
-        return hairpinned ? NAT_DROP_TTL : icmp_error(core, packet, l2, ICMP_TIME_EXCEEDED, 0, 0, NAT_DROP_TTL);
+        return hairpinned ? NAT_DROP_TTL
+                          : icmp_error(core, packet, l2, ICMP_TIME_EXCEEDED, 0, 0, NAT_DROP_TTL);
     if (!hairpin) {
         uint16_t mtu = core->config.ports[core->neighbours[neighbour].port].mtu;
         if (bytes > mtu)
@@ -119,8 +120,8 @@ static inline __attribute__((always_inline)) enum nat_verdict translate(struct n
     return neighbour_send(core, packet, neighbour);
 }
 
-static enum nat_verdict session_packet(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint32_t at,
-                                       int direction, bool hairpinned)
+static enum nat_verdict session_packet(struct nat_core *core, struct nat_packet *packet, unsigned l2,
+                                       uint32_t at, int direction, bool hairpinned)
 {
     return translate(core, packet, l2, (packet->data[l2] & 15u) * 4, at, direction, hairpinned);
 }
@@ -195,7 +196,8 @@ static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packe
     return verdict == NAT_FORWARD ? session_packet(core, packet, l2, at, OUT, false) : verdict;
 }
 
-static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2, bool hairpinned)
+static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2,
+                                bool hairpinned)
 {
     uint8_t *ip = packet->data + l2, *l4 = ip + (ip[0] & 15u) * 4;
     bool is_icmp = ip[9] == PROTO_ICMP;
@@ -222,7 +224,8 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
         .tcp_state = ip[9] == PROTO_TCP ? NAT_TCP_SYN_IN : NAT_TCP_NONE,
         .inbound = true,
     };
-    enum nat_verdict verdict = mapping_admits(core, external, net16((uint16_t)(key.ports >> 16)), ip[9], remote, &request);
+    enum nat_verdict verdict =
+        mapping_admits(core, external, net16((uint16_t)(key.ports >> 16)), ip[9], remote, &request);
     if (is_icmp && verdict != NAT_DROP_NOT_POOL)
         return NAT_DROP_ICMP_NO_SESSION; /* only what was asked for */
     if (verdict != NAT_FORWARD)
@@ -230,11 +233,13 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
     if (ip[9] == PROTO_TCP && !opens_tcp(l4))
         return NAT_DROP_TCP_NOT_SYN;
     if (ip[8] <= 1)
-        return hairpinned ? NAT_DROP_TTL : icmp_error(core, packet, l2, ICMP_TIME_EXCEEDED, 0, 0, NAT_DROP_TTL);
+        return hairpinned ? NAT_DROP_TTL
+                          : icmp_error(core, packet, l2, ICMP_TIME_EXCEEDED, 0, 0, NAT_DROP_TTL);
     request.neighbour[IN] = neighbour_towards(core, request.internal_addr, NAT_INTERNAL, &verdict);
     if (request.neighbour[IN] == NONE16)
         return verdict;
-    request.neighbour[OUT] = hairpinned ? NONE16 : neighbour_behind(core, packet->port, remote, packet->data + 6);
+    request.neighbour[OUT] =
+        hairpinned ? NONE16 : neighbour_behind(core, packet->port, remote, packet->data + 6);
     if (!hairpinned && request.neighbour[OUT] == NONE16)
         return NAT_DROP_TABLE_FULL;
     verdict = session_open(core, &request, &at);
@@ -242,7 +247,8 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
 }
 
 /* The transport header lies within the datagram, and what of it we read or write within the first segment. */
-static enum nat_verdict transport_check(const struct nat_packet *packet, const uint8_t *ip, unsigned header, uint32_t total)
+static enum nat_verdict transport_check(const struct nat_packet *packet, const uint8_t *ip, unsigned header,
+                                        uint32_t total)
 {
     const uint8_t *l4 = ip + header;
     uint32_t bytes = total - header, there = (uint32_t)(packet->data + packet->segment - l4);
@@ -369,8 +375,8 @@ static inline bool is_common(const struct nat_core *core, const struct nat_packe
         raw16(data + 4) != raw16(port->mac + 4) || raw16(data + 12) != net16(ETHERTYPE_IPV4) || ip[0] != 0x45)
         return false;
     uint32_t total = get16(ip + 2), bytes = total - IP_BYTES;
-    if (total < IP_BYTES + UDP_BYTES || total > packet->length - ETH_BYTES || get16(ip + 6) & (IP_MF | IP_OFFSET) ||
-        !sums_right(ip, IP_BYTES))
+    if (total < IP_BYTES + UDP_BYTES || total > packet->length - ETH_BYTES ||
+        get16(ip + 6) & (IP_MF | IP_OFFSET) || !sums_right(ip, IP_BYTES))
         return false;
     const uint8_t *l4 = ip + IP_BYTES;
     if (ip[9] == PROTO_UDP)
@@ -450,7 +456,8 @@ static inline enum nat_verdict batch_one(struct nat_core *core, struct batch *ba
         return packet_alone(core, packet);
     const struct session *s = &core->sessions[at];
     int direction = batch->inside >> i & 1 ? OUT : IN;
-    /* equal signatures are rare and different keys behind them rarer; then the long way finds the right one */
+    /* equal signatures are rare and different keys behind them rarer; then the long way finds the right one
+     */
     if (s->addrs[direction] != batch->addrs[i] || s->ports[direction] != batch->ports[i] ||
         s->protocol != batch->protocols[i])
         return packet_alone(core, packet);

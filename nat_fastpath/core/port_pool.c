@@ -27,8 +27,8 @@ uint64_t port_pool_bytes(const struct nat_config *config)
     uint64_t bytes = 0, addresses = 0;
     for (unsigned i = 0; i < config->n_pool; i++) {
         const struct nat_pool_range *range = &config->pool[i];
-        uint64_t per_protocol = range_span(range) * sizeof(uint32_t) + words(range_span(range)) * sizeof(uint64_t) +
-                                sizeof(struct port_bitmap);
+        uint64_t per_protocol = range_span(range) * sizeof(uint32_t) +
+                                words(range_span(range)) * sizeof(uint64_t) + sizeof(struct port_bitmap);
         bytes += range_addresses(range) * POOL_PROTOCOLS * per_protocol;
         addresses += range_addresses(range);
     }
@@ -37,7 +37,8 @@ uint64_t port_pool_bytes(const struct nat_config *config)
 
 static int by_address(const void *a, const void *b)
 {
-    uint32_t x = ((const struct pool_range *)a)->config.first, y = ((const struct pool_range *)b)->config.first;
+    uint32_t x = ((const struct pool_range *)a)->config.first,
+             y = ((const struct pool_range *)b)->config.first;
     return x < y ? -1 : x > y;
 }
 
@@ -91,7 +92,8 @@ bool port_pool_create(struct port_pool *pool, const struct nat_config *config, c
         if (c->last < c->first || c->port_last < c->port_first || c->own_last < c->own_first ||
             c->own_first < c->port_first || c->own_last > c->port_last ||
             (i && c->first <= pool->ranges[i - 1].config.last)) {
-            snprintf(error, error_size, "pool range %u is reversed, overlaps another, or owns ports it does not have", i);
+            snprintf(error, error_size,
+                     "pool range %u is reversed, overlaps another, or owns ports it does not have", i);
             return false;
         }
         range->span = range_span(c);
@@ -102,7 +104,8 @@ bool port_pool_create(struct port_pool *pool, const struct nat_config *config, c
         bit_words += range_addresses(c) * POOL_PROTOCOLS * words(range->span);
     }
     if (!addresses || addresses > UINT16_MAX || slots >= POOL_RESTING) {
-        snprintf(error, error_size, "the pool needs 1 to 65535 addresses and fewer than 2^31 (address, protocol, port) triples");
+        snprintf(error, error_size,
+                 "the pool needs 1 to 65535 addresses and fewer than 2^31 (address, protocol, port) triples");
         return false;
     }
     pool->n_addresses = (uint32_t)addresses;
@@ -199,7 +202,8 @@ uint32_t pool_address_at(const struct port_pool *pool, uint32_t index)
     return range->config.first + (index - range->address_base);
 }
 
-static uint32_t slot_in(const struct pool_range *range, uint32_t address_offset, unsigned protocol, uint32_t port_offset)
+static uint32_t slot_in(const struct pool_range *range, uint32_t address_offset, unsigned protocol,
+                        uint32_t port_offset)
 {
     return range->slot_base + (address_offset * POOL_PROTOCOLS + protocol) * range->span + port_offset;
 }
@@ -209,7 +213,8 @@ uint32_t pool_slot(const struct port_pool *pool, uint32_t address, uint8_t proto
     const struct pool_range *range = range_of(pool, address);
     if (!range || port < range->config.port_first || port > range->config.port_last)
         return POOL_NONE;
-    return slot_in(range, address - range->config.first, pool_protocol(protocol), (uint32_t)port - range->config.port_first);
+    return slot_in(range, address - range->config.first, pool_protocol(protocol),
+                   (uint32_t)port - range->config.port_first);
 }
 
 static void usable_changed(struct port_pool *pool, uint32_t index, unsigned protocol)
@@ -252,8 +257,8 @@ uint32_t pool_usable_address(const struct port_pool *pool, uint8_t protocol, uin
 }
 
 /* Where a slot's triple lies: its bitmap, its bit, and whether the port is one that we may hand out. */
-static const struct pool_range *locate(const struct port_pool *pool, uint32_t slot, uint32_t *index, unsigned *protocol,
-                                       uint32_t *bit)
+static const struct pool_range *locate(const struct port_pool *pool, uint32_t slot, uint32_t *index,
+                                       unsigned *protocol, uint32_t *bit)
 {
     unsigned low = 0, high = pool->n_ranges;
     while (high - low > 1) {
@@ -321,7 +326,8 @@ void pool_give(struct port_pool *pool, uint32_t slot, uint64_t now_ms)
     /* one mark per step: with 256 steps to a rest, 512 marks cannot run out while pool_wake is called */
     uint32_t last = (pool->mark_tail + POOL_MARKS - 1) % POOL_MARKS;
     bool full = (pool->mark_tail + 1) % POOL_MARKS == pool->mark_head;
-    if (pool->mark_head != pool->mark_tail && (full || now_ms < pool->marks[last].ms + pool->quarantine_ms / 256 + 1)) {
+    if (pool->mark_head != pool->mark_tail &&
+        (full || now_ms < pool->marks[last].ms + pool->quarantine_ms / 256 + 1)) {
         pool->marks[last].count++;
         return;
     }

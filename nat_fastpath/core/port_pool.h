@@ -12,8 +12,8 @@
 
 #include "nat.h"
 
-#define POOL_NONE UINT32_MAX /* no such triple */
-#define POOL_FREE 0u         /* slot of a triple that nobody uses */
+#define POOL_NONE UINT32_MAX     /* no such triple */
+#define POOL_FREE 0u             /* slot of a triple that nobody uses */
 #define POOL_RESTING 0x80000000u /* slot of a triple in quarantine; the rest of it links the queue */
 #define POOL_PROTOCOLS 3u
 #define POOL_MARKS 512u
@@ -53,7 +53,8 @@ struct port_pool {
 
 /* Bytes it takes, by the configuration alone. */
 uint64_t port_pool_bytes(const struct nat_config *config);
-bool port_pool_create(struct port_pool *pool, const struct nat_config *config, char *error, size_t error_size);
+bool port_pool_create(struct port_pool *pool, const struct nat_config *config, char *error,
+                      size_t error_size);
 void port_pool_destroy(struct port_pool *pool);
 
 /* Index of an address in the pool, POOL_NONE when it is not in it. */

@@ -12,8 +12,8 @@ uint32_t session_find(const struct nat_core *core, const struct flow_key *key, u
     while ((value = flow_cursor_next(&cursor)) != FLOW_TABLE_NONE) {
         value--;
         const struct session *s = &core->sessions[value >> 1];
-        if ((int)(value & 1) == direction && s->addrs[direction] == key->addrs && s->ports[direction] == key->ports &&
-            s->protocol == key->protocol)
+        if ((int)(value & 1) == direction && s->addrs[direction] == key->addrs &&
+            s->ports[direction] == key->ports && s->protocol == key->protocol)
             return value >> 1;
     }
     return NONE32;
@@ -96,18 +96,21 @@ static void mapping_remove(struct nat_core *core, uint32_t at)
 {
     struct mapping *m = &core->mappings[at];
     if (core->mapping_index.n_buckets)
-        flow_table_remove(&core->mapping_index, mapping_hash(m->protocol, m->internal_addr, m->internal_port), at + 1);
+        flow_table_remove(&core->mapping_index, mapping_hash(m->protocol, m->internal_addr, m->internal_port),
+                          at + 1);
     m->protocol = 0;
     SLAB_GIVE(&core->mapping_slab, core->mappings, slot, at);
 }
 
-static uint32_t mapping_add(struct nat_core *core, const struct session_request *r, uint32_t slot, uint64_t id)
+static uint32_t mapping_add(struct nat_core *core, const struct session_request *r, uint32_t slot,
+                            uint64_t id)
 {
     uint32_t at = SLAB_TAKE(&core->mapping_slab, core->mappings, slot);
     if (at == NONE32)
         return NONE32;
     if (core->mapping_index.n_buckets &&
-        !flow_table_insert(&core->mapping_index, mapping_hash(r->protocol, r->internal_addr, r->internal_port), at + 1)) {
+        !flow_table_insert(&core->mapping_index,
+                           mapping_hash(r->protocol, r->internal_addr, r->internal_port), at + 1)) {
         SLAB_GIVE(&core->mapping_slab, core->mappings, slot, at);
         return NONE32;
     }
@@ -181,7 +184,8 @@ static bool index_session(struct nat_core *core, uint32_t at)
 
 static void fill_session(struct session *s, const struct session_request *r, uint32_t now_ms)
 {
-    uint32_t internal = net32(r->internal_addr), external = net32(r->external_addr), remote = net32(r->remote_addr);
+    uint32_t internal = net32(r->internal_addr), external = net32(r->external_addr),
+             remote = net32(r->remote_addr);
     uint16_t iport = net16(r->internal_port), eport = net16(r->external_port), rport = net16(r->remote_port);
     *s = (struct session){
         .addrs = {internal | (uint64_t)remote << 32, remote | (uint64_t)external << 32},
@@ -216,7 +220,8 @@ static bool take_port(struct nat_core *core, struct host *host, struct session_r
 
 /* Everything but the counters of success: the part that open and install share. `slot` is claimed already
  * when a new mapping is due. */
-static uint32_t add_session(struct nat_core *core, const struct session_request *r, uint32_t mapping, uint64_t id)
+static uint32_t add_session(struct nat_core *core, const struct session_request *r, uint32_t mapping,
+                            uint64_t id)
 {
     uint32_t at = SLAB_TAKE(&core->session_slab, core->sessions, ports[0]);
     if (at == NONE32)
@@ -254,8 +259,8 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *r, 
     const struct nat_config *config = &core->config;
     if (!event_room_to_open(core))
         return NAT_DROP_EVENTS_FULL;
-    if (config->new_sessions_rate &&
-        !bucket_spend(&core->new_sessions, config->new_sessions_rate, config->new_sessions_burst, core->now_ns))
+    if (config->new_sessions_rate && !bucket_spend(&core->new_sessions, config->new_sessions_rate,
+                                                   config->new_sessions_burst, core->now_ns))
         return NAT_DROP_BUDGET;
 
     enum nat_verdict why = NAT_DROP_TABLE_FULL;
@@ -337,7 +342,8 @@ bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason rea
     struct session *s = &core->sessions[at];
     struct session_cold *cold = &core->cold[at];
     if (cold->held_first != NONE16)
-        hold_release(core, at, reason == NAT_CLOSE_HOLD_TIMEOUT ? NAT_DROP_HOLD_TIMEOUT : NAT_DROP_SESSION_GONE);
+        hold_release(core, at,
+                     reason == NAT_CLOSE_HOLD_TIMEOUT ? NAT_DROP_HOLD_TIMEOUT : NAT_DROP_SESSION_GONE);
     event_emit(core, NAT_EVENT_CLOSE, reason, at);
     flow_table_remove(&core->flows, session_hash(s, OUT), 1 + (at << 1 | OUT));
     flow_table_remove(&core->flows, session_hash(s, IN), 1 + (at << 1 | IN));
@@ -373,18 +379,20 @@ bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason rea
     return true;
 }
 
-enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, uint16_t external_port, uint8_t protocol,
-                                uint32_t remote_addr, struct session_request *r)
+enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, uint16_t external_port,
+                                uint8_t protocol, uint32_t remote_addr, struct session_request *r)
 {
     uint32_t slot = pool_slot(&core->pool, external_addr, protocol, external_port);
     if (slot == POOL_NONE)
-        return pool_address_index(&core->pool, external_addr) == POOL_NONE ? NAT_DROP_NOT_POOL : NAT_DROP_NO_MAPPING;
+        return pool_address_index(&core->pool, external_addr) == POOL_NONE ? NAT_DROP_NOT_POOL
+                                                                           : NAT_DROP_NO_MAPPING;
     uint32_t user = core->pool.slots[slot];
     if (user == POOL_FREE || user & POOL_RESTING)
         return NAT_DROP_NO_MAPPING;
     if (core->config.filtering == NAT_FILTER_ADDRESS_AND_PORT)
         return NAT_DROP_FILTERED;
-    if (core->config.filtering == NAT_FILTER_ADDRESS && permission_find(core, user - 1, remote_addr) == NONE32)
+    if (core->config.filtering == NAT_FILTER_ADDRESS &&
+        permission_find(core, user - 1, remote_addr) == NONE32)
         return NAT_DROP_FILTERED;
     const struct mapping *m = &core->mappings[user - 1];
     r->mapping = user - 1;
@@ -410,7 +418,8 @@ void session_record(const struct nat_core *core, uint32_t at, struct nat_record 
     const struct session *s = &core->sessions[at];
     const struct session_cold *cold = &core->cold[at];
     const struct neighbour *inside = s->neighbour[IN] == NONE16 ? NULL : &core->neighbours[s->neighbour[IN]];
-    const struct neighbour *outside = s->neighbour[OUT] == NONE16 ? NULL : &core->neighbours[s->neighbour[OUT]];
+    const struct neighbour *outside =
+        s->neighbour[OUT] == NONE16 ? NULL : &core->neighbours[s->neighbour[OUT]];
     *record = (struct nat_record){
         .id = cold->id,
         .mapping_id = cold->mapping == NONE32 ? 0 : core->mappings[cold->mapping].id,
@@ -438,8 +447,9 @@ void session_record(const struct nat_core *core, uint32_t at, struct nat_record 
 
 uint32_t session_by_record(const struct nat_core *core, const struct nat_record *record)
 {
-    struct flow_key key = flow_key(net32(record->internal_addr), net32(record->remote_addr), net16(record->internal_port),
-                                   net16(record->remote_port), record->protocol);
+    struct flow_key key =
+        flow_key(net32(record->internal_addr), net32(record->remote_addr), net16(record->internal_port),
+                 net16(record->remote_port), record->protocol);
     return session_find(core, &key, flow_hash(key.addrs, key.ports, key.protocol), OUT);
 }
 
@@ -458,7 +468,8 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
         .inbound = record->flags & NAT_SESSION_INBOUND,
     };
     bool known_protocol = r.protocol == PROTO_UDP || r.protocol == PROTO_TCP || r.protocol == PROTO_ICMP;
-    uint32_t slot = known_protocol ? pool_slot(&core->pool, r.external_addr, r.protocol, r.external_port) : POOL_NONE;
+    uint32_t slot =
+        known_protocol ? pool_slot(&core->pool, r.external_addr, r.protocol, r.external_port) : POOL_NONE;
     if (slot == POOL_NONE || r.tcp_state >= NAT_TCP_STATES || session_by_record(core, record) != NONE32)
         return false;
     struct flow_key inbound = flow_key(net32(r.remote_addr), net32(r.external_addr), net16(r.remote_port),

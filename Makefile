@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everyday commands. Each installs what it needs and is missing, and says so.
+
+PYTHON ?= python3
+BIN := .venv/bin
+C_FILES = $(shell git ls-files '*.c' '*.h')
+PY_TYPED = nat_control nat_fastpath/core_config.py
+
+.PHONY: help build test lint bench fuzz demo clean packages
+
+help:
+	@echo "make build   .venv with the extensions compiled"
+	@echo "make demo    a client, the NAT and an outside network in namespaces, with real traffic"
+	@echo "make test    all tests (root)"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make bench   measurements, with the floor beside them"
+	@echo "make fuzz    libFuzzer on the packet path (FUZZ_SECONDS=60)"
+	@echo "make clean   all that was built"
+
+packages:
+	@tools/install-packages.sh
+
+build: packages $(BIN)/.built
+
+# The stamp is older than any source that it was built from, so one rule serves a change in C and in Python.
+$(BIN)/.built: setup.py pyproject.toml $(wildcard nat_fastpath/core/*.[ch] nat_fastpath/*.pyx nat_fastpath/*.h nat_fastpath/dpdk/*.[ch] nat_fastpath/dpdk/build.py)
+	@test -x $(BIN)/python || { echo "tandem-nat: making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "tandem-nat: installing into .venv (pip) and compiling"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PY_TYPED)
+	clang-format --dry-run -Werror $(C_FILES)
+
+bench: build
+	$(BIN)/python -m bench
+
+FUZZ_SECONDS ?= 60
+fuzz: build
+	$(MAKE) -C tests/fuzz run SECONDS=$(FUZZ_SECONDS)
+
+demo: build
+	$(if $(filter 0,$(shell id -u)),,sudo) $(BIN)/tandem-nat demo
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f nat_fastpath/*.so nat_fastpath/engine.c nat_fastpath/dpdk/*.so nat_fastpath/dpdk/_dpdk.c
+	$(MAKE) -C tests/fuzz clean
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
