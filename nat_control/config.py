@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a server: YAML in, frozen values out, or every error at once with its path.
+
+``docs/configuration.md`` is the reference for people, ``config.schema.json`` the one for editors; a test
+holds the three together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from pathlib import Path
+
+from nat_control.config_reader import (
+    ConfigError,
+    Problem,
+    Reader,
+    Section,
+    a_device,
+    a_mac,
+    a_network,
+    a_port_range,
+    a_socket,
+    address_range,
+    an_address,
+    an_instance,
+    an_interface,
+    choice,
+    host_in,
+    integer,
+    load_yaml,
+    shown,
+    the_cores,
+)
+from nat_fastpath.core_config import CoreConfig, NeighbourConfig, PoolRange, PortConfig, RouteConfig
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Control",
+    "Limits",
+    "Nat",
+    "Neighbour",
+    "Pool",
+    "Port",
+    "Problem",
+    "Route",
+    "Timeouts",
+    "Workers",
+    "load",
+    "parse",
+    "to_core",
+    "warnings",
+]
+
+MAPPINGS = ("endpoint-independent", "endpoint-dependent")
+FILTERINGS = ("address-and-port-dependent", "address-dependent", "endpoint-independent")
+IDLE_MODES = ("adaptive", "busy")
+
+# What the core's arrays hold; see nat.h and port_pool_create().
+MAX_ROUTES = 64
+MAX_RANGES = 64
+MAX_POOL_ADDRESSES = 65535
+MAX_POOL_TRIPLES = 2**31 - 1
+MAX_SESSIONS = 1 << 24
+MAX_STATIC_NEIGHBOURS = 1024  # per port
+MAX_TIMEOUT = 30 * 86400  # the core's ages are 32-bit milliseconds and wrap after 49 days
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """``prefix`` is reached through ``gateway``, whose MAC may be given (6 bytes) and is else learned."""
+
+    prefix: IPv4Network
+    gateway: IPv4Address
+    gateway_mac: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A static ARP entry; ``mac`` is 6 bytes."""
+
+    address: IPv4Address
+    mac: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One interface; ``name`` and ``side`` are ``"internal"`` or ``"external"``, ``mtu`` counts IP bytes."""
+
+    name: str
+    side: str
+    device: str
+    address: IPv4Interface
+    mac: bytes | None = None
+    gateway: IPv4Address | None = None
+    gateway_mac: bytes | None = None
+    mtu: int = 1500
+    routes: tuple[Route, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """External addresses as inclusive ranges, ascending and disjoint, all with the same ``ports``."""
+
+    ranges: tuple[tuple[IPv4Address, IPv4Address], ...]
+    ports: tuple[int, int] = (1024, 65535)
+
+    @property
+    def n_addresses(self) -> int:
+        return sum(int(last) - int(first) + 1 for first, last in self.ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds without a packet after which a session ends."""
+
+    udp: int = 300
+    tcp_established: int = 7440
+    tcp_transitory: int = 240
+    icmp: int = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one inside host may have, and the whole NAT's new sessions per second; 0 is no limit."""
+
+    sessions_per_host: int = 0
+    mappings_per_host: int = 0
+    new_sessions_per_second: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Nat:
+    """Behaviour in the terms of RFC 4787: ``mapping`` is one of MAPPINGS, ``filtering`` of FILTERINGS."""
+
+    pool: Pool
+    mapping: str = MAPPINGS[0]
+    filtering: str = FILTERINGS[0]
+    max_sessions: int = 65536
+    timeouts: Timeouts = Timeouts()
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """CPUs that carry packets (exactly one for now), and what they do when there are none."""
+
+    cores: tuple[int, ...] = (0,)
+    idle: str = IDLE_MODES[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """The unix socket of ``tandem-nat show``."""
+
+    socket: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole, valid configuration. ``ports`` is (internal, external)."""
+
+    instance: str
+    ports: tuple[Port, ...]
+    nat: Nat
+    workers: Workers
+    control: Control
+
+
+# Every key there is, by section. The first value says whether it must be there.
+KEYS: Mapping[str, Mapping[str, bool]] = {
+    "": {"instance": True, "ports": True, "nat": True, "workers": False, "control": False},
+    "ports": {"internal": True, "external": True},
+    "port": {
+        "device": True,
+        "address": True,
+        "gateway": False,
+        "gateway_mac": False,
+        "mac": False,
+        "mtu": False,
+        "routes": False,
+        "neighbours": False,
+    },
+    "route": {"prefix": True, "gateway": True, "mac": False},
+    "neighbour": {"address": True, "mac": True},
+    "nat": {
+        "pool": True,
+        "mapping": False,
+        "filtering": False,
+        "max_sessions": False,
+        "timeouts": False,
+        "limits": False,
+    },
+    "pool": {"addresses": True, "ports": False},
+    "timeouts": {"udp": False, "tcp_established": False, "tcp_transitory": False, "icmp": False},
+    "limits": {"sessions_per_host": False, "mappings_per_host": False, "new_sessions_per_second": False},
+    "workers": {"cores": False, "idle": False},
+    "control": {"socket": False},
+}
+
+
+_NO_ADDRESS = IPv4Address(0)
+_NO_MAC = bytes(6)
+
+
+def _read_port(side: str, section: Section) -> Port:
+    reader = section.reader
+    routes = []
+    for path, item in section.items("routes", MAX_ROUTES):
+        part = reader.section(path, item, "route")
+        prefix = part.get("prefix", a_network, IPv4Network(0))
+        routes.append(
+            Route(prefix, part.get("gateway", an_address, _NO_ADDRESS), part.get("mac", a_mac, None))
+        )
+    neighbours = []
+    for path, item in section.items("neighbours", MAX_STATIC_NEIGHBOURS):
+        part = reader.section(path, item, "neighbour")
+        neighbours.append(
+            Neighbour(part.get("address", an_address, _NO_ADDRESS), part.get("mac", a_mac, _NO_MAC))
+        )
+    return Port(
+        name=side,
+        side=side,
+        device=section.get("device", a_device, ""),
+        address=section.get("address", an_interface, IPv4Interface(0)),
+        mac=section.get("mac", a_mac, None),
+        gateway=section.get("gateway", an_address, None),
+        gateway_mac=section.get("gateway_mac", a_mac, None),
+        mtu=section.get("mtu", integer(576, 9000), 1500),
+        routes=tuple(routes),
+        neighbours=tuple(neighbours),
+    )
+
+
+def _check_port(reader: Reader, port: Port) -> None:
+    """What must hold among the values of one port."""
+    at = f"ports.{port.name}"
+
+    def on_link(path: str, address: IPv4Address) -> None:
+        if reader.good(path, f"{at}.address"):
+            reader.check(path, lambda: host_in(address, port.address.network))
+            if address == port.address.ip:
+                reader.fault(path, f"{address} is this port's own address")
+
+    macs: dict[IPv4Address, bytes] = {}
+
+    def one_mac(path: str, address: IPv4Address, mac: bytes | None) -> None:
+        if mac is not None and reader.good(path) and macs.setdefault(address, mac) != mac:
+            reader.fault(path, f"{address} has the MAC {macs[address].hex(':')} elsewhere on this port")
+
+    prefixes: set[IPv4Network] = set()
+    if port.gateway:
+        on_link(f"{at}.gateway", port.gateway)
+        one_mac(f"{at}.gateway_mac", port.gateway, port.gateway_mac)
+        prefixes.add(IPv4Network("0.0.0.0/0"))
+    elif port.gateway_mac and reader.good(f"{at}.gateway"):
+        reader.fault(f"{at}.gateway_mac", "there is no gateway that it could be the MAC of")
+    for i, route in enumerate(port.routes):
+        path = f"{at}.routes[{i}]"
+        on_link(f"{path}.gateway", route.gateway)
+        one_mac(f"{path}.mac", route.gateway, route.gateway_mac)
+        if not reader.good(f"{path}.prefix", f"{at}.address"):
+            continue
+        if route.prefix in prefixes:
+            reader.fault(f"{path}.prefix", f"{route.prefix} has a route on this port already")
+        elif route.prefix == port.address.network:
+            reader.fault(
+                f"{path}.prefix", f"{route.prefix} is the port's own subnet, reached without a gateway"
+            )
+        prefixes.add(route.prefix)
+    static: set[IPv4Address] = set()
+    for i, neighbour in enumerate(port.neighbours):
+        path = f"{at}.neighbours[{i}]"
+        on_link(f"{path}.address", neighbour.address)
+        if not reader.good(f"{path}.address"):
+            continue
+        if neighbour.address in static:
+            reader.fault(f"{path}.address", f"{neighbour.address} is listed twice")
+        static.add(neighbour.address)
+        one_mac(f"{path}.mac", neighbour.address, neighbour.mac)
+
+
+_Located = tuple[int, int, str]  # first, last, path
+
+
+def _read_addresses(section: Section) -> list[_Located]:
+    """The pool's ranges as they stand in the file: one text, or a list of them, each perhaps with commas."""
+    at = section.path("addresses")
+    value = section.values.get("addresses", "")
+    items = [(at, value)] if isinstance(value, str) else section.items("addresses", MAX_POOL_ADDRESSES)
+    found: list[_Located] = []
+    for path, item in items:
+        if not isinstance(item, str):
+            section.reader.fault(path, f"{shown(item)} is no text such as 198.51.100.10-198.51.100.13")
+            continue
+        for text in item.split(","):
+            try:
+                first, last = address_range(text.strip())
+                found.append((int(first), int(last), path))
+            except ValueError as error:
+                if section.reader.good(at) and "addresses" in section.values:
+                    section.reader.fault(path, str(error))
+    if value == []:
+        section.reader.fault(at, "the pool has no address")
+    return found
+
+
+def _merged(reader: Reader, located: list[_Located]) -> tuple[tuple[IPv4Address, IPv4Address], ...]:
+    """Ascending ranges; neighbouring ones become one, overlapping ones are an error."""
+    ranges: list[tuple[int, int]] = []
+    for first, last, path in sorted(located):
+        if ranges and first <= ranges[-1][1]:
+            reader.fault(path, f"{IPv4Address(first)} is in the pool already")
+            first = ranges[-1][1] + 1
+        if ranges and first == ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], max(last, ranges[-1][1]))
+        else:
+            ranges.append((first, last))
+    return tuple((IPv4Address(first), IPv4Address(last)) for first, last in ranges)
+
+
+def _check_pool(reader: Reader, located: list[_Located], pool: Pool, ports: Sequence[Port]) -> None:
+    at = "nat.pool.addresses"
+    if reader.good(at) and len(pool.ranges) > MAX_RANGES:
+        reader.fault(at, f"{len(pool.ranges)} separate ranges, and {MAX_RANGES} at most are possible")
+    if pool.n_addresses > MAX_POOL_ADDRESSES:
+        reader.fault(at, f"{pool.n_addresses} addresses, and {MAX_POOL_ADDRESSES} at most are possible")
+    elif pool.n_addresses * 3 * (pool.ports[1] - pool.ports[0] + 1) > MAX_POOL_TRIPLES:
+        reader.fault(at, f"{pool.n_addresses} addresses with these ports are too many: fewer than 2^31 in "
+                     "addresses x 3 protocols x ports are possible")  # fmt: skip
+    internal, external = ports
+    forbidden: list[tuple[IPv4Address, str]] = []
+    if reader.good("ports.external.address"):
+        subnet = external.address.network
+        if subnet.prefixlen < 31:
+            forbidden.append((subnet.network_address, f"the network address of the external subnet {subnet}"))
+            forbidden.append(
+                (subnet.broadcast_address, f"the broadcast address of the external subnet {subnet}")
+            )
+    if external.gateway:
+        forbidden.append((external.gateway, "the external gateway"))
+    forbidden += [(route.gateway, "the gateway of an external route") for route in external.routes]
+    forbidden += [(neighbour.address, "an external neighbour") for neighbour in external.neighbours]
+    inside = internal.address.network if reader.good("ports.internal.address") else None
+    for first, last, path in located:
+        for address, what in dict(forbidden).items():
+            if address != _NO_ADDRESS and first <= int(address) <= last:
+                reader.fault(path, f"{address} is {what}")
+        if inside and first <= int(inside.broadcast_address) and last >= int(inside.network_address):
+            reader.fault(path, f"overlaps the internal subnet {inside}")
+
+
+def parse(mapping: object, source: str = "config") -> Config:
+    """Reads a configuration that is already a mapping, as ``yaml.safe_load`` gives it.
+
+    ``source`` names it in messages.  Raises ConfigError with every problem, never anything else.
+    """
+    reader = Reader(KEYS)
+    root = reader.section("", mapping, "")
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(reader.problems, source)
+    instance = root.get("instance", an_instance, "")
+    sides = root.section("ports", "ports")
+    ports = tuple(_read_port(side, sides.section(side, "port")) for side in KEYS["ports"])
+    nat = root.section("nat", "nat")
+    pool_section = nat.section("pool", "pool")
+    located = _read_addresses(pool_section)
+    pool = Pool(_merged(reader, located), pool_section.get("ports", a_port_range, Pool(()).ports))
+    timeouts, limits = nat.section("timeouts", "timeouts"), nat.section("limits", "limits")
+    workers, control = root.section("workers", "workers"), root.section("control", "control")
+    config = Config(
+        instance=instance,
+        ports=ports,
+        nat=Nat(
+            pool=pool,
+            mapping=nat.get("mapping", choice(MAPPINGS), MAPPINGS[0]),
+            filtering=nat.get("filtering", choice(FILTERINGS), FILTERINGS[0]),
+            max_sessions=nat.get("max_sessions", integer(1, MAX_SESSIONS), 65536),
+            timeouts=Timeouts(
+                udp=timeouts.get("udp", integer(1, MAX_TIMEOUT), 300),
+                tcp_established=timeouts.get("tcp_established", integer(1, MAX_TIMEOUT), 7440),
+                tcp_transitory=timeouts.get("tcp_transitory", integer(1, MAX_TIMEOUT), 240),
+                icmp=timeouts.get("icmp", integer(1, MAX_TIMEOUT), 60),
+            ),
+            limits=Limits(
+                sessions_per_host=limits.get("sessions_per_host", integer(0, MAX_SESSIONS), 0),
+                mappings_per_host=limits.get("mappings_per_host", integer(0, MAX_SESSIONS), 0),
+                new_sessions_per_second=limits.get("new_sessions_per_second", integer(0, 10**8), 0),
+            ),
+        ),
+        workers=Workers(
+            cores=workers.get("cores", the_cores, (0,)),
+            idle=workers.get("idle", choice(IDLE_MODES), IDLE_MODES[0]),
+        ),
+        control=Control(control.get("socket", a_socket, Path(f"/run/tandem-nat/{instance}.sock"))),
+    )
+    _check(reader, config, located)
+    if reader.problems:
+        raise ConfigError(reader.problems, source)
+    return config
+
+
+def _check(reader: Reader, config: Config, located: list[_Located]) -> None:
+    internal, external = config.ports
+    for port in config.ports:
+        _check_port(reader, port)
+    if reader.good("ports.internal.device", "ports.external.device") and internal.device == external.device:
+        reader.fault("ports.external.device", f"{external.device} is the internal port's device too")
+    if reader.good("ports.internal.address", "ports.external.address"):
+        inside, outside = internal.address.network, external.address.network
+        if inside.overlaps(outside):
+            reader.fault("ports.external.address", f"{outside} overlaps the internal subnet {inside}")
+    routes = sum(1 + (port.gateway is not None) + len(port.routes) for port in config.ports)
+    if routes > MAX_ROUTES:
+        reader.fault(
+            "ports", f"{routes} routes with subnets and gateways, and {MAX_ROUTES} at most are possible"
+        )
+    _check_pool(reader, located, config.nat.pool, config.ports)
+
+
+def load(path: str | Path) -> Config:
+    """Reads a YAML file. Raises ConfigError with every problem, also when the file cannot be read at all."""
+    return parse(load_yaml(path), str(path))
+
+
+# --- what follows from it ---------------------------------------------------------------------------------
+
+
+def warnings(config: Config) -> tuple[str, ...]:
+    """What is allowed and probably not meant, one line each with its path."""
+    found = []
+    for name, least, reason in (
+        ("udp", 120, "RFC 4787 REQ-5"),
+        ("tcp_established", 7440, "RFC 5382 REQ-5"),
+        ("tcp_transitory", 240, "RFC 5382 REQ-5"),
+        ("icmp", 60, "RFC 5508 REQ-2"),
+    ):
+        seconds = getattr(config.nat.timeouts, name)
+        if seconds < least:
+            found.append(f"nat.timeouts.{name}: {seconds} s is less than the {least} s of {reason}")
+    external = config.ports[1]
+    if external.gateway is None and IPv4Network("0.0.0.0/0") not in {
+        route.prefix for route in external.routes
+    }:
+        found.append(
+            "ports.external.gateway: there is none, so only the external subnet and the routes are reached"
+        )
+    subnet = external.address.network
+    away = [first for first, last in config.nat.pool.ranges if first not in subnet or last not in subnet]
+    if away:
+        found.append(
+            f"nat.pool.addresses: {away[0]} is not on the external subnet {subnet}: "
+            f"the routers outside must send it to {external.address.ip}"
+        )
+    return tuple(found)
+
+
+def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreConfig:
+    """The core's configuration.
+
+    ``macs`` has the 6 bytes of each device's own MAC, in the order of ``config.ports``; they are used where
+    the configuration gives none.  ``epoch`` (20 bit) tells the identities of one start from those of another.
+    Raises ValueError when there is not one MAC for each port.
+    """
+    routes: list[RouteConfig] = []
+    neighbours: list[NeighbourConfig] = []
+    on_link = 0
+    for i, port in enumerate(config.ports):
+        subnet = port.address.network
+        on_link += subnet.num_addresses
+        routes.append(RouteConfig(subnet.network_address, subnet.prefixlen, i))
+        if port.gateway:
+            routes.append(RouteConfig(IPv4Address(0), 0, i, port.gateway, port.gateway_mac))
+        routes += [
+            RouteConfig(
+                route.prefix.network_address, route.prefix.prefixlen, i, route.gateway, route.gateway_mac
+            )
+            for route in port.routes
+        ]
+        neighbours += [NeighbourConfig(neighbour.address, i, neighbour.mac) for neighbour in port.neighbours]
+    timeouts, limits, pool = config.nat.timeouts, config.nat.limits, config.nat.pool
+    return CoreConfig(
+        ports=tuple(
+            PortConfig(port.side, port.mac or mac, port.address.ip, port.mtu)
+            for port, mac in zip(config.ports, macs, strict=True)
+        ),
+        pool=tuple(PoolRange(first, last, pool.ports) for first, last in pool.ranges),
+        routes=tuple(routes),
+        neighbours=tuple(neighbours),
+        mapping=config.nat.mapping,
+        filtering=config.nat.filtering,
+        max_sessions=config.nat.max_sessions,
+        max_neighbours=min(max(4096, on_link), 65534),  # every address on a link can be a next hop
+        sessions_per_host=limits.sessions_per_host,
+        mappings_per_host=limits.mappings_per_host,
+        new_sessions_rate=limits.new_sessions_per_second,
+        udp_timeout=timeouts.udp,
+        tcp_established_timeout=timeouts.tcp_established,
+        tcp_transitory_timeout=timeouts.tcp_transitory,
+        icmp_timeout=timeouts.icmp,
+        epoch=epoch,
+    )

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a configuration: YAML, single values, and sections that go on after an error to find the others."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+MAX_SOCKET_PATH = 107  # bytes of sun_path, unix(7)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One error: where (``nat.pool.addresses[1]``, or line and column), and what is wrong with it."""
+
+    path: str
+    message: str
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; ``str()`` is one line per problem."""
+
+    def __init__(self, errors: Sequence[Problem], source: str = "config") -> None:
+        self.errors = tuple(errors)
+        self.source = source
+        super().__init__(
+            "\n".join(": ".join(filter(None, (source, problem.path, problem.message))) for problem in errors)
+        )
+
+
+# --- single values: each takes what stood in the file and returns the value, or raises ValueError ---------
+
+
+def shown(value: object) -> str:
+    """A short form of any value; the file's author may have written anything, of any size."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python converts
+        return "a number of very many digits"
+
+
+def integer(low: int, high: int) -> Callable[[object], int]:
+    def convert(value: object) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"{shown(value)} is no whole number from {low} to {high}")
+        return value
+
+    return convert
+
+
+def choice(allowed: Sequence[str]) -> Callable[[object], str]:
+    def convert(value: object) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(
+                f"{shown(value)} is none of: {', '.join(allowed)}{_did_you_mean(value, allowed)}"
+            )
+        return value
+
+    return convert
+
+
+def _did_you_mean(word: object, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1) if isinstance(word, str) else []
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _text(pattern: str, what: str) -> Callable[[object], str]:
+    expression = re.compile(pattern, re.ASCII)
+
+    def convert(value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{shown(value)} is no text: {what}; write it in quotes")
+        if not expression.fullmatch(value):
+            raise ValueError(f"{shown(value)} is not allowed: {what}")
+        return value
+
+    return convert
+
+
+an_instance = _text(r"[A-Za-z0-9._-]{1,64}", "1 to 64 of A-Z a-z 0-9 . _ -")
+a_device = _text(
+    r"[!-~][ -~]{0,254}", "a kernel interface or DPDK device arguments, up to 255 printable ASCII characters"
+)
+_OCTETS = r"\d{1,3}(?:\.\d{1,3}){3}"
+_ipv4 = _text(_OCTETS, "an IPv4 address, such as 198.51.100.254")
+_cidr = _text(_OCTETS + r"/\d{1,2}", "an IPv4 address and the length of its prefix, such as 10.0.0.1/24")
+_hardware = _text(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}", "a MAC, such as 02:00:00:00:00:01")
+
+
+def an_address(value: object) -> IPv4Address:
+    address = IPv4Address(_ipv4(value))
+    if (
+        address.is_multicast
+        or address.is_loopback
+        or address.is_reserved
+        or address in IPv4Network("0.0.0.0/8")
+    ):
+        raise ValueError(f"{address} is no unicast address that packets are sent to")
+    return address
+
+
+def an_interface(value: object) -> IPv4Interface:
+    interface = IPv4Interface(_cidr(value))
+    an_address(str(interface.ip))
+    host_in(interface.ip, interface.network)
+    return interface
+
+
+def a_network(value: object) -> IPv4Network:
+    text = _cidr(value)
+    network = IPv4Network(text, strict=False)
+    if str(network.network_address) != text.split("/")[0]:
+        raise ValueError(f"{text} has bits set behind its prefix: {network} is meant, or another length")
+    return network
+
+
+def a_mac(value: object) -> bytes:
+    mac = bytes.fromhex(_hardware(value).replace(":", ""))
+    if mac[0] & 1 or not any(mac):
+        raise ValueError(f"{value} is no unicast MAC")
+    return mac
+
+
+def a_socket(value: object) -> Path:
+    path = _text(r"/[!-~]+", "an absolute path without spaces")(value)
+    if len(path) > MAX_SOCKET_PATH:
+        raise ValueError(f"{len(path)} bytes long, and a unix socket's path has {MAX_SOCKET_PATH} at most")
+    return Path(path)
+
+
+def a_port_range(value: object) -> tuple[int, int]:
+    what = "ports such as 1024-65535, from 1 to 65535"
+    text = (
+        str(value)
+        if type(value) is int and 0 < value < 1 << 16
+        else _text(r"\d{1,5}(?:-\d{1,5})?", what)(value)
+    )
+    first, _, last = text.partition("-")
+    low, high = int(first), int(last or first)
+    if not 1 <= low <= high <= 65535:
+        raise ValueError(f"{shown(value)} is not allowed: {what}, the lower one first")
+    return low, high
+
+
+def the_cores(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) != 1:
+        raise ValueError(f"{shown(value)} is not allowed: a list of exactly one CPU, such as [1]")
+    return (integer(0, 1023)(value[0]),)
+
+
+def address_range(text: str) -> tuple[IPv4Address, IPv4Address]:
+    """``A``, ``A-B`` or ``A/nn``."""
+    if "/" in text:
+        network = a_network(text)
+        first, last = network[0], network[-1]
+    else:
+        a, dash, b = text.partition("-")
+        first, last = IPv4Address(_ipv4(a.strip())), IPv4Address(_ipv4(b.strip() if dash else a.strip()))
+    if last < first:
+        raise ValueError(f"{text} is reversed: the lower address comes first")
+    an_address(str(first))
+    an_address(str(last))
+    return first, last
+
+
+def host_in(address: IPv4Address, subnet: IPv4Network) -> None:
+    if address not in subnet:
+        raise ValueError(f"{address} is not on the port's subnet {subnet}")
+    if subnet.prefixlen < 31 and address in (subnet.network_address, subnet.broadcast_address):
+        raise ValueError(f"{address} is the network or broadcast address of {subnet}")
+
+
+# --- reading: a fallback stands in for what is wrong, so that the rest can be read too --------------------
+
+
+class Reader:
+    """Collects problems. ``keys`` has the keys of each kind of section, and whether each must be there."""
+
+    def __init__(self, keys: Mapping[str, Mapping[str, bool]]) -> None:
+        self._keys = keys
+        self.problems: list[Problem] = []
+        self._bad: set[str] = set()
+
+    def fault(self, path: str, message: str) -> None:
+        self.problems.append(Problem(path, message))
+        self._bad.add(path)
+
+    def good(self, *paths: str) -> bool:
+        """Whether these values, and all that they lie in, were read, so that comparing them makes sense."""
+        return not any(
+            path == bad or path.startswith((f"{bad}.", f"{bad}[")) for path in paths for bad in self._bad
+        )
+
+    def check(self, path: str, test: Callable[[], object]) -> None:
+        try:
+            test()
+        except ValueError as error:
+            self.fault(path, str(error))
+
+    def section(self, path: str, value: object, kind: str) -> Section:
+        known = self._keys[kind]
+        if not isinstance(value, Mapping):
+            self.fault(path, f"{shown(value)} is no mapping with the keys {', '.join(known)}")
+            return Section(self, path, {})
+        for key in value:
+            if key not in known:
+                where = f"{path}.{_key(key)}" if path else _key(key)
+                self.fault(
+                    where, f"unknown key; allowed: {', '.join(known)}{_did_you_mean(key, list(known))}"
+                )
+        section = Section(self, path, value)
+        for key, required in known.items():
+            if required and key not in value:
+                self.fault(section.path(key), "missing")
+        return section
+
+
+def _key(key: object) -> str:
+    return key if isinstance(key, str) and key.isprintable() and 0 < len(key) <= 64 else shown(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    reader: Reader
+    at: str
+    values: Mapping[Any, Any]
+
+    def path(self, key: str) -> str:
+        return f"{self.at}.{key}" if self.at else key
+
+    def get(self, key: str, convert: Callable[[object], T], fallback: T) -> T:
+        if key in self.values:
+            try:
+                return convert(self.values[key])
+            except ValueError as error:
+                self.reader.fault(self.path(key), str(error))
+        return fallback
+
+    def section(self, key: str, kind: str) -> Section:
+        if key not in self.values:  # reported already, if it must be there
+            return Section(self.reader, self.path(key), {})
+        return self.reader.section(self.path(key), self.values[key], kind)
+
+    def items(self, key: str, most: int) -> Iterator[tuple[str, object]]:
+        """(path, value) of each item of a list."""
+        value = self.values.get(key, [])
+        if not isinstance(value, list):
+            self.reader.fault(self.path(key), f"{shown(value)} is no list")
+        elif len(value) > most:
+            self.reader.fault(self.path(key), f"{len(value)} entries, and {most} at most are possible")
+        else:
+            for i, item in enumerate(value):
+                yield f"{self.path(key)}[{i}]", item
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: no key twice, and a MAC or a date stays the text that it looks like."""
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        if isinstance(key_node, yaml.ScalarNode):
+            key = loader.construct_object(key_node)
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {shown(key)} stands here a second time",
+                    problem_mark=key_node.start_mark,
+                )
+            seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+# YAML 1.1 reads 10:20:30:40:50:10 as a number to the base of 60, and 010 as eight.
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), [*"-+0123456789"]
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?$"), [*"-+0123456789"]
+)
+
+
+def _position(line: int, column: int) -> str:
+    return f"line {line + 1}, column {column + 1}"
+
+
+def load_yaml(path: str | Path) -> object:
+    """What stands in a YAML file. Raises ConfigError with line and column when it cannot be read."""
+    source = str(path)
+
+    def broken(where: str, what: str) -> ConfigError:
+        return ConfigError((Problem(where, what),), source)
+
+    try:
+        content = Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
+        return yaml.load(text, _Loader)
+    except OSError as error:
+        raise broken("", f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        where = _position(before.count(b"\n"), len(before) - before.rfind(b"\n") - 1)
+        raise broken(where, "this is no UTF-8") from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position].encode()
+        where = _position(before.count(b"\n"), len(before) - before.rfind(b"\n") - 1)
+        raise broken(where, "a character that YAML does not allow") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = _position(mark.line, mark.column) if mark else ""
+        raise broken(where, f"broken YAML: {error.problem or error.context}") from None
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else "a value that YAML cannot take"
+        raise broken("", f"broken YAML: {what}") from None
