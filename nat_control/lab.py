@@ -2,7 +2,8 @@
 """Networks in namespaces, for the demo and the tests: made, used, and taken away whatever happens.
 
 A lab's namespaces are called ``tandem-<pid>-<n>-<name>``, so that a later lab finds and removes what a
-killed one left behind. A kept lab (the demo's ``--keep``) is called ``tandem-kept-<name>`` and stays until ``end_kept``.
+killed one left behind. A kept lab (the demo's ``--keep``) is called ``tandem-kept-<name>`` and stays until
+``end_kept``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def call(argv: Sequence[str], timeout: float = 30) -> str:
 
 
 def until(what: str, probe: Callable[[], T], timeout: float = 10, interval: float = 0.02) -> T:
-    """Asks ``probe`` until its answer is true, and returns that. Raises LabError after ``timeout`` seconds."""
+    """Asks ``probe`` until its answer is true, and returns that. Raises LabError after ``timeout`` s."""
     end = time.monotonic() + timeout
     while True:
         if answer := probe():
