@@ -344,10 +344,11 @@ def _check_pool(reader: Reader, located: list[_Located], pool: Pool, ports: Sequ
         forbidden.append((external.gateway, "the external gateway"))
     forbidden += [(route.gateway, "the gateway of an external route") for route in external.routes]
     forbidden += [(neighbour.address, "an external neighbour") for neighbour in external.neighbours]
+    faults = {address: what for address, what in forbidden if address != _NO_ADDRESS}
     inside = internal.address.network if reader.good("ports.internal.address") else None
     for first, last, path in located:
-        for address, what in dict(forbidden).items():
-            if address != _NO_ADDRESS and first <= int(address) <= last:
+        for address, what in faults.items():
+            if first <= int(address) <= last:
                 reader.fault(path, f"{address} is {what}")
         if inside and first <= int(inside.broadcast_address) and last >= int(inside.network_address):
             reader.fault(path, f"overlaps the internal subnet {inside}")

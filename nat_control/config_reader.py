@@ -41,10 +41,16 @@ class ConfigError(Exception):
 # --- single values: each takes what stood in the file and returns the value, or raises ValueError ---------
 
 
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 80
+
+
 def shown(value: object) -> str:
     """A short form of any value; the file's author may have written anything, of any size."""
+    if value is None:
+        return "nothing"
     try:
-        return reprlib.repr(value)
+        return _brief.repr(value)
     except ValueError:  # an integer of more digits than Python converts
         return "a number of very many digits"
 
@@ -197,9 +203,12 @@ class Reader:
 
     def good(self, *paths: str) -> bool:
         """Whether these values, and all that they lie in, were read, so that comparing them makes sense."""
-        return not any(
-            path == bad or path.startswith((f"{bad}.", f"{bad}[")) for path in paths for bad in self._bad
-        )
+        for path in paths:
+            while path:
+                if path in self._bad:
+                    return False
+                path = path[: max(path.rfind("."), path.rfind("["), 0)]
+        return True
 
     def check(self, path: str, test: Callable[[], object]) -> None:
         try:
@@ -273,7 +282,7 @@ class _Loader(yaml.SafeLoader):
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        if isinstance(key_node, yaml.ScalarNode):
+        if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
             key = loader.construct_object(key_node)
             if key in seen:
                 raise yaml.MarkedYAMLError(
@@ -304,8 +313,12 @@ def _position(line: int, column: int) -> str:
     return f"line {line + 1}, column {column + 1}"
 
 
-def load_yaml(path: str | Path) -> object:
-    """What stands in a YAML file. Raises ConfigError with line and column when it cannot be read."""
+def _end_of(text: str) -> str:
+    return _position(text.count("\n"), len(text) - text.rfind("\n") - 1)
+
+
+def load_yaml(path: str | Path) -> dict[Any, Any]:
+    """The mapping in a YAML file. Raises ConfigError, where it can with line and column, when there is none."""
     source = str(path)
 
     def broken(where: str, what: str) -> ConfigError:
@@ -314,21 +327,21 @@ def load_yaml(path: str | Path) -> object:
     try:
         content = Path(path).read_bytes()
         text = content.decode("utf-8-sig")
-        return yaml.load(text, _Loader)
+        document = yaml.load(text, _Loader)
     except OSError as error:
         raise broken("", f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        before = content[: error.start]
-        where = _position(before.count(b"\n"), len(before) - before.rfind(b"\n") - 1)
-        raise broken(where, "this is no UTF-8") from None
+        raise broken(_end_of(content[: error.start].decode()), "this is no UTF-8") from None
     except yaml.reader.ReaderError as error:
-        before = text[: error.position].encode()
-        where = _position(before.count(b"\n"), len(before) - before.rfind(b"\n") - 1)
-        raise broken(where, "a character that YAML does not allow") from None
+        raise broken(_end_of(text[: error.position]), "a character that YAML does not allow") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = _position(mark.line, mark.column) if mark else ""
         raise broken(where, f"broken YAML: {error.problem or error.context}") from None
-    except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else "a value that YAML cannot take"
-        raise broken("", f"broken YAML: {what}") from None
+    except RecursionError:
+        raise broken("", "broken YAML: nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError):  # what PyYAML lets through for `!!int x`
+        raise broken("", "broken YAML: a tag or a number whose value cannot be read") from None
+    if not isinstance(document, dict):
+        raise broken("line 1, column 1", f"{shown(document)} is no mapping of keys to values")
+    return document
