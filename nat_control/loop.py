@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control loop: the only place of the control side that reads a clock, keeps a timer or catches a signal.
+
+It takes the core's events and keeps rates for `show`. Packets never wait for it: the ring of events holds
+what comes while it is away, and only new sessions would be refused, by name, if that were ever full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+
+from nat_fastpath.engine import Core
+
+EVENTS = 16384  # taken at once, in less than a millisecond
+STEP = 0.1  # seconds between two looks at the events; the ring holds 65 536
+RATE_PERIOD = 1.0  # seconds over which rates are taken
+RATES = ("sessions_opened", "sessions_closed")
+PORT_RATES = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes")
+
+
+def start_epoch() -> int:
+    """The 20 bits that tell this start from earlier ones: seconds of the wall clock, modulo twelve days."""
+    return int(time.time()) & 0xFFFFF
+
+
+@contextlib.contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """SIGTERM raises SystemExit in here, so that a start that is interrupted undoes what it did."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def no_more_signals() -> None:
+    """From here on we end anyway, and a second signal must not keep us from doing it cleanly."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class ControlLoop:
+    """Turns until SIGTERM or SIGINT; ``watch`` is called once per second and may end it by an exception."""
+
+    def __init__(self, core: Core, n_ports: int, watch: Callable[[], None]) -> None:
+        self._core = core
+        self._watch = watch
+        self._names = (*RATES, *(f"{name}.{i}" for i in range(n_ports) for name in PORT_RATES))
+        self._started = time.monotonic()
+        self._before: tuple[float, Mapping[str, int]] = (self._started, core.counters())
+        self._next_sequence = 0
+        self.events = 0
+        self.events_lost = 0
+        self.rates: dict[str, float] = dict.fromkeys(self._names, 0.0)
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    async def run(self, ready: Callable[[], None]) -> str:
+        """Runs until a signal; returns its name."""
+        loop = asyncio.get_running_loop()
+        end: asyncio.Future[str] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _finish, end, signal.Signals(number).name)
+        steps = asyncio.create_task(self._steps())
+        steps.add_done_callback(lambda task: _fail(end, task))
+        try:
+            ready()
+            return await end
+        finally:
+            steps.cancel()
+
+    def drain(self) -> int:
+        """Takes what events there are, one batch; returns how many."""
+        events = self._core.events(EVENTS)
+        if len(events):
+            first, last = int(events["sequence"][0]), int(events["sequence"][-1])
+            if self._next_sequence:
+                self.events_lost += first - self._next_sequence
+            self._next_sequence = last + 1
+            self.events += len(events)
+        return len(events)
+
+    async def _steps(self) -> None:
+        while True:
+            while self.drain() == EVENTS:
+                await asyncio.sleep(0)
+            now = time.monotonic()
+            if now - self._before[0] >= RATE_PERIOD:
+                self._take_rates(now)
+                self._watch()
+            await asyncio.sleep(STEP)
+
+    def _take_rates(self, now: float) -> None:
+        then, old = self._before
+        new = self._core.counters()
+        self.rates = {name: (new[name] - old[name]) / (now - then) for name in self._names}
+        self._before = now, new
+
+
+def _finish(end: asyncio.Future[str], name: str) -> None:
+    if not end.done():
+        end.set_result(name)
+
+
+def _fail(end: asyncio.Future[str], task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) and not end.done():
+        end.set_exception(error)

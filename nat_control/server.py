@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tandem-nat server`: from a configuration to a running NAT, and back to the machine as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nat_control import config as configuration
+from nat_control.api import Api, ApiError
+from nat_control.config import Config
+from nat_control.loop import ControlLoop, ending_cleanly, no_more_signals, start_epoch
+from nat_fastpath import engine
+from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, repair
+
+BUFFERS = 16384  # packets in flight; AF_XDP receives nothing with much less
+SHOWN = 256  # rows of a list that comes as one answer
+
+
+class ServerError(Exception):
+    """The server cannot start, or could not go on; one line."""
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def serve(config: Config, *, force: bool = False) -> None:
+    """Runs until SIGTERM or SIGINT. Raises ServerError; whatever was done by then is undone."""
+    with contextlib.ExitStack() as undo, ending_cleanly():
+        try:
+            Server(config, undo, force=force).run()
+        except (DpdkError, InterfaceError, engine.CoreError, ApiError) as error:
+            raise ServerError(str(error)) from None
+        finally:
+            no_more_signals()
+
+
+class Server:
+    """One instance: what `show` tells about it, and its way up. ``undo`` takes it down again."""
+
+    def __init__(self, config: Config, undo: contextlib.ExitStack, *, force: bool) -> None:
+        self.config = config
+        state = _state_dir(config)
+        undo.enter_context(_lock(state / f"{config.instance}.lock", config.instance))
+        for line in repair(state):
+            say(f"repaired: {line}")
+
+        mtu = max(port.mtu for port in config.ports)
+        self.eal = Eal(memory_mb=64 + (BUFFERS * (2 * mtu + 1024) >> 20))
+        undo.callback(self.eal.close)
+        memory = "hugepages" if self.eal.hugepages else "ordinary memory (no hugepages are free)"
+        say(f"tandem-nat {version('tandem-nat')}: instance {config.instance}, {self.eal.version}, {memory}")
+
+        pool = Mempool(f"{os.getpid()}-packets", BUFFERS, mtu)
+        undo.callback(pool.close)
+        self.pool = pool
+        self.ports: list[Port] = []
+        for i, port in enumerate(config.ports):
+            opened = Port(
+                port.device,
+                pool,
+                index=i,
+                mtu=port.mtu,
+                mac=port.mac,
+                addresses=_addresses(config, i),
+                state_dir=state,
+                force=force,
+            )
+            undo.callback(opened.close)
+            self.ports.append(opened)
+            carrier = (
+                f"{opened.kernel_interface} by {opened.driver}" if opened.kernel_interface else opened.driver
+            )
+            say(f"{port.name}: {carrier}, MAC {opened.mac.hex(':')}, {port.address}, MTU {port.mtu}")
+            for change in opened.changes:
+                say(f"{port.name}: {change}")
+
+        core_config = configuration.to_core(config, [port.mac for port in self.ports], epoch=start_epoch())
+        self.core = engine.Core(core_config)
+        undo.callback(self.core.close)
+        total = self.core.memory()["total"]
+        sessions = config.nat.max_sessions
+        say(f"memory: {total / 2**20:.0f} MiB for {sessions} sessions, {total // sessions} bytes each")
+
+        cpu = config.workers.cores[0]
+        self.worker = Worker(self.core, self.ports, pool, cpu=cpu, idle=config.workers.idle)
+        self.worker.start()
+        undo.callback(self.worker.stop)
+        self.worker_stats = self.worker.stats()
+        bound = (
+            f", sleeps {self.worker.idle_bound_us} µs at most" if config.workers.idle == "adaptive" else ""
+        )
+        say(f"worker: CPU {cpu}, {config.workers.idle}{bound}")
+        self.loop = ControlLoop(self.core, len(self.ports), self._watch)
+
+    def run(self) -> None:
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        answers = {"status": self.status, "stats": self.stats, "pool": self.pool_use, "ports": self.port_list}
+        api = Api(answers, self.core.sessions)
+        await api.start(self.config.control.socket)
+        try:
+            say(f"control: {self.config.control.socket}")
+            say(f"ended by {await self.loop.run(ready=lambda: say('ready'))}")
+        finally:
+            await api.close()
+
+    def _watch(self) -> None:
+        self.worker_stats = self.worker.stats()
+        if not self.worker.running:
+            raise ServerError("the worker has ended by itself")
+
+    # -- what can be shown; called from threads ------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        counters, nat = self.core.counters(), self.config.nat
+        return {
+            "instance": self.config.instance,
+            "version": version("tandem-nat"),
+            "pid": os.getpid(),
+            "uptime": round(self.loop.uptime, 3),
+            "dpdk": self.eal.version,
+            "hugepages": self.eal.hugepages,
+            "mapping": nat.mapping,
+            "filtering": nat.filtering,
+            "max_sessions": nat.max_sessions,
+            **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
+            "rates": {name: round(rate, 1) for name, rate in self.loop.rates.items()},
+            "worker": {
+                "cpu": self.config.workers.cores[0],
+                "idle": self.config.workers.idle,
+                "idle_bound_us": self.worker.idle_bound_us,
+                "busy_share": round(self.worker_stats.get("busy_share", 0.0), 4),
+            },
+            "memory": self.core.memory(),
+            "buffers": {"in_use": self.pool.in_use, "total": BUFFERS},
+            "events": {
+                "taken": self.loop.events,
+                "waiting": counters["events"],
+                "lost": self.loop.events_lost,
+            },
+        }
+
+    def stats(self) -> dict[str, Any]:
+        verdicts = self.core.verdicts().tolist()
+        return {
+            "verdicts": dict(zip(engine.VERDICT_NAMES, verdicts, strict=True)),
+            "counters": self.core.counters(),
+            "worker": self.worker_stats,
+        }
+
+    def pool_use(self) -> dict[str, Any]:
+        pool, hosts = self.config.nat.pool, self.core.hosts()
+        addresses, index = np.unique(hosts["external_addr"], return_inverse=True)
+        mappings = np.bincount(index, hosts["mappings"], len(addresses)).astype(int)
+        users = np.bincount(index, minlength=len(addresses))
+        first, last = pool.ports
+        counters, verdicts = self.core.counters(), self.core.verdicts()
+        return {
+            "ranges": [f"{low}-{high}" for low, high in pool.ranges],
+            "ports": [first, last],
+            "addresses": pool.n_addresses,
+            "capacity": pool.n_addresses * (last - first + 1),  # of each protocol
+            "used": counters["mappings_opened"] - counters["mappings_closed"],
+            "unpaired": counters["unpaired"],
+            "refused": int(verdicts[engine.Verdict["DROP_NO_PORT"]]),
+            "in_use": [
+                {"address": _dotted(address), "hosts": n, "mappings": m}
+                for address, n, m in list(zip(addresses, users.tolist(), mappings.tolist(), strict=True))[
+                    :SHOWN
+                ]
+            ],
+            "in_use_total": len(addresses),
+        }
+
+    def port_list(self) -> dict[str, Any]:
+        neighbours = self.core.neighbours()
+        return {
+            port.name: {
+                "device": port.device,
+                "driver": opened.driver,
+                "kernel_interface": opened.kernel_interface,
+                "changes": list(opened.changes),
+                "mac": opened.mac.hex(":"),
+                "address": str(port.address),
+                "gateway": str(port.gateway) if port.gateway else None,
+                "mtu": port.mtu,
+                "link": opened.link()._asdict(),
+                "rates": {
+                    name.removesuffix(f".{i}"): round(rate, 1)
+                    for name, rate in self.loop.rates.items()
+                    if name.endswith(f".{i}")
+                },
+                "stats": opened.stats(),
+                "xstats": opened.xstats(),
+                "neighbours": _neighbours(neighbours[neighbours["port"] == i]),
+            }
+            for i, (port, opened) in enumerate(zip(self.config.ports, self.ports, strict=True))
+        }
+
+
+def _neighbours(records: np.ndarray[Any, np.dtype[np.void]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "address": _dotted(record["address"]) if record["address"] else None,
+            "mac": int(record["mac"]).to_bytes(6, "big").hex(":"),
+            "state": engine.NEIGHBOUR_STATES[record["state"]],
+            "confirmed": int(record["confirmed_ms"]) / 1000,
+            "sessions": int(record["sessions"]),
+            "held": int(record["held"]),
+        }
+        for record in records[:SHOWN]
+    ]
+
+
+def _dotted(address: Any) -> str:
+    return ".".join(str(byte) for byte in int(address).to_bytes(4, "big"))
+
+
+def _addresses(config: Config, port: int) -> list[Any]:
+    """What the NAT answers for on a port, and the kernel therefore must not."""
+    own = [config.ports[port].address.ip]
+    if config.ports[port].side == "external":
+        for first, last in config.nat.pool.ranges:
+            own += [type(first)(number) for number in range(int(first), int(last) + 1)]
+    return own
+
+
+def _state_dir(config: Config) -> Path:
+    """Where locks and the notes for repair stand: $TANDEM_NAT_STATE, or beside the socket."""
+    state = Path(os.environ.get("TANDEM_NAT_STATE") or config.control.socket.parent)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ServerError(f"{state}: {error.strerror}; set control.socket or TANDEM_NAT_STATE") from None
+    return state
+
+
+@contextlib.contextmanager
+def _lock(path: Path, instance: str) -> Iterator[None]:
+    """One server per instance name. The kernel drops the lock of a killed one by itself."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ServerError(f"{path}: {error.strerror}; a server needs root") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(descriptor, 20, 0).decode() or "?"
+            raise ServerError(
+                f"instance {instance!r} runs already (process {pid}, {path}): stop it, or choose another name"
+            ) from None
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+        # The file stays: were it unlinked, two servers could hold locks on two files of the same name.
+    finally:
+        os.close(descriptor)
