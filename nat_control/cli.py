@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `tandem-nat`. docs/cli.md is its reference."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nat_control import api
+from nat_control.config import Config, ConfigError, load, to_core, warnings
+
+FAILED, USAGE, NOT_RUNNING, INTERRUPTED = 1, 2, 3, 130
+EXIT_CODES = (
+    "Exit codes: 0 good, 1 failed, 2 usage or configuration, 3 no server is running or it cannot be reached."
+)
+RUN = Path("/run/tandem-nat")
+ANY_MAC = bytes.fromhex("020000000001")
+
+app = typer.Typer(
+    help=f"Tandem NAT: a source NAT with a DPDK fast path.\n\n{EXIT_CODES}",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+show = typer.Typer(help="What a running server knows.", no_args_is_help=True)
+app.add_typer(show, name="show")
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="Configuration (YAML).", show_default=False)
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("-c", "--config", help="Configuration that names the server's socket.")
+]
+SocketOption = Annotated[Path | None, typer.Option("--socket", help="The server's socket itself.")]
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turns what a user can cause into lines on stderr and an exit code."""
+    try:
+        yield
+    except ConfigError as error:
+        _complain(*str(error).splitlines())
+        raise typer.Exit(USAGE) from None
+    except api.NotRunning as error:
+        _complain(str(error))
+        raise typer.Exit(NOT_RUNNING) from None
+    except api.ApiError as error:
+        _complain(str(error))
+        raise typer.Exit(USAGE) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _complain(*lines: str) -> None:
+    for line in lines:
+        print(f"tandem-nat: {line}", file=sys.stderr)
+
+
+def _fail(error: Exception | str) -> typer.Exit:
+    _complain(str(error))
+    return typer.Exit(FAILED)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A rich table for people, aligned columns for anything else. Numbers stand at the right."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    numeric = [all(text[:1].isdigit() for text in column) for column in zip(*cells, strict=True)] or [False]
+    console = Console(highlight=False)
+    if console.is_terminal:
+        table = Table(title=title, title_justify="left", header_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if numeric[min(i, len(numeric) - 1)] else "left")
+        for row in cells:
+            table.add_row(*row)
+        console.print(table)
+        return
+    lines = [list(columns), *cells] if any(columns) else cells
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"# {title}")
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+# -- server and configuration -----------------------------------------------------------------------------
+
+
+@app.command()
+def server(
+    config: ConfigFile,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even take the device of the default route.")
+    ] = False,
+) -> None:
+    """Run the NAT until SIGTERM or Ctrl-C; interfaces are put back as they were."""
+    with _user_errors():
+        loaded = load(config)
+        for line in warnings(loaded):
+            _complain(f"{config}: warning: {line}")
+        try:
+            from nat_control.server import ServerError, serve  # needs DPDK, which the other commands do not
+        except ImportError as error:
+            raise _fail(error) from None
+        try:
+            serve(loaded, force=force)
+        except ServerError as error:
+            raise _fail(error) from None
+
+
+@app.command()
+def check(config: ConfigFile, as_json: Json = False) -> None:
+    """Check a configuration: every error at once, warnings, and the memory it takes."""
+    from nat_fastpath.engine import CoreError, memory_for
+
+    try:
+        loaded = load(config)
+        memory = memory_for(to_core(loaded, [port.mac or ANY_MAC for port in loaded.ports]))
+    except ConfigError as error:
+        if as_json:
+            problems = [{"path": problem.path, "message": problem.message} for problem in error.errors]
+            _print_json({"ok": False, "errors": problems})
+        else:
+            _complain(*str(error).splitlines())
+        raise typer.Exit(USAGE) from None
+    except CoreError as error:
+        raise _fail(f"{config}: {error}") from None
+    advice = warnings(loaded)
+    if as_json:
+        _print_json({"ok": True, "instance": loaded.instance, "warnings": list(advice), "memory": memory})
+        return
+    for line in advice:
+        print(f"{config}: warning: {line}")
+    total, sessions = memory["total"], loaded.nat.max_sessions
+    print(f"{config}: good; {sessions} sessions take {total / 2**20:.0f} MiB, {total // sessions} bytes each")
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """Print the version, and whether DPDK is built in."""
+    try:
+        import nat_fastpath.dpdk  # noqa: F401
+
+        dpdk = True
+    except ImportError:
+        dpdk = False
+    number = package_version("tandem-nat")
+    if as_json:
+        _print_json({"version": number, "dpdk": dpdk})
+    else:
+        print(f"tandem-nat {number}, {'with' if dpdk else 'without'} DPDK")
+
+
+# -- show ---------------------------------------------------------------------------------------------------
+
+
+def _socket(config: Path | None, path: Path | None) -> Path:
+    if path:
+        return path
+    if config:
+        return load(config).control.socket
+    found = sorted(RUN.glob("*.sock"))
+    if not found:
+        raise api.NotRunning(f"no socket in {RUN}: no server is running; -c or --socket names one elsewhere")
+    if len(found) > 1:
+        raise api.ApiError(f"several servers: choose with --socket {' or '.join(map(str, found))}")
+    return found[0]
+
+
+def _one(what: str, config: Path | None, path: Path | None) -> dict[str, Any]:
+    """The answer to a question that has a single one."""
+    (answer,) = api.ask(_socket(config, path), {"show": what})
+    result: dict[str, Any] = answer[what]
+    return result
+
+
+def _rate(bits: float) -> str:
+    for unit in ("bit/s", "kbit/s", "Mbit/s"):
+        if bits < 1000:
+            return f"{bits:.0f} {unit}"
+        bits /= 1000
+    return f"{bits:.2f} Gbit/s"
+
+
+@show.command("status")
+def show_status(config: ConfigOption = None, socket: SocketOption = None, as_json: Json = False) -> None:
+    """Uptime, sessions, rates, memory and the worker."""
+    with _user_errors():
+        status = _one("status", config, socket)
+    if as_json:
+        return _print_json(status)
+    rates, worker = status["rates"], status["worker"]
+    rows = [
+        ("process", f"{status['pid']}, up {status['uptime']:.0f} s, {status['dpdk']}"),
+        ("behaviour", f"{status['mapping']} mapping, {status['filtering']} filtering"),
+        ("sessions", f"{status['sessions']} of {status['max_sessions']}"),
+        ("mappings", f"{status['mappings']} of {status['hosts']} hosts"),
+        ("new and ended", f"{rates['sessions_opened']:.0f} and {rates['sessions_closed']:.0f} per second"),
+        ("next hops", f"{status['neighbours']}, {status['held']} packets held"),
+        ("worker", f"CPU {worker['cpu']}, {worker['idle']}, {worker['busy_share']:.1%} busy"),
+        (
+            "memory",
+            f"{status['memory']['total'] / 2**20:.0f} MiB of tables, "
+            f"{status['buffers']['in_use']} of {status['buffers']['total']} buffers in use, "
+            f"{'hugepages' if status['hugepages'] else 'ordinary pages'}",
+        ),
+    ]
+    for i, name in enumerate(("internal", "external")):
+        rows.append(
+            (
+                name,
+                f"in {_rate(8 * rates[f'rx_bytes.{i}'])} ({rates[f'rx_packets.{i}']:.0f} packets/s), "
+                f"out {_rate(8 * rates[f'tx_bytes.{i}'])} ({rates[f'tx_packets.{i}']:.0f} packets/s)",
+            )
+        )
+    _table(f"instance {status['instance']}, version {status['version']}", ("", ""), rows)
+
+
+SESSION_COLUMNS = {
+    "protocol": 8,
+    "internal": 21,
+    "external": 21,
+    "remote": 21,
+    "state": 11,
+    "age": 9,
+    "idle": 9,
+    "packets_out": 11,
+    "packets_in": 10,
+    "flags": 0,
+}
+
+
+@show.command("sessions")
+def show_sessions(
+    config: ConfigOption = None,
+    socket: SocketOption = None,
+    internal: Annotated[
+        str | None, typer.Option(help="ADDRESS, ADDRESS:PORT, NETWORK/LENGTH or :PORT.")
+    ] = None,
+    external: Annotated[str | None, typer.Option(help="The same, of the pool.")] = None,
+    remote: Annotated[str | None, typer.Option(help="The same, of the far end.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of any of the three.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="icmp, tcp or udp.")] = None,
+    state: Annotated[str | None, typer.Option(help="TCP state, such as established.")] = None,
+    older: Annotated[float | None, typer.Option(help="Opened at least so many seconds ago.")] = None,
+    idle: Annotated[float | None, typer.Option(help="Without a packet for at least so many seconds.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Rows at most; 0: all.")] = 100,
+    cursor: Annotated[int, typer.Option(min=0, help="Go on from where an earlier answer ended.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Sessions, filtered and paged."""
+    sides = {"internal": internal, "external": external, "remote": remote}
+    wanted = {**sides, "port": port, "protocol": protocol, "state": state, "older": older, "idle": idle}
+    request: dict[str, Any] = {
+        "show": "sessions",
+        "filter": {key: value for key, value in wanted.items() if value is not None},
+        "cursor": cursor,
+    }
+    if limit:
+        request["limit"] = limit
+    with _user_errors():
+        answers = api.ask(_socket(config, socket), request)
+        (_sessions_as_json if as_json else _sessions_as_text)(answers)
+
+
+def _sessions_as_json(answers: Iterator[dict[str, Any]]) -> None:
+    """One document, written as it comes: a million rows are never in memory."""
+    before = '{"sessions": [\n'
+    for answer in answers:
+        for row in answer.get("rows", ()):
+            sys.stdout.write(before + json.dumps(row))
+            before = ",\n"
+        if "end" in answer:
+            start = before if before != ",\n" else "\n"
+            print(f'{start}], "cursor": {answer["end"]["cursor"]}}}')
+
+
+def _sessions_as_text(answers: Iterator[dict[str, Any]]) -> None:
+    def line(cells: Iterable[object]) -> str:
+        widths = SESSION_COLUMNS.values()
+        return "  ".join(_cell(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    header = line(name.replace("_", " ") for name in SESSION_COLUMNS)
+    for answer in answers:
+        if header:
+            print(f"\033[1m{header}\033[0m" if sys.stdout.isatty() else header)
+            header = ""
+        for row in answer.get("rows", ()):
+            print(line(row[name] for name in SESSION_COLUMNS))
+        if "end" in answer:
+            more = f"; more with --cursor {answer['end']['cursor']}" if answer["end"]["cursor"] else ""
+            print(f"{answer['end']['rows']} sessions{more}", file=sys.stderr)
+
+
+@show.command("stats")
+def show_stats(
+    config: ConfigOption = None,
+    socket: SocketOption = None,
+    every: Annotated[bool, typer.Option("--all", help="Counters that are zero, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Packets by verdict, and all other counters."""
+    from nat_fastpath.engine import VERDICT_HELP, VERDICT_NAMES
+
+    with _user_errors():
+        stats = _one("stats", config, socket)
+    if as_json:
+        return _print_json(stats)
+    meaning = dict(zip(VERDICT_NAMES, VERDICT_HELP, strict=True))
+    verdicts = [(name, n, meaning.get(name, "")) for name, n in stats["verdicts"].items() if n or every]
+    _table("packets by verdict", ("verdict", "packets", "meaning"), verdicts)
+    counters = {**stats["counters"], **{f"worker.{name}": n for name, n in stats["worker"].items()}}
+    _table("counters", ("counter", "value"), [(name, n) for name, n in counters.items() if n or every])
+
+
+@show.command("pool")
+def show_pool(config: ConfigOption = None, socket: SocketOption = None, as_json: Json = False) -> None:
+    """External addresses and ports: how many there are, and who uses them."""
+    with _user_errors():
+        pool = _one("pool", config, socket)
+    if as_json:
+        return _print_json(pool)
+    first, last = pool["ports"]
+    rows = [
+        ("addresses", f"{pool['addresses']}: {', '.join(pool['ranges'])}"),
+        ("ports", f"{first}-{last}, {pool['capacity']} endpoints of each protocol"),
+        ("mappings", f"{pool['used']}, {pool['unpaired']} ever on another address than their host's"),
+        ("refused", f"{pool['refused']} packets for want of a port"),
+    ]
+    _table("pool", ("", ""), rows)
+    used = [(use["address"], use["hosts"], use["mappings"]) for use in pool["in_use"]]
+    _table(f"addresses in use: {pool['in_use_total']}", ("address", "hosts", "mappings of these hosts"), used)
+
+
+@show.command("ports")
+def show_ports(config: ConfigOption = None, socket: SocketOption = None, as_json: Json = False) -> None:
+    """Devices, links, what was changed on them, and next hops."""
+    with _user_errors():
+        ports = _one("ports", config, socket)
+    if as_json:
+        return _print_json(ports)
+    for name, port in ports.items():
+        link, rates = port["link"], port["rates"]
+        speed = f", {link['speed_mbps']} Mbit/s" if link["speed_mbps"] else ""
+        rows = [
+            ("device", f"{port['device']} by {port['driver']}, link {'up' if link['up'] else 'down'}{speed}"),
+            (
+                "address",
+                f"{port['address']}, MAC {port['mac']}, MTU {port['mtu']}, gateway {port['gateway'] or '-'}",
+            ),
+            *(("changed", change) for change in port["changes"]),
+            ("in", f"{_rate(8 * rates['rx_bytes'])}, {rates['rx_packets']:.0f} packets/s"),
+            ("out", f"{_rate(8 * rates['tx_bytes'])}, {rates['tx_packets']:.0f} packets/s"),
+            *((counter, n) for counter, n in port["stats"].items()),
+        ]
+        _table(name, ("", ""), rows)
+        hops = [(hop["address"], hop["mac"], hop["state"], hop["sessions"]) for hop in port["neighbours"]]
+        _table(f"{name}: next hops", ("address", "MAC", "state", "sessions"), hops)
+
+
+# -- captures and demo --------------------------------------------------------------------------------------
+
+
+@app.command()
+def translate(
+    source: Annotated[Path, typer.Argument(metavar="IN.pcap", show_default=False, help="Capture to read.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT.pcap", show_default=False, help="What the NAT sends.")
+    ],
+    config: Annotated[Path, typer.Option("-c", "--config", help="Configuration (YAML).", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Send a capture through the NAT's core, and count the packets by verdict."""
+    from nat_control.translate import CaptureError
+    from nat_control.translate import translate as run
+
+    with _user_errors():
+        loaded: Config = load(config)
+        try:
+            summary = run(source, target, loaded)
+        except (CaptureError, OSError) as error:
+            raise _fail(error) from None
+    if as_json:
+        return _print_json(summary)
+    _table(f"{source}: packets by verdict", ("verdict", "packets"), list(summary["verdicts"].items()))
+    facts = [(name, summary[name]) for name in ("packets", "truncated", "written", "sessions", "seconds")]
+    _table(f"written to {target}", ("", ""), facts)
+
+
+@app.command()
+def demo(
+    report: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the checks there.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave it running; --stop ends it.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End what --keep left.")] = False,
+) -> None:
+    """Show it: a client network, the NAT and an outside in namespaces, with real traffic (root)."""
+    from nat_control.demo import run
+    from nat_control.lab import LabError, end_kept
+
+    with _user_errors():
+        try:
+            if stop:
+                removed = end_kept()
+                print(f"ended, and removed {', '.join(removed)}" if removed else "there is no kept demo")
+            elif not run(report, keep=keep):
+                raise typer.Exit(FAILED)
+        except (LabError, OSError) as error:
+            raise _fail(error) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
