@@ -76,10 +76,14 @@ class Core:
     def detach(self) -> None: ...
     def events(self, maximum: int = 65536) -> np.ndarray[Any, np.dtype[np.void]]:
         """Takes up to ``maximum`` events out of the ring; shape (n,), dtype EVENT."""
-    def sessions(self, cursor: int = 0, maximum: int = 4096) -> tuple[np.ndarray[Any, np.dtype[np.void]], int]:
+    def sessions(
+        self, cursor: int = 0, maximum: int = 4096
+    ) -> tuple[np.ndarray[Any, np.dtype[np.void]], int]:
         """Up to ``maximum`` records and the cursor of the next page, 0 at the end.  A cursor names a slot, so
         paging is stable while sessions come and go. Raises TimeoutError when the worker does not answer."""
-    def find(self, protocol: int, source: tuple[int, int], destination: tuple[int, int], side: str = "internal") -> Any:
+    def find(
+        self, protocol: int, source: tuple[int, int], destination: tuple[int, int], side: str = "internal"
+    ) -> Any:
         """The record of the session that a packet with this 5-tuple belongs to (numpy void), or None."""
     def install(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
     def delete(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int:

@@ -1,1 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
+"""DPDK for the core: EAL, mempools, ports, and the worker that carries packets between them."""
+
+try:
+    from nat_fastpath.dpdk import _dpdk as _dpdk
+except ImportError as error:
+    raise ImportError(
+        f"this Tandem NAT was built without DPDK ({error}): "
+        "install libdpdk >= 22.11 (Debian: apt install libdpdk-dev pkg-config) and build it again"
+    ) from None
+
+from nat_fastpath.dpdk.binding import DpdkError, Eal, Link, Mempool, Port, PortInfo, ports
+from nat_fastpath.dpdk.kernel_interface import InterfaceError, repair
+from nat_fastpath.dpdk.worker import Worker
+
+__all__ = [
+    "DpdkError",
+    "Eal",
+    "InterfaceError",
+    "Link",
+    "Mempool",
+    "Port",
+    "PortInfo",
+    "Worker",
+    "ports",
+    "repair",
+]

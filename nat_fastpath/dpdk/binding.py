@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EAL, mempools and ports of DPDK for Python.  Whatever DPDK refuses raises DpdkError with DPDK's own text."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nat_fastpath.dpdk._dpdk import ffi, lib
+from nat_fastpath.dpdk.kernel_interface import Interface, interface_names
+
+RX_DESCRIPTORS = TX_DESCRIPTORS = 1024
+ETHERNET_OVERHEAD = 14 + 2 * 4  # header and two VLAN tags
+TPACKET_OVERHEAD = 128  # what AF_PACKET writes before a frame in its ring, rounded up
+PMDS_OF_KERNEL_PACKETS = {"net_af_packet", "net_af_xdp", "net_pcap"}
+DEVARGS = re.compile(
+    r"(net_\w+\d|(pci:)?([0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]|(vdev|auxiliary|vmbus):.)", re.ASCII
+)
+
+
+class DpdkError(Exception):
+    """DPDK refused; one line: what was tried, and DPDK's own reason."""
+
+
+def _log() -> list[str]:
+    buffer = ffi.new("char[]", 8192)
+    n = lib.log_take(buffer, len(buffer))
+    return [
+        line.strip() for line in ffi.unpack(buffer, n).decode(errors="replace").splitlines() if line.strip()
+    ]
+
+
+def _check(rc: int, what: str) -> int:
+    """Returns ``rc``, or raises with DPDK's text for it: a negative errno, or -1 and rte_errno."""
+    if rc >= 0:
+        return rc
+    code = lib.error_number() if rc == -1 else -rc
+    reasons = [ffi.string(lib.rte_strerror(code)).decode(), *_log()[-3:]]
+    raise DpdkError(f"{what}: {'; '.join(reasons)}")
+
+
+class Eal:
+    """The environment of DPDK; once per process, for DPDK cannot be started again.
+
+    Memory comes from hugepages when ``memory_mb`` of them are free, from ordinary pages otherwise.  The calling
+    thread keeps its CPU affinity, which DPDK would take away.  ``arguments`` are added to EAL's own.
+    """
+
+    def __init__(
+        self, *, memory_mb: int = 256, cpu: int | None = None, arguments: Sequence[str] = ()
+    ) -> None:
+        self.hugepages = _free_hugepages_mb() >= memory_mb
+        affinity = os.sched_getaffinity(0)
+        line = ["tandem-nat", f"--lcores=0@{min(affinity) if cpu is None else cpu}", "--no-telemetry"]
+        line += ["--in-memory", "--iova-mode=va"] if self.hugepages else ["--no-huge", "--no-shconf"]
+        line += ["-m", str(memory_mb)]
+        if "-a" not in arguments:
+            line.append("--no-pci")
+        line += arguments
+        # EAL keeps pointers into its argument list
+        self._strings = [ffi.new("char[]", argument.encode()) for argument in line]
+        self._argv = ffi.new("char *[]", self._strings)
+        if lib.log_capture() < 0:
+            raise DpdkError("no memory for DPDK's log")
+        try:
+            _check(lib.rte_eal_init(len(line), self._argv), f"DPDK does not start ({' '.join(line[1:])})")
+        finally:
+            os.sched_setaffinity(0, affinity)
+
+    @property
+    def version(self) -> str:
+        return str(ffi.string(lib.rte_version()).decode())
+
+    def close(self) -> None:
+        """Gives all of DPDK's resources back; nothing of DPDK may be used afterwards."""
+        lib.rte_eal_cleanup()
+
+
+def _free_hugepages_mb() -> int:
+    total = 0
+    for folder in Path("/sys/kernel/mm/hugepages").glob("hugepages-*kB"):
+        total += int((folder / "free_hugepages").read_text()) * int(folder.name[10:-2]) // 1024
+    return total
+
+
+def _frame_size(mtu: int) -> int:
+    """Bytes of a slot that holds a frame of this MTU, as AF_PACKET wants it: a power of two."""
+    return max(2048, 1 << (mtu + ETHERNET_OVERHEAD + TPACKET_OVERHEAD - 1).bit_length())
+
+
+class Mempool:
+    """``count`` packet buffers, each for a frame of ``mtu`` IP bytes in one piece."""
+
+    def __init__(self, name: str, count: int = 16384, mtu: int = 1500) -> None:
+        self.name, self.count = name, count
+        room = lib.RTE_PKTMBUF_HEADROOM + _frame_size(mtu)
+        self._pool = lib.rte_pktmbuf_pool_create(name.encode(), count, 256, 0, room, -1)
+        if self._pool == ffi.NULL:
+            _check(-1, f"no mempool of {count} buffers ({count * room >> 20} MB)")
+
+    @property
+    def available(self) -> int:
+        return int(lib.rte_mempool_avail_count(self._pool))
+
+    @property
+    def in_use(self) -> int:
+        return int(lib.rte_mempool_in_use_count(self._pool))
+
+    def close(self) -> None:
+        """Only when no port and no packet uses it any more."""
+        lib.rte_mempool_free(self._pool)
+
+
+class Link(NamedTuple):
+    """State of a port's link; ``speed_mbps`` is 0 where the device does not know."""
+
+    up: bool
+    speed_mbps: int
+    full_duplex: bool
+
+
+class PortInfo(NamedTuple):
+    """A port that DPDK knows."""
+
+    port_id: int
+    name: str
+    driver: str
+    mac: bytes
+
+
+def ports() -> list[PortInfo]:
+    """All ports that DPDK has probed, ours or not."""
+    found = []
+    port_id = lib.rte_eth_find_next(0)
+    while port_id < lib.RTE_MAX_ETHPORTS:
+        name = ffi.new("char[64]")
+        lib.rte_eth_dev_get_name_by_port(port_id, name)
+        found.append(PortInfo(port_id, ffi.string(name).decode(), _driver(port_id), _mac(port_id)))
+        port_id = lib.rte_eth_find_next(port_id + 1)
+    return found
+
+
+def _info(port_id: int) -> Any:
+    info = ffi.new("struct rte_eth_dev_info *")
+    _check(lib.rte_eth_dev_info_get(port_id, info), f"port {port_id}")
+    return info
+
+
+def _driver(port_id: int) -> str:
+    return str(ffi.string(_info(port_id).driver_name).decode())
+
+
+def _mac(port_id: int) -> bytes:
+    mac = ffi.new("struct rte_ether_addr *")
+    _check(lib.rte_eth_macaddr_get(port_id, mac), f"port {port_id}: MAC")
+    return bytes(mac.addr_bytes)
+
+
+class Port:
+    """A started port with one receive and one transmit queue.
+
+    ``device`` is the name of a kernel interface of this network namespace, which AF_PACKET carries, or DPDK's
+    devargs (``net_memif0,role=client``, ``0000:03:00.0``).  ``mac`` overrides the device's own.  A kernel
+    interface is prepared first and put back by ``close``: see kernel_interface.  ``addresses`` are those that
+    the NAT will answer for: the kernel must not have them.
+
+    Raises DpdkError, or InterfaceError where the kernel interface cannot be used.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        pool: Mempool,
+        *,
+        index: int,
+        mtu: int = 1500,
+        mac: bytes | None = None,
+        addresses: Sequence[IPv4Address] = (),
+        state_dir: Path,
+        force: bool = False,
+    ) -> None:
+        self.device, self.mtu = device, mtu
+        self._interface: Interface | None = None
+        self._port_id: int | None = None
+        devargs = device
+        if device in interface_names():
+            self._interface = Interface(
+                device, mtu=mtu, mac=mac, addresses=addresses, state_dir=state_dir, force=force
+            )
+            size = _frame_size(mtu)
+            devargs = (
+                f"net_af_packet{index},iface={device},qdisc_bypass=1,"
+                f"blocksz={max(size, 1 << 16)},framesz={size},framecnt=1024"
+            )
+        elif not DEVARGS.match(device):
+            raise DpdkError(
+                f"device {device}: no kernel interface of this network namespace (which has "
+                f"{', '.join(interface_names())}), and no DPDK devargs such as net_memif0 or 0000:03:00.0"
+            )
+        try:
+            self._open(devargs, pool, mac)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, devargs: str, pool: Mempool, mac: bytes | None) -> None:
+        what = f"device {self.device}"
+        _log()
+        _check(lib.rte_dev_probe(devargs.encode()), what)
+        self.name = devargs.split(",")[0]
+        number = ffi.new("uint16_t *")
+        # a virtual device that fails to probe is not always reported
+        _check(lib.rte_eth_dev_get_port_by_name(self.name.removeprefix("pci:").encode(), number), what)
+        port = self._port_id = int(number[0])
+        info = _info(port)
+        self.driver = _driver(port)
+        if self.mtu > info.max_mtu:
+            raise DpdkError(f"{what}: an MTU of {self.mtu} is more than its driver's {info.max_mtu}")
+        conf = ffi.new("struct rte_eth_conf *")
+        conf.txmode.offloads = info.tx_offload_capa & lib.RTE_ETH_TX_OFFLOAD_MULTI_SEGS
+        conf.rxmode.offloads = info.rx_offload_capa & lib.RTE_ETH_RX_OFFLOAD_SCATTER
+        if self._interface is None:
+            conf.rxmode.mtu = self.mtu
+        _check(lib.rte_eth_dev_configure(port, 1, 1, conf), what)
+        rx, tx = ffi.new("uint16_t *", RX_DESCRIPTORS), ffi.new("uint16_t *", TX_DESCRIPTORS)
+        _check(lib.rte_eth_dev_adjust_nb_rx_tx_desc(port, rx, tx), what)
+        socket = max(lib.rte_eth_dev_socket_id(port), 0)
+        _check(
+            lib.rte_eth_rx_queue_setup(port, 0, rx[0], socket, ffi.NULL, pool._pool), f"{what}: receive queue"
+        )
+        _check(lib.rte_eth_tx_queue_setup(port, 0, tx[0], socket, ffi.NULL), f"{what}: transmit queue")
+        if mac is not None and mac != _mac(port):
+            wanted = ffi.new("struct rte_ether_addr *")
+            wanted.addr_bytes = list(mac)
+            _check(lib.rte_eth_dev_default_mac_addr_set(port, wanted), f"{what}: MAC {mac.hex(':')}")
+        _check(lib.rte_eth_dev_start(port), what)
+        self.mac = _mac(port)
+
+    @property
+    def port_id(self) -> int:
+        if self._port_id is None:
+            raise DpdkError(f"device {self.device} is closed")
+        return self._port_id
+
+    @property
+    def kernel_interface(self) -> str | None:
+        """The kernel interface that carries it, if one does."""
+        return self._interface.name if self._interface else None
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What was changed on the kernel interface, one line each."""
+        return self._interface.changes if self._interface else ()
+
+    @property
+    def fill_checksums(self) -> bool:
+        """Whether packets may come with checksums that were left to hardware."""
+        return self.driver in PMDS_OF_KERNEL_PACKETS
+
+    def link(self) -> Link:
+        link = ffi.new("struct link *")
+        _check(lib.link_get(self.port_id, link), f"device {self.device}: link")
+        unknown = 0xFFFFFFFF
+        return Link(
+            bool(link.up), 0 if link.speed_mbps == unknown else link.speed_mbps, bool(link.full_duplex)
+        )
+
+    def stats(self) -> dict[str, int]:
+        """The counters that every device has: packets, bytes, missed, errors, out of buffers."""
+        stats = ffi.new("struct rte_eth_stats *")
+        _check(lib.rte_eth_stats_get(self.port_id, stats), f"device {self.device}: statistics")
+        names = ("ipackets", "opackets", "ibytes", "obytes", "imissed", "ierrors", "oerrors", "rx_nombuf")
+        return {name: getattr(stats, name) for name in names}
+
+    def xstats(self) -> dict[str, int]:
+        """The device's own counters, by its own names."""
+        what = f"device {self.device}: extended statistics"
+        n = _check(lib.rte_eth_xstats_get(self.port_id, ffi.NULL, 0), what)
+        names, values = ffi.new("struct rte_eth_xstat_name[]", n), ffi.new("struct rte_eth_xstat[]", n)
+        _check(lib.rte_eth_xstats_get_names(self.port_id, names, n), what)
+        n = min(n, _check(lib.rte_eth_xstats_get(self.port_id, values, n), what))
+        return {ffi.string(names[values[i].id].name).decode(): values[i].value for i in range(n)}
+
+    def close(self) -> None:
+        """Stops the port and puts its kernel interface back as it was. May be called twice."""
+        if self._port_id is not None:
+            lib.rte_eth_dev_stop(self._port_id)
+            lib.rte_eth_dev_close(self._port_id)
+            self._port_id = None
+        if self._interface is not None:
+            self._interface.restore()

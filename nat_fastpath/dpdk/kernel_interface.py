@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Borrowing an interface from the kernel: what must change for frames to come as they are on the wire.
+
+The kernel hands packets around that no wire ever saw: checksums left to hardware, several segments merged into
+one (GRO) or not yet split (GSO).  While the NAT has an interface, merging is off, and a program attached to a
+veth makes its other end split what it sends (that end is in another namespace, out of our reach; the program
+goes when the process goes).  Checksums that are missing all the same are filled in by the worker.  The kernel's
+own IP is kept away from the packets: no forwarding, no ARP replies.
+
+All that is changed stands in a journal before it is changed.  ``restore`` puts it back; after a kill -9 the
+next start does, by ``repair``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import socket
+import struct
+import subprocess
+from collections.abc import Sequence
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+MERGING = ("rx-gro", "rx-gro-list", "rx-gro-hw", "rx-udp-gro-forwarding", "rx-lro")
+SYSCTLS = {"forwarding": "0", "arp_ignore": "8"}  # 8: do not reply for any address
+UPPER_KINDS = {"vlan", "macvlan", "macvtap", "ipvlan", "macsec"}
+
+
+class InterfaceError(Exception):
+    """A kernel interface cannot be used; one line: which, why, and how to mend it."""
+
+
+def interface_names() -> list[str]:
+    """The interfaces of this network namespace."""
+    return sorted(name for _, name in socket.if_nameindex())
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        raise InterfaceError(f"the command {command[0]} is missing: apt install iproute2 ethtool") from None
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip() or f"exit code {error.returncode}"
+        raise InterfaceError(f"{' '.join(command)}: {reason}") from None
+
+
+def _ip(*arguments: str) -> list[dict[str, Any]]:
+    return [row for row in json.loads(_run("ip", "-j", "-d", *arguments) or "[]") if row]
+
+
+def _sysctl(name: str, key: str) -> Path:
+    return Path("/proc/sys/net/ipv4/conf") / name / key
+
+
+def _namespace() -> int:
+    return Path("/proc/self/ns/net").stat().st_ino
+
+
+def _start_time(pid: int) -> str | None:
+    """Tells a process from a later one with the same number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _merging(name: str) -> dict[str, bool]:
+    """Which of the features that merge packets are on, of those that can be changed."""
+    features = json.loads(_run("ethtool", "--json", "-k", name))[0]
+    return {key: features[key]["active"] for key in MERGING if key in features and not features[key]["fixed"]}
+
+
+def _set_features(name: str, features: dict[str, bool]) -> None:
+    if features:
+        words = [word for key, on in features.items() for word in (key, "on" if on else "off")]
+        _run("ethtool", "-K", name, *words)
+
+
+def below_default_route() -> set[str]:
+    """The interfaces without which this host has no default route: its device, and what that stands on."""
+    links = {row["ifname"]: row for row in _ip("link", "show")}
+    found: set[str] = set()
+    due = {
+        row["dev"] for family in "46" for row in _ip(f"-{family}", "route", "show", "default") if "dev" in row
+    }
+    while due:
+        name = due.pop()
+        found.add(name)
+        row = links.get(name, {})
+        if row.get("linkinfo", {}).get("info_kind") in UPPER_KINDS and "link" in row:
+            due.add(row["link"])
+        due |= {member for member, other in links.items() if other.get("master") == name}
+        due -= found
+    return found
+
+
+class Interface:
+    """A kernel interface, prepared for the NAT until ``restore``.
+
+    Raises InterfaceError, with nothing changed, when it carries the host's default route (unless ``force``),
+    belongs to a bridge or bond, has one of ``addresses`` or is used by another process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        mtu: int,
+        mac: bytes | None = None,
+        addresses: Sequence[IPv4Address] = (),
+        state_dir: Path,
+        force: bool = False,
+    ) -> None:
+        self.name = name
+        self.changes: tuple[str, ...] = ()
+        self._program: int | None = None
+        self._journal = _journal_path(state_dir, name)
+        self._refuse(addresses, force)
+        [link] = _ip("link", "show", "dev", name)
+        before = {
+            "name": name,
+            "ifindex": link["ifindex"],
+            "namespace": _namespace(),
+            "pid": os.getpid(),
+            "start_time": _start_time(os.getpid()),
+            "up": "UP" in link["flags"],
+            "promisc": "PROMISC" in link["flags"],
+            "mtu": link["mtu"],
+            "mac": link["address"],
+            "features": _merging(name),
+            "sysctls": {key: _sysctl(name, key).read_text().strip() for key in SYSCTLS},
+        }
+        self._before = before
+        _write_journal(self._journal, before)
+        try:
+            self._prepare(before, link, mtu, mac)
+        except BaseException:
+            self.restore()
+            raise
+
+    def _refuse(self, addresses: Sequence[IPv4Address], force: bool) -> None:
+        name = self.name
+        try:
+            owner = json.loads(self._journal.read_text())
+        except (OSError, ValueError):
+            owner = None
+        if owner and _start_time(owner["pid"]) == owner["start_time"]:
+            raise InterfaceError(f"device {name}: in use by the NAT with process id {owner['pid']}")
+        if owner:
+            _put_back(owner)
+        [link] = _ip("link", "show", "dev", name)
+        if link.get("link_type") != "ether":
+            raise InterfaceError(
+                f"device {name}: a NAT needs an Ethernet interface, this is {link.get('link_type')}"
+            )
+        if not force and name in below_default_route():
+            raise InterfaceError(
+                f"device {name}: carries this host's default route, which the NAT would cut off; "
+                "name another device, or say --force"
+            )
+        if "master" in link:
+            raise InterfaceError(
+                f"device {name}: belongs to {link['master']}, which takes its packets; ip link set {name} nomaster"
+            )
+        for row in _ip("-4", "addr", "show"):
+            for address in row.get("addr_info", ()):
+                if IPv4Address(address["local"]) in addresses:
+                    raise InterfaceError(
+                        f"device {name}: {address['local']} is to be the NAT's, but the kernel has it too and would "
+                        f"answer for it; ip addr del {address['local']}/{address['prefixlen']} dev {row['ifname']}"
+                    )
+
+    def _prepare(self, before: dict[str, Any], link: dict[str, Any], mtu: int, mac: bytes | None) -> None:
+        name, changes = self.name, []
+        if mtu > link["mtu"]:
+            _run("ip", "link", "set", "dev", name, "mtu", str(mtu))
+            changes.append(f"MTU {link['mtu']} -> {mtu}")
+        if mac is not None and mac.hex(":") != link["address"]:
+            _run("ip", "link", "set", "dev", name, "address", mac.hex(":"))
+            changes.append(f"MAC {link['address']} -> {mac.hex(':')}")
+        for key, value in SYSCTLS.items():
+            if before["sysctls"][key] != value:
+                _sysctl(name, key).write_text(value)
+                changes.append(f"net.ipv4.conf.{name}.{key} {before['sysctls'][key]} -> {value}")
+        if not before["up"]:
+            _run("ip", "link", "set", "dev", name, "up")
+            changes.append("set up")
+        if link.get("linkinfo", {}).get("info_kind") == "veth":
+            try:
+                self._program = attach_pass_program(link["ifindex"])
+                changes.append(
+                    "an XDP program that passes everything: the other end splits large segments itself"
+                )
+            except OSError as error:
+                changes.append(
+                    f"not changed: no XDP program can be attached ({error.strerror}); without it TCP crawls unless "
+                    f"segmentation is off at the other end: ethtool -K {link.get('link', 'PEER')} tso off gso off"
+                )
+        # after the program: attaching one turns GRO on
+        if merging := [key for key, on in _merging(name).items() if on]:
+            _set_features(name, dict.fromkeys(merging, False))
+        if merging := [key for key in merging if before["features"].get(key)]:
+            changes.append(f"{', '.join(merging)} off")
+        self.changes = tuple(changes)
+
+    def restore(self) -> None:
+        """Puts everything back and forgets the journal. May be called twice."""
+        if self._program is not None:
+            os.close(self._program)
+            self._program = None
+        if self._journal.exists():
+            _put_back(self._before)
+            self._journal.unlink()
+
+
+def _put_back(before: dict[str, Any]) -> bool:
+    """Returns whether the interface is still there."""
+    name = before["name"]
+    if (before["ifindex"], name) not in socket.if_nameindex():
+        return False
+    [link] = _ip("link", "show", "dev", name)
+    for key, value in before["sysctls"].items():
+        _sysctl(name, key).write_text(value)
+    active = _merging(name)
+    _set_features(name, {key: on for key, on in before["features"].items() if active.get(key) != on})
+    if link["mtu"] != before["mtu"]:
+        _run("ip", "link", "set", "dev", name, "mtu", str(before["mtu"]))
+    if link["address"] != before["mac"]:
+        _run("ip", "link", "set", "dev", name, "address", before["mac"])
+    if ("PROMISC" in link["flags"]) != before["promisc"]:
+        _run("ip", "link", "set", "dev", name, "promisc", "on" if before["promisc"] else "off")
+    if not before["up"]:
+        _run("ip", "link", "set", "dev", name, "down")
+    return True
+
+
+def _journal_path(state_dir: Path, name: str) -> Path:
+    return state_dir / "interfaces" / f"{_namespace()}-{name}.json"
+
+
+def _write_journal(path: Path, before: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".new")
+        with partial.open("w") as file:
+            json.dump(before, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        raise InterfaceError(f"cannot write {path}: {error.strerror}") from None
+
+
+def repair(state_dir: Path) -> list[str]:
+    """Puts back the interfaces of this namespace that a killed process left changed; one line for each."""
+    lines = []
+    for path in sorted((state_dir / "interfaces").glob("*.json")):
+        try:
+            before = json.loads(path.read_text())
+            if _start_time(before["pid"]) == before["start_time"]:
+                continue
+            if before["namespace"] != _namespace():
+                if before["namespace"] not in _live_namespaces():
+                    path.unlink()
+                continue
+            there = _put_back(before)
+        except (ValueError, KeyError):
+            path.unlink()
+            lines.append(f"{path}: not a journal of ours, removed")
+            continue
+        path.unlink()
+        if there:
+            lines.append(f"{before['name']}: put back as it was before process {before['pid']} was killed")
+    return lines
+
+
+def _live_namespaces() -> set[int]:
+    found = set()
+    for path in [*Path("/proc").glob("[0-9]*/ns/net"), *Path("/run/netns").glob("*")]:
+        try:
+            found.add(path.stat().st_ino)
+        except OSError:
+            continue
+    return found
+
+
+# -- an XDP program by two system calls, for which no library is worth its weight --------------------------
+
+SYS_BPF = {"x86_64": 321, "aarch64": 280}
+BPF_PROG_LOAD, BPF_LINK_CREATE = 5, 28
+BPF_PROG_TYPE_XDP, BPF_XDP, BPF_F_XDP_HAS_FRAGS, XDP_FLAGS_DRV_MODE = 6, 37, 1 << 5, 1 << 2
+XDP_PASS_PROGRAM = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)  # r0 = XDP_PASS; exit
+
+
+def _bpf(command: int, attributes: bytes) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = SYS_BPF.get(os.uname().machine)
+    if number is None:
+        raise OSError(38, f"the bpf system call is not known for {os.uname().machine}")
+    fd = libc.syscall(number, command, ctypes.create_string_buffer(attributes, 128), 128)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(fd)
+
+
+def attach_pass_program(ifindex: int) -> int:
+    """Attaches a program that passes every packet; it stays as long as the returned descriptor is open.
+
+    While a veth has one, the kernel takes GSO from the other end's features.  Raises OSError.
+    """
+    code, licence = ctypes.create_string_buffer(XDP_PASS_PROGRAM), ctypes.create_string_buffer(b"Apache-2.0")
+    load = struct.pack(
+        "=IIQQIIQII",
+        BPF_PROG_TYPE_XDP,
+        len(XDP_PASS_PROGRAM) // 8,
+        ctypes.addressof(code),
+        ctypes.addressof(licence),
+        0,  # log level, size and buffer
+        0,
+        0,
+        0,  # kernel version
+        BPF_F_XDP_HAS_FRAGS,
+    )
+    program = _bpf(BPF_PROG_LOAD, load)
+    try:
+        return _bpf(BPF_LINK_CREATE, struct.pack("=IIII", program, ifindex, BPF_XDP, XDP_FLAGS_DRV_MODE))
+    finally:
+        os.close(program)
