@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tandem-nat translate`: a capture through the very core that carries live traffic.
+
+Time is the capture's own. A packet comes from inside if its source address does (internal subnets and what
+is behind the internal routes); frames of other protocols follow the MACs seen so far. Nothing waits for ARP:
+next hops that the configuration gives no MAC are made up, and every frame is taken as addressed to us, so
+that captures made elsewhere can be used. The file format is that of libpcap (draft-ietf-opsawg-pcap).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from nat_control.config import Config, to_core
+from nat_fastpath.core_config import CoreConfig, NeighbourConfig
+from nat_fastpath.engine import VERDICT_NAMES, Core
+
+MAGICS = {  # as the bytes stand in the file: byte order, nanoseconds per unit of the fraction
+    bytes.fromhex("d4c3b2a1"): ("<", 1000),
+    bytes.fromhex("a1b2c3d4"): (">", 1000),
+    bytes.fromhex("4d3cb2a1"): ("<", 1),
+    bytes.fromhex("a1b23c4d"): (">", 1),
+}
+PCAPNG = bytes.fromhex("0a0d0d0a")
+ETHERNET = 1
+FRAME_BYTES = 262144  # libpcap's own limit
+OUT_MAGIC, OUT_SNAPLEN = 0xA1B23C4D, 262144
+SETTLE_NS = 1_000_000_000  # of the capture's time between two sweeps for aged sessions
+SECOND = 1_000_000_000
+ARP, IPV4 = b"\x08\x06", b"\x08\x00"
+
+
+class CaptureError(Exception):
+    """A capture that cannot be read; one line."""
+
+
+class Packet(NamedTuple):
+    """A captured frame: nanoseconds since 1970, its bytes, and its length on the wire."""
+
+    time_ns: int
+    frame: bytes
+    length: int
+
+
+def read_pcap(path: Path) -> Iterator[Packet]:
+    """The packets of a classic pcap file, either endian, micro- or nanoseconds. Raises CaptureError."""
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise CaptureError(f"{path}: {error.strerror}") from None
+    with stream:
+        yield from _packets(path, stream)
+
+
+def _packets(path: Path, stream: BinaryIO) -> Iterator[Packet]:
+    head = stream.read(24)
+    if head[:4] == PCAPNG:
+        raise CaptureError(f"{path}: this is pcapng; make it pcap: editcap -F pcap {path} NEW.pcap")
+    if head[:4] not in MAGICS or len(head) < 24:
+        raise CaptureError(f"{path}: no pcap file (magic {head[:4].hex() or 'missing'})")
+    order, unit = MAGICS[head[:4]]
+    (link,) = struct.unpack(f"{order}I", head[20:])
+    if link & 0x0FFFFFFF != ETHERNET:  # the bits above tell of frame check sequences
+        raise CaptureError(f"{path}: link type {link & 0x0FFFFFFF}, and only Ethernet (1) can be translated")
+    header = struct.Struct(f"{order}IIII")
+    number = 0
+    while part := stream.read(header.size):
+        number += 1
+        if len(part) < header.size:
+            raise CaptureError(f"{path}: the file ends in the header of packet {number}")
+        seconds, fraction, captured, length = header.unpack(part)
+        if captured > FRAME_BYTES:
+            raise CaptureError(f"{path}: packet {number} claims {captured} bytes; the file is damaged")
+        frame = stream.read(captured)
+        if len(frame) < captured:
+            raise CaptureError(f"{path}: the file ends in packet {number}")
+        yield Packet(seconds * SECOND + fraction * unit, frame, length)
+
+
+class PcapWriter:
+    """Writes Ethernet frames as a pcap file with nanoseconds."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.packets = 0
+        stream.write(struct.pack("<IHHiIII", OUT_MAGIC, 2, 4, 0, 0, OUT_SNAPLEN, ETHERNET))
+
+    def write(self, time_ns: int, frame: bytes) -> None:
+        seconds, fraction = divmod(time_ns, SECOND)
+        self._stream.write(struct.pack("<IIII", seconds, fraction, len(frame), len(frame)) + frame)
+        self.packets += 1
+
+
+# -- which side a frame comes from ------------------------------------------------------------------------
+
+
+class _Sides:
+    """Tells the port of a frame; remembers MACs for frames whose addresses do not say."""
+
+    def __init__(self, config: Config) -> None:
+        sides = [port.side for port in config.ports]
+        self._internal, self._external = sides.index("internal"), sides.index("external")
+        self._inside: list[tuple[int, int]] = []
+        self._configured: dict[bytes, int] = {}
+        self._learned: dict[bytes, int] = {}
+        for i, port in enumerate(config.ports):
+            if port.side == "internal":
+                prefixes = [port.address.network, *(route.prefix for route in port.routes)]
+                self._inside += [(int(prefix.network_address), int(prefix.netmask)) for prefix in prefixes]
+            macs = [port.gateway_mac, *(route.gateway_mac for route in port.routes)]
+            macs += [neighbour.mac for neighbour in port.neighbours]
+            self._configured |= {mac: i for mac in macs if mac}
+
+    def port(self, frame: bytes) -> int:
+        mac = frame[6:12]
+        if mac in self._configured:
+            return self._configured[mac]
+        offset = {IPV4: 26, ARP: 28}.get(frame[12:14], len(frame))
+        address = int.from_bytes(frame[offset : offset + 4], "big")
+        if not address:  # not IPv4, or a host that has no address yet
+            return self._learned.get(mac, self._internal)
+        inside = any(address & mask == prefix for prefix, mask in self._inside)
+        self._learned[mac] = self._internal if inside else self._external
+        return self._learned[mac]
+
+
+# -- next hops ----------------------------------------------------------------------------------------------
+
+
+def made_up_mac(what: bytes) -> bytes:
+    """A locally administered unicast MAC that is always the same for the same ``what``."""
+    return b"\x02" + hashlib.blake2b(what, digest_size=5).digest()
+
+
+def _with_all_neighbours(config: Config, core: CoreConfig, addresses: set[int]) -> CoreConfig:
+    """Makes every next hop static that these packets can need, so that none is held."""
+    hops: dict[tuple[int, int], bytes] = {}
+    for i, port in enumerate(config.ports):
+        net = port.address.network
+        first, last = int(net.network_address), int(net.broadcast_address)
+        wanted = {address for address in addresses if first <= address <= last}
+        wanted |= {int(route.gateway) for route in port.routes}
+        if port.gateway:
+            wanted.add(int(port.gateway))
+        for address in sorted(wanted - {int(port.address.ip)}):
+            hops[i, address] = made_up_mac(address.to_bytes(4, "big"))
+        for route in port.routes:
+            if route.gateway_mac:
+                hops[i, int(route.gateway)] = route.gateway_mac
+        if port.gateway and port.gateway_mac:
+            hops[i, int(port.gateway)] = port.gateway_mac
+        hops.update({(i, int(neighbour.address)): neighbour.mac for neighbour in port.neighbours})
+    if len(hops) > 65000:
+        raise CaptureError(f"{len(hops)} next hops on the links, and 65000 at most: split the capture")
+    return replace(
+        core,
+        neighbours=tuple(
+            NeighbourConfig(address, port, mac) for (port, address), mac in sorted(hops.items())
+        ),
+        max_neighbours=max(core.max_neighbours, min(2 * len(hops) + 64, 65534)),
+    )
+
+
+def _survey(source: Path) -> tuple[int, set[int]]:
+    """How many packets there are, and which IPv4 addresses."""
+    packets = 0
+    addresses: set[int] = set()
+    for packet in read_pcap(source):
+        packets += 1
+        if packet.frame[12:14] == IPV4 and len(packet.frame) >= 34:
+            addresses.update(struct.unpack_from("!II", packet.frame, 26))
+    return packets, addresses
+
+
+# -- the whole ----------------------------------------------------------------------------------------------
+
+
+def translate(source: Path, target: Path, config: Config) -> dict[str, Any]:
+    """Sends ``source`` through a core, and writes what the NAT would send to ``target``.
+
+    Returns ``packets``, ``truncated`` (shorter than on the wire), ``written``, ``sessions`` (opened),
+    ``seconds`` (that the capture spans), ``verdicts`` (packets by verdict, zeros left out) and ``counters``.
+    Raises CaptureError, OSError when ``target`` cannot be written, and CoreError.
+    """
+    if target.exists() and source.exists() and target.samefile(source):
+        raise CaptureError(f"{target}: is the capture itself; write to another file")
+    packets, addresses = _survey(source)
+    macs = [port.mac or made_up_mac(port.name.encode()) for port in config.ports]
+    core_config = replace(
+        _with_all_neighbours(config, to_core(config, macs), addresses),
+        max_sessions=min(config.nat.max_sessions, max(packets, 64)),  # memory for no more than can be
+        seed=1,  # the same capture is translated in the same way every time
+    )
+    core = Core(core_config)
+    truncated = 0
+    start = settled = now = None
+    with target.open("wb") as stream:
+        out = PcapWriter(stream)
+        sides = _Sides(config)
+        for packet in read_pcap(source):
+            truncated += len(packet.frame) < packet.length
+            if start is None or now is None or settled is None:
+                start = settled = now = packet.time_ns
+            now = max(now, packet.time_ns)  # packets of several CPUs may stand in the wrong order
+            if now - settled >= SETTLE_NS:
+                core.settle(now - start + SECOND)
+                settled = now
+            core.poll(now - start + SECOND)
+            port = sides.port(packet.frame)
+            frame = packet.frame
+            if len(frame) >= 14 and not frame[0] & 1:  # multicast stays what it is
+                frame = macs[port] + frame[6:]
+            results = core.burst([(port, frame)], now - start + SECOND) + core.take()
+            for result in results:
+                if result.frame:
+                    out.write(packet.time_ns, result.frame)
+            core.events()
+            core.outbox()  # ARP that nobody is there to answer
+    verdicts = core.verdicts().tolist()
+    counters = core.counters()
+    core.close()
+    return {
+        "packets": packets,
+        "truncated": truncated,
+        "written": out.packets,
+        "sessions": counters["sessions_opened"],
+        "seconds": ((now or 0) - (start or 0)) / SECOND,
+        "verdicts": {name: n for name, n in zip(VERDICT_NAMES, verdicts, strict=True) if n},
+        "counters": counters,
+    }
