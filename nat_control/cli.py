@@ -68,6 +68,8 @@ def _complain(*lines: str) -> None:
 
 
 def _fail(error: Exception | str) -> typer.Exit:
+    if isinstance(error, OSError):
+        error = f"{error.filename}: {error.strerror}"
     _complain(str(error))
     return typer.Exit(FAILED)
 

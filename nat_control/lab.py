@@ -174,6 +174,7 @@ class Namespace:
         """Starts a program; it is ended with the lab. Its output goes to a log in the lab's directory."""
         log = self.lab.directory / f"{name or Path(argv[0]).name}-{next(_serial)}.log"
         process = Process(self.command(*argv), log, follow=not self.lab.kept)
+        self.lab.processes.append(process)
         self.lab.at_end(process.stop)
         return process
 
@@ -189,6 +190,7 @@ class Lab:
         self.kept = kept
         self.tag = KEPT if kept else f"{os.getpid()}-{next(_serial)}"
         self.directory = _directory(self.tag)
+        self.processes: list[Process] = []
         self._undo = contextlib.ExitStack()
         self._signals: dict[int, object] = {}
 
