@@ -154,7 +154,8 @@ class Demo:
         dnsmasq += ["--user=root", "--pid-file=", "--bind-interfaces", f"--address=/{NAME}/{SERVER}"]
         dnsmasq += [f"--listen-address={SERVER}", f"--listen-address={SECOND_SERVER}"]
         self.outside.start(*dnsmasq, "--log-facility=-").ready("started")
-        self.outside.start("iperf3", "-s", "--forceflush").ready("listening")
+        # bound, or its UDP answers would come from the router's address, and the NAT rightly drops those
+        self.outside.start("iperf3", "-s", "-B", SERVER, "--forceflush").ready("listening")
         # Everything from the inside network, and pings to see that the capture works at all.
         capture = [
             "tcpdump",
