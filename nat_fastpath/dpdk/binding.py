@@ -194,7 +194,7 @@ class Port:
             size = _frame_size(mtu)
             devargs = (
                 f"net_af_packet{index},iface={device},qdisc_bypass=1,"
-                f"blocksz={max(size, 1 << 16)},framesz={size},framecnt=1024"
+                f"blocksz={max(size, 1 << 16)},framesz={size},framecnt=2048"
             )
         elif not DEVARGS.match(device):
             raise DpdkError(

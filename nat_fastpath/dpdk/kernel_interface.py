@@ -24,7 +24,14 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
-MERGING = ("rx-gro", "rx-gro-list", "rx-gro-hw", "rx-udp-gro-forwarding", "rx-lro")
+# what `ethtool -k` calls the features that merge packets, and what `ethtool -K` takes for them
+MERGING = {
+    "generic-receive-offload": "gro",
+    "large-receive-offload": "lro",
+    "rx-gro-hw": "rx-gro-hw",
+    "rx-gro-list": "rx-gro-list",
+    "rx-udp-gro-forwarding": "rx-udp-gro-forwarding",
+}
 SYSCTLS = {"forwarding": "0", "arp_ignore": "8"}  # 8: do not reply for any address
 UPPER_KINDS = {"vlan", "macvlan", "macvtap", "ipvlan", "macsec"}
 
@@ -71,7 +78,11 @@ def _start_time(pid: int) -> str | None:
 def _merging(name: str) -> dict[str, bool]:
     """Which of the features that merge packets are on, of those that can be changed."""
     features = json.loads(_run("ethtool", "--json", "-k", name))[0]
-    return {key: features[key]["active"] for key in MERGING if key in features and not features[key]["fixed"]}
+    return {
+        word: features[key]["active"]
+        for key, word in MERGING.items()
+        if key in features and not features[key]["fixed"]
+    }
 
 
 def _set_features(name: str, features: dict[str, bool]) -> None:

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the DPDK binding run in processes of their own, for EAL starts once per process.
+
+``run(function, ...)`` calls ``function`` of this module in such a process and returns what it returns, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nat_fastpath.dpdk._dpdk import ffi, lib
+from scapy.utils import PcapReader, PcapWriter
+
+from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, ports
+from nat_fastpath.engine import VERDICT_NAMES, Core
+from tests.packets import config
+
+MTU_OF_JUMBO = 9000
+
+
+def run(function: Callable[..., Any], *arguments: Any, command: tuple[str, ...] = ()) -> Any:
+    """``command`` goes before the interpreter, such as ``ip netns exec NAME``."""
+    done = subprocess.run(
+        [*command, sys.executable, "-m", __name__, function.__name__, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def eal_twice() -> dict[str, Any]:
+    before = os.sched_getaffinity(0)
+    eal = Eal(memory_mb=64)
+    try:
+        Eal(memory_mb=64)
+    except DpdkError as error:
+        return {
+            "error": str(error),
+            "version": eal.version,
+            "same_affinity": before == os.sched_getaffinity(0),
+        }
+    return {}
+
+
+def errors(state: str) -> dict[str, str]:
+    """What DPDK and we say about devices that cannot be used."""
+    Eal(memory_mb=64)
+    pool = Mempool("buffers", 1024)
+    said = {}
+    for device in (
+        "no-such-interface",
+        "net_pcap0,rx_pcap=/does/not/exist.pcap",
+        "net_nosuchdriver0",
+        "0000:ff:1f.7",
+    ):
+        try:
+            Port(device, pool, index=0, state_dir=Path(state))
+        except DpdkError as error:
+            said[device] = str(error)
+    try:
+        Mempool("too many", 10_000_000)
+    except DpdkError as error:
+        said["mempool"] = str(error)
+    said["left"] = ",".join(port.name for port in ports())
+    return said
+
+
+def device_facts(state: str) -> dict[str, Any]:
+    Eal(memory_mb=64)
+    pool = Mempool("buffers", 2048)
+    port = Port("net_null0", pool, index=0, mac=bytes.fromhex("02aabbccddee"), state_dir=Path(state))
+    facts = {
+        "driver": port.driver,
+        "mac": port.mac.hex(),
+        "link": port.link()._asdict(),
+        "stats": port.stats(),
+        "xstats": port.xstats(),
+        "ports": [(p.name, p.driver) for p in ports()],
+        "available": pool.available,
+        "in_use": pool.in_use,
+    }
+    port.close()
+    port.close()
+    return {**facts, "after": [p.name for p in ports()], "in_use_after": pool.in_use}
+
+
+def capture_through_worker(inside: str, outside: str, out: str, idle: str) -> dict[str, Any]:
+    """Two capture files in, two out; the worker between them."""
+    Eal(memory_mb=128)
+    pool = Mempool("buffers", 8192)
+    devices = [
+        Port(f"net_pcap{i},rx_pcap={path},tx_pcap={out}{i}.pcap", pool, index=i, state_dir=Path(out).parent)
+        for i, path in enumerate((inside, outside))
+    ]
+    core = Core(config(ports=tuple(_jumbo(port) for port in config().ports)))
+    worker = Worker(core, devices, pool, idle=idle)
+    expected = sum(len(list(PcapReader(path))) for path in (inside, outside))
+    worker.start()
+    try:
+        twice = ""
+        try:
+            worker.start()
+        except RuntimeError as error:
+            twice = str(error)
+        owned = ""
+        try:
+            core.poll(0)
+        except RuntimeError as error:
+            owned = str(error)
+        end = time.monotonic() + 20
+        while sum(core.counters()[f"rx_packets.{i}"] for i in (0, 1)) < expected and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.1)  # some idle rounds
+        sessions, _ = core.sessions()
+        stats = worker.stats()
+    finally:
+        worker.stop()
+    result = {
+        "verdicts": {name: int(n) for name, n in zip(VERDICT_NAMES, core.verdicts(), strict=True) if n},
+        "sessions": len(sessions),
+        "stats": stats,
+        "running": worker.running,
+        "twice": twice,
+        "owned": owned,
+    }
+    core.poll(time.monotonic_ns())  # ours again
+    for device in devices:
+        device.close()
+    return {**result, "in_use": pool.in_use}
+
+
+def _jumbo(port: Any) -> Any:
+    return type(port)(port.side, port.mac, port.address, MTU_OF_JUMBO)
+
+
+def other_header(state: str) -> dict[str, str]:
+    """A worker that was built from another nat.h than the engine."""
+    Eal(memory_mb=64)
+    pool = Mempool("buffers", 1024)
+    core = Core(config())
+    original = ffi.cast("uint8_t *", Core.api_address())
+    said = {}
+    for name, at in (("size", 0), ("abi", 4), ("hash", 8)):
+        copy = ffi.new("uint8_t[]", ffi.unpack(ffi.cast("char *", original), 128))
+        copy[at] ^= 1
+        settings = ffi.new("struct worker_config *")
+        settings.api = ffi.cast("const struct nat_api *", copy)
+        settings.core = ffi.cast("struct nat_core *", core.address)
+        settings.pool = pool._pool
+        error = ffi.new("char[256]")
+        assert lib.worker_start(settings, error, len(error)) == ffi.NULL
+        said[name] = ffi.string(error).decode()
+    return said
+
+
+def borrow(
+    device: str, state: str, force: bool = False, seconds: float = 0, address: str = ""
+) -> dict[str, Any]:
+    """Takes a kernel interface and keeps it until the end, or tells why not."""
+    from ipaddress import IPv4Address
+
+    from nat_fastpath.dpdk.kernel_interface import Interface
+
+    try:
+        interface = Interface(
+            device,
+            mtu=1600,
+            mac=bytes.fromhex("020000000042"),
+            addresses=[IPv4Address(address)] if address else [],
+            state_dir=Path(state),
+            force=force,
+        )
+    except InterfaceError as error:
+        return {"error": str(error)}
+    print("borrowed", flush=True)
+    time.sleep(seconds)
+    changes = interface.changes
+    interface.restore()
+    interface.restore()
+    return {"changes": changes}
+
+
+def put_back(state: str) -> list[str]:
+    from nat_fastpath.dpdk import repair
+
+    return repair(Path(state))
+
+
+def write_capture(path: str, frames: list[bytes]) -> None:
+    with PcapWriter(path, linktype=1) as writer:
+        for frame in frames:
+            writer.write(frame)
+
+
+if __name__ == "__main__":
+    name, arguments = sys.argv[1:]
+    print(json.dumps(globals()[name](*json.loads(arguments))))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EAL, mempools, ports and the worker on DPDK's virtual devices: no NIC, no hugepages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scapy.utils import PcapReader
+
+from tests.dpdk import dpdk_process as process
+from tests.packets import (
+    CLIENT,
+    INSIDE,
+    OUR_ADDRESS,
+    OUTSIDE,
+    SERVER,
+    Nat,
+    addresses,
+    check_sums,
+    echo,
+    frame,
+    parse,
+    tcp,
+    udp,
+)
+
+
+def test_eal_starts_once_and_leaves_the_affinity_alone() -> None:
+    said = process.run(process.eal_twice)
+    assert "EAL" in said["error"] or "already" in said["error"].lower()
+    assert said["version"].startswith("DPDK ")
+    assert said["same_affinity"]
+
+
+def test_errors_carry_dpdks_own_text(tmp_path: Path) -> None:
+    said = process.run(process.errors, str(tmp_path))
+    assert "no kernel interface of this network namespace (which has " in said["no-such-interface"]
+    assert "net_memif0" in said["no-such-interface"]
+    assert "/does/not/exist.pcap" in said["net_pcap0,rx_pcap=/does/not/exist.pcap"]
+    assert "net_nosuchdriver0" in said["net_nosuchdriver0"]
+    assert said["0000:ff:1f.7"].startswith("device 0000:ff:1f.7: ")
+    assert "10000000 buffers" in said["mempool"]
+    assert "Cannot allocate memory" in said["mempool"] or "enough" in said["mempool"]
+    assert all("\n" not in line for line in said.values())
+    assert said["left"] == "", "a device that could not be used stays behind"
+
+
+def test_what_a_device_tells(tmp_path: Path) -> None:
+    facts = process.run(process.device_facts, str(tmp_path))
+    assert facts["driver"] == "net_null"
+    assert facts["mac"] == "02aabbccddee"
+    assert set(facts["link"]) == {"up", "speed_mbps", "full_duplex"}
+    assert facts["link"]["up"]
+    assert {"ipackets", "opackets", "imissed", "rx_nombuf"} <= set(facts["stats"])
+    assert "rx_good_packets" in facts["xstats"]
+    assert facts["ports"] == [["net_null0", "net_null"]]
+    assert facts["available"] + facts["in_use"] == 2048
+    assert facts["after"] == []
+    assert facts["in_use_after"] == 0
+
+
+@pytest.mark.parametrize("idle", ["adaptive", "busy"])
+def test_a_capture_through_the_worker_is_what_the_core_makes_of_it(tmp_path: Path, idle: str) -> None:
+    going = [frame(udp(CLIENT, 5000 + i % 50, SERVER, 53, payload=bytes([i % 256]) * i)) for i in range(1400)]
+    going += [b"\0" * 10, frame(tcp(CLIENT, 1, SERVER, 80, "A"))]
+    process.write_capture(str(tmp_path / "inside.pcap"), going)
+    process.write_capture(
+        str(tmp_path / "outside.pcap"), [frame(udp(SERVER, 53, "198.51.100.10", 9), OUTSIDE)]
+    )
+    nat = Nat()
+    expected = [result.frame for result in nat.burst([(INSIDE, data) for data in going]) if result.frame]
+
+    said = process.run(
+        process.capture_through_worker,
+        str(tmp_path / "inside.pcap"),
+        str(tmp_path / "outside.pcap"),
+        str(tmp_path / "out"),
+        idle,
+    )
+
+    assert said["verdicts"] == {
+        "forward": 1400,
+        "drop_runt": 1,
+        "drop_tcp_not_syn": 1,
+        "drop_no_mapping": 1,
+    }
+    got = [bytes(packet) for packet in PcapReader(str(tmp_path / "out1.pcap"))]
+    announcements = [data for data in got if data[12:14] == b"\x08\x06"]
+    assert announcements, "own and pool addresses are announced at the start"
+    assert [data for data in got if data[12:14] != b"\x08\x06"] == expected
+    assert said["sessions"] == 50
+    assert not said["running"]
+    assert "already" in said["twice"]
+    assert "owns this core" in said["owned"]
+    assert said["stats"]["loops_with_packets"] >= 1400 // 32
+    assert (said["stats"]["sleeps"] > 0) == (idle == "adaptive")
+    assert 0 <= said["stats"]["busy_share"] <= 1
+    assert said["in_use"] == 0, "buffers are lost"
+
+
+def test_frames_of_several_segments(tmp_path: Path) -> None:
+    big = [udp(CLIENT, 7000 + i, SERVER, 53, payload=b"x" * (3000 + 500 * i)) for i in range(10)]
+    ping = echo(CLIENT, OUR_ADDRESS[INSIDE], 7, payload=b"y" * 6000)
+    process.write_capture(str(tmp_path / "inside.pcap"), [frame(packet) for packet in [*big, ping]])
+    process.write_capture(
+        str(tmp_path / "outside.pcap"), [frame(udp(SERVER, 53, "198.51.100.10", 9), OUTSIDE)]
+    )
+    said = process.run(
+        process.capture_through_worker,
+        str(tmp_path / "inside.pcap"),
+        str(tmp_path / "outside.pcap"),
+        str(tmp_path / "out"),
+        "adaptive",
+    )
+    assert said["verdicts"] == {"forward": 10, "reply": 1, "drop_no_mapping": 1}
+    got = [bytes(packet) for packet in PcapReader(str(tmp_path / "out1.pcap"))]
+    got = [data for data in got if data[12:14] == b"\x08\x00"]
+    assert [len(data) for data in got] == [len(frame(packet)) for packet in big]
+    for data in got:
+        check_sums(data)
+    answers = [bytes(packet) for packet in PcapReader(str(tmp_path / "out0.pcap"))]
+    [answer] = [data for data in answers if data[12:14] == b"\x08\x00"]
+    check_sums(answer)
+    assert addresses(parse(answer))[::2] == (OUR_ADDRESS[INSIDE], CLIENT)
+    assert said["in_use"] == 0
+
+
+def test_a_worker_built_from_another_header_is_refused(tmp_path: Path) -> None:
+    said = process.run(process.other_header, str(tmp_path))
+    assert set(said) == {"size", "abi", "hash"}
+    for line in said.values():
+        assert "different sources" in line
+        assert "make clean build" in line
