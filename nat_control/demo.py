@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nat_control import api
-from nat_control.lab import Lab, LabError, Namespace, leftovers
+from nat_control.lab import Lab, LabError, Namespace, Process, leftovers
 from nat_control.translate import CaptureError, read_pcap
 
 INSIDE = IPv4Network("10.0.0.0/24")
@@ -157,22 +157,14 @@ class Demo:
         # bound, or its UDP answers would come from the router's address, and the NAT rightly drops those
         self.outside.start("iperf3", "-s", "-B", SERVER, "--forceflush").ready("listening")
         # Everything from the inside network, and pings to see that the capture works at all.
-        capture = [
-            "tcpdump",
-            "-i",
-            "eth0",
-            "-p",
-            "-n",
-            "-U",
-            "-s",
-            "96",
-            "-w",
-            str(directory / "outside.pcap"),
-        ]
-        self.capture = self.outside.start(*capture, f"net {INSIDE} or icmp", name="tcpdump").ready(
-            "listening on"
-        )
+        self.capture = self.start_capture("outside.pcap", f"net {INSIDE} or icmp")
         return "nginx, dnsmasq, iperf3 and tcpdump outside"
+
+    def start_capture(self, name: str, expression: str) -> Process:
+        """A tcpdump outside; without --immediate-mode its last second would be missing."""
+        options = ["--immediate-mode", "-i", "eth0", "-p", "-n", "-U", "-s", "96"]
+        target = str(self.lab.directory / name)
+        return self.outside.start("tcpdump", *options, "-w", target, expression).ready("listening on")
 
     # -- checks ---------------------------------------------------------------------------------------------
 
@@ -241,7 +233,8 @@ class Demo:
         return f"{len(rows)} sessions, all at the pool's addresses; nginx saw {', '.join(clients)}"
 
     def nothing_untranslated(self) -> str:
-        expect(self.capture.stop() == 0, self.capture.last_line)
+        ended = self.capture.stop() == 0 and "\n0 packets dropped by kernel" in self.capture.output
+        expect(ended, f"tcpdump: {self.capture.last_line}")
         from_inside = pings = 0
         for packet in read_pcap(self.lab.directory / "outside.pcap"):
             ip = packet.frame[12:14] == b"\x08\x00"
