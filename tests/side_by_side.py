@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.packet import Packet, Raw
 
 from nat_fastpath.engine import Core, Verdict
-from tests.packets import INSIDE, OUR_ADDRESS, check_sums, external, frame, internal, parse, remote, text
+from tests.packets import (
+    INSIDE,
+    OUR_ADDRESS,
+    check_sums,
+    external,
+    frame,
+    internal,
+    number,
+    parse,
+    remote,
+    text,
+)
 from tests.reference_nat import Datagram, Endpoint, ReferenceNat, Session
 
 NUMBERS = {"icmp": 1, "tcp": 6, "udp": 17}
@@ -85,7 +97,9 @@ class Pair:
         return self.now / 1e9
 
     def _chosen(self, datagram: Datagram) -> Endpoint:
-        record = self.core.find(NUMBERS[datagram.protocol], datagram.source, datagram.destination)
+        (source, sport), (destination, dport) = datagram.source, datagram.destination
+        ends = (number(source), sport), (number(destination), dport)
+        record = self.core.find(NUMBERS[datagram.protocol], *ends)
         assert record is not None, f"the core has no session for {datagram}"
         return external(record)
 
@@ -169,19 +183,21 @@ class Pair:
         assert self.core.counters()["sessions"] == 0
 
     def _take_all(self, kind: str) -> None:
-        taken: set[Endpoint] = set()
         ports = sum(len(of_address) for of_address in self.model.pool.values())
         hosts = [text(int(n.address)) for n in self.core.config.neighbours]
-        for at in range(ports + 1):
-            source = hosts[at % len(hosts)], 1 + at // len(hosts)
-            remote_end = "203.0.113.99", 0 if kind == "query" else 99
-            frames = [(INSIDE, frame(to_packet(Datagram(kind, source, remote_end, flags="S"))))]
-            result = self.core.burst(frames, self.now)[0]
-            if at == ports:
-                assert result.verdict == Verdict.DROP_NO_PORT, "more ports than the pool has"
-                break
-            assert result.verdict == Verdict.FORWARD, (
-                f"port {at + 1} of {ports} is gone: {result.verdict.name}"
-            )
-            taken.add(to_datagram(parse(result.frame))[0].source)
-        assert len(taken) == ports
+        remote_end = "203.0.113.99", 0 if kind == "query" else 99
+        sources = [(hosts[at % len(hosts)], 1 + at // len(hosts)) for at in range(ports + 1)]
+        results = self.core.burst(
+            [(INSIDE, opening(kind, source, remote_end)) for source in sources], self.now
+        )
+        verdicts = [result.verdict for result in results]
+        assert verdicts == [Verdict.FORWARD] * ports + [Verdict.DROP_NO_PORT], "the pool has lost ports"
+        at = 38 if kind == "query" else 34  # the external identifier or port, behind the address
+        taken = {(r.frame[26:30], r.frame[at : at + 2]) for r in results[:-1]}
+        assert len(taken) == ports, "a port was given twice"
+
+
+@cache
+def opening(kind: str, source: Endpoint, destination: Endpoint) -> bytes:
+    """The frame from inside that opens a session."""
+    return frame(to_packet(Datagram(kind, source, destination, flags="S" * (kind == "tcp"))))

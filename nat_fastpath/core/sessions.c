@@ -259,10 +259,6 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *r, 
     const struct nat_config *config = &core->config;
     if (!event_room_to_open(core))
         return NAT_DROP_EVENTS_FULL;
-    if (config->new_sessions_rate && !bucket_spend(&core->new_sessions, config->new_sessions_rate,
-                                                   config->new_sessions_burst, core->now_ns))
-        return NAT_DROP_BUDGET;
-
     enum nat_verdict why = NAT_DROP_TABLE_FULL;
     uint32_t h = host_find(core, r->internal_addr);
     if (h == NONE32 && (h = host_add(core, r->internal_addr)) == NONE32)
@@ -286,6 +282,12 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *r, 
         (new_port && config->mappings_per_host && host->mappings >= config->mappings_per_host)) {
         host->refused++;
         why = NAT_DROP_QUOTA;
+        goto refuse_host;
+    }
+    /* after the quota: a host at its limit must not use up what the others may still open */
+    if (config->new_sessions_rate && !bucket_spend(&core->new_sessions, config->new_sessions_rate,
+                                                   config->new_sessions_burst, core->now_ns)) {
+        why = NAT_DROP_BUDGET;
         goto refuse_host;
     }
     if (slab_full(&core->session_slab) || (new_port && core->has_mappings && slab_full(&core->mapping_slab)))
@@ -395,6 +397,13 @@ enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, u
         permission_find(core, user - 1, remote_addr) == NONE32)
         return NAT_DROP_FILTERED;
     const struct mapping *m = &core->mappings[user - 1];
+    /* Endpoint-dependent only: these two ends have a session by another external port, by which the answer
+     * would leave. Two sessions with one outbound key would be the end of telling them apart. */
+    struct flow_key outbound = flow_key(net32(m->internal_addr), net32(remote_addr), net16(m->internal_port),
+                                        net16(r->remote_port), protocol);
+    if (core->config.mapping == NAT_MAPPING_ENDPOINT_DEPENDENT &&
+        session_find(core, &outbound, flow_hash(outbound.addrs, outbound.ports, protocol), OUT) != NONE32)
+        return NAT_DROP_FILTERED;
     r->mapping = user - 1;
     r->internal_addr = m->internal_addr;
     r->internal_port = m->internal_port;
