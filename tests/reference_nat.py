@@ -100,6 +100,7 @@ class ReferenceNat:
     sessions_per_host: int = 0
     mappings_per_host: int = 0
     mappings: dict[tuple[str, Endpoint], Mapping] = field(default_factory=dict)  # by protocol and external
+    homes: dict[str, str] = field(default_factory=dict)  # external address of each inside host
 
     # -- what there is -----------------------------------------------------------------------------------
 
@@ -139,6 +140,8 @@ class ReferenceNat:
                     del mapping.sessions[remote]
             if not mapping.sessions:
                 del self.mappings[key]
+        with_mapping = {m.internal[0] for m in self.mappings.values()}
+        self.homes = {host: home for host, home in self.homes.items() if host in with_mapping}
 
     # -- packets -------------------------------------------------------------------------------------------
 
@@ -239,10 +242,10 @@ class ReferenceNat:
         if (mapping.protocol, mapping.external) in self.mappings:
             raise IllegalChoice(f"{mapping.protocol} {mapping.external} belongs to another mapping")
         # RFC 4787, REQ-2: one external address for all of a host, as long as that one has ports
-        mine = {m.external[0] for m in self.of_host(mapping.internal[0])}
-        if mine and address not in mine and any(self.free_ports(mapping.protocol, a) for a in mine):
+        home = self.homes.setdefault(mapping.internal[0], address)
+        if address != home and self.free_ports(mapping.protocol, home):
             raise IllegalChoice(
-                f"{mapping.internal} was on {mine}, which has free ports, and now on {address}"
+                f"{mapping.internal} is at home on {home}, which has ports, and not on {address}"
             )
 
     def _open_inbound(self, packet: Datagram, now: float, hairpin: bool) -> tuple[str, Session | None]:
