@@ -17,7 +17,7 @@ from types import FrameType
 from nat_fastpath.engine import Core
 
 EVENTS = 16384  # taken at once, in less than a millisecond
-STEP = 0.1  # seconds between two looks at the events; the ring holds 65 536
+STEP = 0.02  # seconds between two looks at the events: 65 536 fit the ring, so 3 million per second do
 RATE_PERIOD = 1.0  # seconds over which rates are taken
 RATES = ("sessions_opened", "sessions_closed")
 PORT_RATES = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes")
