@@ -50,10 +50,13 @@ def to_datagram(packet: Packet) -> tuple[Datagram, bytes]:
     source, destination, ttl = packet.src, packet.dst, packet.ttl
     body = bytes(packet.payload)
     if packet.proto in (6, 17):
-        transport = TCP(body) if packet.proto == 6 else UDP(body)
+        # a quotation may end after eight bytes, before the flags
+        transport = TCP(body.ljust(20, b"\0")) if packet.proto == 6 else UDP(body)
         ends = (source, transport.sport), (destination, transport.dport)
         flags = str(transport.flags) if packet.proto == 6 else ""
-        return Datagram(PROTOCOLS[packet.proto], *ends, flags=flags, ttl=ttl), bytes(transport.payload)
+        return Datagram(PROTOCOLS[packet.proto], *ends, flags=flags, ttl=ttl), body[
+            20 if packet.proto == 6 else 8 :
+        ]
     message = ICMP(body)
     if message.type == 8:
         return Datagram("query", (source, message.id), (destination, 0), ttl=ttl), bytes(message.payload)
