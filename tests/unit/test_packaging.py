@@ -47,6 +47,13 @@ print(json.dumps({
 """
 
 
+def tracked() -> list[Path]:
+    """The files of the repository, whoever owns the checkout."""
+    git = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    listed = subprocess.run(git, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Without anything of the checkout in the way, and with libdpdk out of sight."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
@@ -60,12 +67,10 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``bin`` of a fresh environment with the package in it, built from the tracked files alone."""
     there = tmp_path_factory.mktemp("install")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
-    for name in listed.stdout.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            copy = there / "source" / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes((ROOT / name).read_bytes())
+    for path in tracked():
+        copy = there / "source" / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
     venv.create(there / "venv", with_pip=True)
     made = run(there / "venv/bin/python", "-m", "pip", "install", "--quiet", there / "source", cwd=there)
     assert made.returncode == 0, made.stderr
@@ -212,18 +217,9 @@ def test_the_configuration_imports_nothing_that_runs() -> None:
 LONG = {"engine.pyx": 650}  # one class, and Cython wants it whole
 
 
-def sources() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
-    ).stdout.decode()
-    names = [ROOT / name for name in listed.split("\0") if name]
-    return [
-        path for path in names if path.is_file() and path.suffix in (".c", ".h", ".py", ".pyi", ".pyx", ".sh")
-    ]
-
-
 def test_every_source_file_names_its_licence_and_stays_readable() -> None:
-    for path in sources():
+    suffixes = {".c", ".h", ".py", ".pyi", ".pyx", ".sh"}
+    for path in (path for path in tracked() if path.suffix in suffixes):
         text = path.read_text()
         assert "SPDX-License-Identifier: Apache-2.0" in text[:200], path
         assert text.count("\n") <= LONG.get(path.name, 600), path
