@@ -27,7 +27,9 @@ def header_hash() -> str:
 def compile_args() -> list[str]:
     args = ["-O3", "-std=gnu11", "-g", "-fno-plt"]
     if os.uname().machine == "x86_64":
-        args.append("-march=x86-64-v2")  # Debian's DPDK asks for SSE4.2 too; newer instructions are chosen at run time
+        args.append(
+            "-march=x86-64-v2"
+        )  # Debian's DPDK asks for SSE4.2 too; newer instructions are chosen at run time
     if sanitizers := os.environ.get("TANDEM_SANITIZE"):
         args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer"]
     return args
@@ -59,7 +61,12 @@ class StrictBuild(build_ext):
 def has_dpdk() -> bool:
     """Whether the binding can be built; says so when not."""
     tool = shutil.which("pkg-config")
-    if tool and not subprocess.run([tool, f"--atleast-version={DPDK_AT_LEAST}", "libdpdk"], check=False).returncode:
+    if (
+        tool
+        and not subprocess.run(
+            [tool, f"--atleast-version={DPDK_AT_LEAST}", "libdpdk"], check=False
+        ).returncode
+    ):
         return True
     print(
         f"tandem-nat: no libdpdk >= {DPDK_AT_LEAST} here: building the core without the DPDK binding "

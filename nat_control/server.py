@@ -55,7 +55,10 @@ class Server:
             say(f"repaired: {line}")
 
         mtu = max(port.mtu for port in config.ports)
-        self.eal = Eal(memory_mb=64 + (BUFFERS * (2 * mtu + 1024) >> 20))
+        self.eal = Eal(
+            memory_mb=64 + (BUFFERS * (2 * mtu + 1024) >> 20),
+            devices=[port.device for port in config.ports],
+        )
         undo.callback(self.eal.close)
         memory = "hugepages" if self.eal.hugepages else "ordinary memory (no hugepages are free)"
         say(f"tandem-nat {version('tandem-nat')}: instance {config.instance}, {self.eal.version}, {memory}")

@@ -174,6 +174,7 @@ enum nat_tcp_state {
     NAT_TCP_STATES
 };
 
+/* An UPDATE may be left out when the ring is full; an OPEN or a CLOSE never is. */
 enum nat_event_type {
     NAT_EVENT_OPEN = 1, /* session opened */
     NAT_EVENT_CLOSE,    /* session ended; reason says why */
@@ -182,7 +183,7 @@ enum nat_event_type {
 enum nat_close_reason { NAT_CLOSE_IDLE = 1, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT };
 
 #define NAT_EVENT_FIELDS(F)                                                                                  \
-    F(uint64_t, sequence) /* counts up by one; a gap would mean a lost event, and there is none */           \
+    F(uint64_t, sequence) /* counts up by one, without a gap */                                              \
     F(uint64_t, time_ns)  /* `now` of the packet or tick that caused it */                                   \
     F(uint8_t, type)      /* enum nat_event_type */                                                          \
     F(uint8_t, reason)    /* enum nat_close_reason */                                                        \

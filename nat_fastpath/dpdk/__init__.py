@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """DPDK for the core: EAL, mempools, ports, and the worker that carries packets between them."""
 
+from importlib import import_module
+
 try:
-    from nat_fastpath.dpdk import _dpdk as _dpdk
+    import_module("nat_fastpath.dpdk._dpdk")
 except ImportError as error:
     raise ImportError(
         f"this Tandem NAT was built without DPDK ({error}): "

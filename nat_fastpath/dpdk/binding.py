@@ -17,9 +17,8 @@ RX_DESCRIPTORS = TX_DESCRIPTORS = 1024
 ETHERNET_OVERHEAD = 14 + 2 * 4  # header and two VLAN tags
 TPACKET_OVERHEAD = 128  # what AF_PACKET writes before a frame in its ring, rounded up
 PMDS_OF_KERNEL_PACKETS = {"net_af_packet", "net_af_xdp", "net_pcap"}
-DEVARGS = re.compile(
-    r"(net_\w+\d|(pci:)?([0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]|(vdev|auxiliary|vmbus):.)", re.ASCII
-)
+PCI = re.compile(r"(pci:)?([0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", re.ASCII)
+DEVARGS = re.compile(rf"net_\w+\d|{PCI.pattern}|(vdev|auxiliary|vmbus):.", re.ASCII)
 
 
 class DpdkError(Exception):
@@ -47,20 +46,25 @@ class Eal:
     """The environment of DPDK; once per process, for DPDK cannot be started again.
 
     Memory comes from hugepages when ``memory_mb`` of them are free, from ordinary pages otherwise.  The calling
-    thread keeps its CPU affinity, which DPDK would take away.  ``arguments`` are added to EAL's own.
+    thread keeps its CPU affinity, which DPDK would take away.  Of PCI devices only those among ``devices``
+    are touched.  ``arguments`` are added to EAL's own.
     """
 
     def __init__(
-        self, *, memory_mb: int = 256, cpu: int | None = None, arguments: Sequence[str] = ()
+        self,
+        *,
+        memory_mb: int = 256,
+        cpu: int | None = None,
+        devices: Sequence[str] = (),
+        arguments: Sequence[str] = (),
     ) -> None:
         self.hugepages = _free_hugepages_mb() >= memory_mb
         affinity = os.sched_getaffinity(0)
         line = ["tandem-nat", f"--lcores=0@{min(affinity) if cpu is None else cpu}", "--no-telemetry"]
         line += ["--in-memory", "--iova-mode=va"] if self.hugepages else ["--no-huge", "--no-shconf"]
         line += ["-m", str(memory_mb)]
-        if "-a" not in arguments:
-            line.append("--no-pci")
-        line += arguments
+        allowed = [word for device in devices if PCI.match(device) for word in ("-a", device)]
+        line += [*(allowed or ["--no-pci"]), *arguments]
         # EAL keeps pointers into its argument list
         self._strings = [ffi.new("char[]", argument.encode()) for argument in line]
         self._argv = ffi.new("char *[]", self._strings)
@@ -210,11 +214,12 @@ class Port:
     def _open(self, devargs: str, pool: Mempool, mac: bytes | None) -> None:
         what = f"device {self.device}"
         _log()
-        _check(lib.rte_dev_probe(devargs.encode()), what)
-        self.name = devargs.split(",")[0]
+        self.name = devargs.split(",")[0].removeprefix("pci:")
         number = ffi.new("uint16_t *")
-        # a virtual device that fails to probe is not always reported
-        _check(lib.rte_eth_dev_get_port_by_name(self.name.removeprefix("pci:").encode(), number), what)
+        if lib.rte_eth_dev_get_port_by_name(self.name.encode(), number) < 0:  # a PCI device is there already
+            _check(lib.rte_dev_probe(devargs.encode()), what)
+            # a virtual device that fails to probe is not always reported
+            _check(lib.rte_eth_dev_get_port_by_name(self.name.encode(), number), what)
         port = self._port_id = int(number[0])
         info = _info(port)
         self.driver = _driver(port)

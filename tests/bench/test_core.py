@@ -13,8 +13,7 @@ import pytest
 @pytest.mark.parametrize("mapping", ["independent", "dependent"])
 def test_core(mapping: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bench", "core", "--sessions", "1", "500"]
-        + ["--rounds", "2", "--mapping", mapping, "--json"],
+        [sys.executable, "-m", *f"bench core --sessions 1 500 --rounds 2 --mapping {mapping} --json".split()],
         capture_output=True,
         text=True,
         check=True,
