@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 C_FILES = $(shell git ls-files '*.c' '*.h')
-PY_TYPED = nat_control nat_fastpath
+PY_TYPED = nat_control nat_fastpath switch_agent
 
 .PHONY: help build test lint bench fuzz demo clean packages
 
