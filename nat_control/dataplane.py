@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can hold sessions: the server's fast path, an OpenFlow switch, the reference in memory.
+
+The control side is written once against this interface. Sessions travel as arrays of
+``nat_fastpath.engine.RECORD``, events as arrays of EVENT; whoever drives a plane delivers its events, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from nat_fastpath.engine import EVENT_CLOSE, EVENT_OPEN, EVENT_UPDATE, FLAG_FOREIGN, RECORD
+
+Records = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype RECORD
+Events = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype EVENT
+Ids = np.ndarray[Any, np.dtype[np.uint64]]  # shape (n,), RECORD["id"]
+
+NO_RECORDS: Records = np.empty(0, RECORD)
+NO_RECORDS.flags.writeable = False
+NO_IDS: Ids = np.empty(0, np.uint64)
+NO_IDS.flags.writeable = False
+
+CLOSED_BY_COMMAND = 2  # enum nat_close_reason
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """Limits as data. ``max_sessions`` it can hold, ``max_batch`` records it takes in one call.
+
+    ``holds_packets``: it keeps the packets of a pending session until ``commit`` (synchronous mode).
+    """
+
+    name: str
+    max_sessions: int
+    holds_packets: bool
+    max_batch: int
+
+
+class DataPlane(Protocol):
+    """Every call takes shape (n,) RECORD arrays, n <= ``capabilities.max_batch``, and keeps none of them.
+
+    Calls may overlap only where the caller does not mind in which order they take effect.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def install(self, records: Records) -> int:
+        """Returns when the plane really holds them (a switch: after the barrier), and how many it holds.
+
+        A session that is held under the same id already counts, and takes the record's ownership
+        (FLAG_FOREIGN). One that contradicts another held session is refused: its inside endpoint has another
+        external one, its external endpoint another inside one, or its 5-tuple is taken under another id.
+        """
+
+    async def missing(self, records: Records) -> Ids:
+        """Ids of those that are not held under this 5-tuple and id; asked after an install fell short."""
+
+    async def update(self, records: Records) -> int:
+        """TCP state, times and counters of sessions that are held; others are left out. Returns how many were."""
+
+    async def delete(self, records: Records) -> int:
+        """Ends the sessions with these 5-tuples and ids; returns how many there were."""
+
+    async def commit(self, records: Records) -> int:
+        """Releases held packets of these pending sessions; returns how many there were."""
+
+    async def adopt(self) -> int:
+        """The peer is lost: its sessions become ours, all their timers restart in full. Returns how many."""
+
+    async def cede(self, instance: int, besides: Ids) -> int:
+        """The peer is back: sessions with its instance number in their id are its own again, but not ``besides``."""
+
+    def sessions(self) -> AsyncIterator[Records]:
+        """All sessions in pages; those that open or close meanwhile may be in it or not."""
+
+
+class Changes(NamedTuple):
+    """What a step of a plane did to its sessions, to be told to the peer."""
+
+    opened: Records = NO_RECORDS
+    updated: Records = NO_RECORDS
+    closed: Records = NO_RECORDS
+
+
+def changes(events: Events) -> Changes:
+    """Sorts events by kind. Closes that the peer itself has ordered are left out."""
+    kind = events["type"]
+    ordered = (events["reason"] == CLOSED_BY_COMMAND) & (events["flags"] & FLAG_FOREIGN != 0)
+    return Changes(
+        opened=sessions_of(events[kind == EVENT_OPEN]),
+        updated=sessions_of(events[kind == EVENT_UPDATE]),
+        closed=sessions_of(events[(kind == EVENT_CLOSE) & ~ordered]),
+    )
+
+
+def sessions_of(events: Events) -> Records:
+    """The records that the events carry; shape (n,), dtype RECORD."""
+    raw = np.ascontiguousarray(events).view(np.uint8).reshape(len(events), events.dtype.itemsize)
+    return np.ascontiguousarray(raw[:, -RECORD.itemsize :]).reshape(-1).view(RECORD)
