@@ -487,9 +487,12 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
         return false;
 
     enum nat_verdict why;
-    r.neighbour[OUT] = neighbour_towards(core, r.remote_addr, NAT_EXTERNAL, &why);
     r.neighbour[IN] = neighbour_towards(core, r.internal_addr, NAT_INTERNAL, &why);
-    if (r.neighbour[OUT] == NONE16 || r.neighbour[IN] == NONE16)
+    if (r.neighbour[IN] == NONE16)
+        return false;
+    /* to another inside host's external endpoint: a hairpin session has no next hop outside */
+    if (pool_address_index(&core->pool, r.remote_addr) == POOL_NONE &&
+        (r.neighbour[OUT] = neighbour_towards(core, r.remote_addr, NAT_EXTERNAL, &why)) == NONE16)
         return false;
 
     uint32_t h = host_find(core, r.internal_addr);

@@ -92,6 +92,17 @@ def test_hairpin_needs_the_others_consent_and_shows_external_addresses() -> None
     )
 
 
+def test_hairpin_goes_on_at_another_core_that_was_given_its_sessions() -> None:
+    nat, twin = Nat(), Nat()
+    first, second = (nat.out(udp(host, 4000, SERVER, 53)) for host in (CLIENT, OTHER_CLIENT))
+    nat.verdict(udp(CLIENT, 4000, second.src, second[UDP].sport))
+    nat.out(udp(OTHER_CLIENT, 4000, first.src, first[UDP].sport))
+    assert twin.core.install(nat.sessions()) == 4
+    back = twin.out(udp(CLIENT, 4000, second.src, second[UDP].sport))
+    assert (back.src, back.dst) == (first.src, OTHER_CLIENT)
+    assert twin.counters()["hairpinned"] == 1
+
+
 def test_paging_while_sessions_come_and_go() -> None:
     """What is there all the time stands in exactly one page; nothing is seen twice."""
     nat = Nat(max_sessions=1024)
