@@ -12,7 +12,7 @@ import fcntl
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from nat_control.lab import Lab, LabError, Namespace, Process, call, until
+from nat_control.lab import LabError, Namespace, Process, call, until
 
 SCHEMA = Path("/usr/share/openvswitch/vswitch.ovsschema")
 RECEIVE_BUFFER = Path("/proc/sys/net/core/rmem_default")  # of the whole machine, read when a port is opened
