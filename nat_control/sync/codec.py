@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sync protocol's messages (thesis, table 7.3, in batches) and their bytes.
+
+Little-endian. A header of 12 bytes, then the payload:
+
+    magic u16 0x4e54 | version u8 | type u8 | epoch u32 | payload length u32
+
+``epoch`` is that of the sender's Hello on this connection. Records are struct nat_record as it is.
+Every length is checked before anything is read or kept by it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nat_control.dataplane import NO_IDS, Ids, Records
+from nat_fastpath.engine import RECORD
+
+VERSION = 1
+MAGIC = 0x4E54  # "TN"
+HEADER = struct.Struct("<HBBII")
+MAX_PAYLOAD = 1 << 20
+MAX_POOLS = 256
+MAX_TEXT = 1024
+BUCKETS = 256  # of a digest
+MAX_RECORDS = (MAX_PAYLOAD - 16) // RECORD.itemsize  # in one message
+
+Buckets = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+class CodecError(Exception):
+    """These bytes are no message of this protocol, or this message cannot become bytes; one line."""
+
+
+class PoolRange(NamedTuple):
+    """External endpoints that a side may hand out; all four inclusive, addresses as integers."""
+
+    first: int
+    last: int
+    port_first: int
+    port_last: int
+
+    def overlap(self, other: PoolRange) -> PoolRange | None:
+        """What both have."""
+        both = PoolRange(
+            max(self.first, other.first),
+            min(self.last, other.last),
+            max(self.port_first, other.port_first),
+            min(self.port_last, other.port_last),
+        )
+        return both if both.first <= both.last and both.port_first <= both.port_last else None
+
+    def __str__(self) -> str:
+        addresses = str(IPv4Address(self.first))
+        if self.last != self.first:
+            addresses += f"-{IPv4Address(self.last)}"
+        return f"{addresses} ports {self.port_first}-{self.port_last}"
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first message of both. ``pools`` are the sender's own sets, ``term`` counts takeovers."""
+
+    instance: int
+    epoch: int
+    term: int
+    pools: tuple[PoolRange, ...]
+    record_size: int = RECORD.itemsize
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InitState:
+    """Part ``chunk`` (from 0, without a gap) of all sessions of the sender."""
+
+    txid: int
+    chunk: int
+    last: bool
+    records: Records
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """The InitState of this txid is held, but for the sessions ``refused``, which contradict others."""
+
+    txid: int
+    refused: Ids = field(default_factory=lambda: NO_IDS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InstallEntries:
+    txid: int
+    records: Records
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UpdateEntries:
+    """TCP states, times and counters; not acknowledged."""
+
+    records: Records
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeleteEntries:
+    txid: int
+    records: Records
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InstallComplete:
+    """The batch is held by the sender's data plane, but for the sessions ``refused``."""
+
+    txid: int
+    refused: Ids = field(default_factory=lambda: NO_IDS)
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteComplete:
+    txid: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Digest:
+    """Sums over all sessions of the sender when it had received ``position`` changes; shape (BUCKETS,) uint64."""
+
+    position: int
+    buckets: Buckets
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    code: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The sender leaves on purpose."""
+
+
+Message = (
+    Hello
+    | InitState
+    | Ready
+    | InstallEntries
+    | UpdateEntries
+    | DeleteEntries
+    | InstallComplete
+    | DeleteComplete
+    | Digest
+    | Error
+    | Bye
+)
+
+_HELLO = struct.Struct("<HBxIHxx")  # record size, instance, term, number of ranges
+_RANGE = struct.Struct("<IIHH")
+_INIT = struct.Struct("<QIB3x")  # txid, chunk, last
+_U64 = struct.Struct("<Q")
+_CODE = struct.Struct("<H")
+
+
+# -- fields -----------------------------------------------------------------------------------------------
+
+
+def _bytes_of(records: Records) -> bytes:
+    if records.dtype != RECORD:
+        raise CodecError(f"records of {records.dtype.itemsize} bytes are not those of this version")
+    return records.tobytes()
+
+
+def _records(payload: memoryview) -> Records:
+    if len(payload) % RECORD.itemsize:
+        raise CodecError(f"{len(payload)} bytes are no whole number of {RECORD.itemsize}-byte records")
+    return np.frombuffer(payload, RECORD)
+
+
+def _ids(payload: memoryview) -> Ids:
+    if len(payload) % 8:
+        raise CodecError(f"{len(payload)} bytes are no whole number of session ids")
+    return np.frombuffer(payload, "<u8")
+
+
+def _head(layout: struct.Struct, payload: memoryview) -> tuple[Any, ...]:
+    if len(payload) < layout.size:
+        raise CodecError(f"the payload has {len(payload)} bytes and needs {layout.size} at least")
+    return layout.unpack_from(payload)
+
+
+def _exactly(payload: memoryview, size: int) -> None:
+    if len(payload) != size:
+        raise CodecError(f"the payload has {len(payload)} bytes instead of {size}")
+
+
+# -- each message, from and to its payload -----------------------------------------------------------------
+
+
+def _write_hello(m: Hello) -> bytes:
+    if len(m.pools) > MAX_POOLS:
+        raise CodecError(f"{len(m.pools)} address ranges, and {MAX_POOLS} at most fit a hello")
+    head = _HELLO.pack(m.record_size, m.instance, m.term, len(m.pools))
+    return head + b"".join(_RANGE.pack(*pool) for pool in m.pools)
+
+
+def _read_hello(payload: memoryview, epoch: int) -> Hello:
+    size, instance, term, count = _head(_HELLO, payload)
+    if count > MAX_POOLS:
+        raise CodecError(f"hello with {count} address ranges, {MAX_POOLS} at most")
+    _exactly(payload, _HELLO.size + count * _RANGE.size)
+    pools = tuple(PoolRange(*pool) for pool in _RANGE.iter_unpack(payload[_HELLO.size :]))
+    for pool in pools:
+        if pool.first > pool.last or pool.port_first > pool.port_last:
+            raise CodecError(f"hello with an empty range: {pool}")
+    return Hello(instance, epoch, term, pools, size)
+
+
+def _read_init(payload: memoryview, epoch: int) -> InitState:
+    txid, chunk, last = _head(_INIT, payload)
+    if last > 1:
+        raise CodecError(f"the last flag is {last}")
+    return InitState(txid, chunk, last == 1, _records(payload[_INIT.size :]))
+
+
+def _read_delete_complete(payload: memoryview, epoch: int) -> DeleteComplete:
+    _exactly(payload, _U64.size)
+    return DeleteComplete(*_U64.unpack(payload))
+
+
+def _read_digest(payload: memoryview, epoch: int) -> Digest:
+    _exactly(payload, _U64.size * (1 + BUCKETS))
+    (position,) = _U64.unpack_from(payload)
+    return Digest(position, _ids(payload[_U64.size :]))
+
+
+def _write_error(m: Error) -> bytes:
+    # Cut by bytes, and a character that this halves goes whole.
+    return _CODE.pack(m.code) + m.text.encode()[:MAX_TEXT].decode(errors="ignore").encode()
+
+
+def _read_error(payload: memoryview, epoch: int) -> Error:
+    (code,) = _head(_CODE, payload)
+    if len(payload) > _CODE.size + MAX_TEXT:
+        raise CodecError(f"an error text of {len(payload) - _CODE.size} bytes, {MAX_TEXT} at most")
+    return Error(code, bytes(payload[_CODE.size :]).decode(errors="replace"))
+
+
+def _read_bye(payload: memoryview, epoch: int) -> Bye:
+    _exactly(payload, 0)
+    return Bye()
+
+
+def _txid_records(kind: Callable[[int, Records], Any]) -> Callable[[memoryview, int], Any]:
+    return lambda payload, epoch: kind(_head(_U64, payload)[0], _records(payload[_U64.size :]))
+
+
+def _txid_ids(kind: Callable[[int, Ids], Any]) -> Callable[[memoryview, int], Any]:
+    return lambda payload, epoch: kind(_head(_U64, payload)[0], _ids(payload[_U64.size :]))
+
+
+class _Layout(NamedTuple):
+    number: int
+    write: Callable[[Any], bytes]
+    read: Callable[[memoryview, int], Any]
+
+
+def _write_txid_records(m: InstallEntries | DeleteEntries) -> bytes:
+    return _U64.pack(m.txid) + _bytes_of(m.records)
+
+
+def _write_txid_ids(m: Ready | InstallComplete) -> bytes:
+    return _U64.pack(m.txid) + m.refused.astype("<u8").tobytes()
+
+
+LAYOUTS: Mapping[type, _Layout] = {
+    Hello: _Layout(1, _write_hello, _read_hello),
+    InitState: _Layout(2, lambda m: _INIT.pack(m.txid, m.chunk, m.last) + _bytes_of(m.records), _read_init),
+    Ready: _Layout(3, _write_txid_ids, _txid_ids(Ready)),
+    InstallEntries: _Layout(4, _write_txid_records, _txid_records(InstallEntries)),
+    UpdateEntries: _Layout(
+        5, lambda m: _bytes_of(m.records), lambda payload, epoch: UpdateEntries(_records(payload))
+    ),
+    DeleteEntries: _Layout(6, _write_txid_records, _txid_records(DeleteEntries)),
+    InstallComplete: _Layout(7, _write_txid_ids, _txid_ids(InstallComplete)),
+    DeleteComplete: _Layout(8, lambda m: _U64.pack(m.txid), _read_delete_complete),
+    Digest: _Layout(9, lambda m: _U64.pack(m.position) + m.buckets.astype("<u8").tobytes(), _read_digest),
+    Error: _Layout(10, _write_error, _read_error),
+    Bye: _Layout(11, lambda m: b"", _read_bye),
+}
+_BY_NUMBER = {layout.number: layout for layout in LAYOUTS.values()}
+
+
+def encode(message: Message, epoch: int) -> bytes:
+    """One message of a connection with this epoch (32 bits). Raises CodecError when it cannot be sent."""
+    layout = LAYOUTS[type(message)]
+    try:
+        payload = layout.write(message)
+        header = HEADER.pack(MAGIC, VERSION, layout.number, epoch, len(payload))
+    except struct.error as error:
+        raise CodecError(f"{type(message).__name__}: {error}") from None
+    if len(payload) > MAX_PAYLOAD:
+        raise CodecError(f"{type(message).__name__} of {len(payload)} bytes, {MAX_PAYLOAD} at most")
+    return header + payload
+
+
+class Received(NamedTuple):
+    """A message with the epoch that stood in its header."""
+
+    epoch: int
+    message: Message
+
+
+class Decoder:
+    """Bytes in, however they are split; messages out. Keeps one unfinished message at most."""
+
+    def __init__(self) -> None:
+        self._kept = bytearray()
+        self._failed = False
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the unfinished message."""
+        return len(self._kept)
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Received]:
+        """The messages that are complete now; take them all before the next call.
+
+        Raises CodecError for what is none. The stream cannot be followed after that: any further call raises.
+        """
+        if self._failed:
+            raise CodecError("the stream is broken already")
+        try:
+            yield from self._messages(memoryview(data))
+        except CodecError:
+            self._failed = True
+            self._kept.clear()
+            raise
+
+    def end(self) -> None:
+        """The stream is over. Raises CodecError when that cuts a message."""
+        if self._kept:
+            raise CodecError(f"the stream ends {len(self._kept)} bytes into a message")
+
+    def _messages(self, data: memoryview) -> Iterator[Received]:
+        at = 0
+        while at < len(data) or len(self._kept) >= HEADER.size:
+            if len(self._kept) < HEADER.size:
+                at += self._keep(data[at:], HEADER.size - len(self._kept))
+                if len(self._kept) < HEADER.size:
+                    return
+            layout, epoch, length = _header(self._kept)
+            at += self._keep(data[at:], HEADER.size + length - len(self._kept))
+            if len(self._kept) < HEADER.size + length:
+                return
+            # A copy of its own: records stay views of it after the buffer has moved on.
+            payload = memoryview(bytes(self._kept))[HEADER.size :]
+            self._kept.clear()
+            yield Received(epoch, layout.read(payload, epoch))
+
+    def _keep(self, data: memoryview, wanted: int) -> int:
+        part = data[:wanted]
+        self._kept += part
+        return len(part)
+
+
+def _header(data: bytearray) -> tuple[_Layout, int, int]:
+    magic, version, number, epoch, length = HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise CodecError(f"magic {magic:#06x}: this is not the sync protocol")
+    if version != VERSION:
+        raise CodecError(f"version {version}, and this side speaks {VERSION}")
+    if length > MAX_PAYLOAD:
+        raise CodecError(f"a message of {length} bytes, {MAX_PAYLOAD} at most")
+    if number not in _BY_NUMBER:
+        raise CodecError(f"unknown message type {number}")
+    return _BY_NUMBER[number], epoch, length
