@@ -89,6 +89,10 @@ class Core:
     def delete(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int:
         """Ends the sessions of these records (by 5-tuple and id); returns how many there were."""
     def commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
+    def adopt(self) -> int:
+        """The peer's sessions become ours, and their timers restart; returns how many there were."""
+    def yield_all(self) -> int:
+        """Our sessions become the peer's, which ages them from now on; returns how many there were."""
     def neighbours(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
     def hosts(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
     def verdicts(self) -> np.ndarray[Any, np.dtype[np.uint64]]:

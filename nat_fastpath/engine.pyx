@@ -26,7 +26,7 @@ cdef extern from "engine_tables.h" nogil:
         NAT_CLOSE_IDLE, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT
         NAT_SESSION_PENDING, NAT_SESSION_FOREIGN, NAT_SESSION_INBOUND, NAT_SESSION_OFFLOAD
         NAT_CMD_SESSIONS, NAT_CMD_INSTALL, NAT_CMD_DELETE, NAT_CMD_COMMIT, NAT_CMD_FIND
-        NAT_CMD_NEIGHBOURS, NAT_CMD_HOSTS
+        NAT_CMD_NEIGHBOURS, NAT_CMD_HOSTS, NAT_CMD_ADOPT, NAT_CMD_YIELD
         N_COUNTER_ROWS, N_RECORD_ROWS, N_EVENT_ROWS, N_NEIGHBOUR_ROWS, N_HOST_ROWS
 
     struct name_row:
@@ -557,6 +557,14 @@ cdef class Core:
     def commit(self, records):
         """Lets the packets of these pending sessions go; returns how many sessions there were."""
         return self._records(NAT_CMD_COMMIT, records)
+
+    def adopt(self):
+        """The peer's sessions become ours, and their timers restart; returns how many there were."""
+        return self._command(NAT_CMD_ADOPT, np.zeros(1, RECORD), 0)[0]
+
+    def yield_all(self):
+        """Our sessions become the peer's, which ages them from now on; returns how many there were."""
+        return self._command(NAT_CMD_YIELD, np.zeros(1, RECORD), 0)[0]
 
     cdef _all(self, unsigned op, dtype):
         parts, cursor = [], 0

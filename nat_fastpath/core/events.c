@@ -106,6 +106,23 @@ static bool for_records(struct nat_core *core, struct nat_command *command)
     return command->cursor == command->count;
 }
 
+/* Ownership goes to whoever carries the traffic: nobody else sees when a session was last used. */
+static bool change_owner(struct nat_core *core, struct nat_command *command)
+{
+    const uint8_t peers = command->op == NAT_CMD_YIELD ? NAT_SESSION_FOREIGN : 0;
+    uint64_t end = command->cursor + COMMAND_STEP;
+    for (; command->cursor < core->session_slab.top && command->cursor < end; command->cursor++) {
+        struct session *s = &core->sessions[command->cursor];
+        if (!s->protocol || (s->flags & NAT_SESSION_FOREIGN) == peers)
+            continue;
+        s->flags ^= NAT_SESSION_FOREIGN;
+        if (!peers)
+            s->last_ms = core->now_ms;
+        command->result++;
+    }
+    return command->cursor >= core->session_slab.top;
+}
+
 static uint64_t mac_of(const uint8_t *mac)
 {
     uint64_t v = 0;
@@ -156,6 +173,9 @@ static bool command_step(struct nat_core *core, struct nat_command *command)
     case NAT_CMD_DELETE:
     case NAT_CMD_COMMIT:
         return for_records(core, command);
+    case NAT_CMD_ADOPT:
+    case NAT_CMD_YIELD:
+        return change_owner(core, command);
     default:
         return true;
     }

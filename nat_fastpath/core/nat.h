@@ -286,6 +286,8 @@ enum nat_command_op {
     NAT_CMD_FIND,         /* buffer: one record with its 5-tuple filled in; filled whole if it exists */
     NAT_CMD_NEIGHBOURS,   /* gather nat_neighbour_record */
     NAT_CMD_HOSTS,        /* gather nat_host_record */
+    NAT_CMD_ADOPT,        /* the peer's sessions become ours, and their timers restart; result: how many */
+    NAT_CMD_YIELD,        /* our sessions become the peer's: it ages them from now on */
 };
 struct nat_command {
     uint32_t op;

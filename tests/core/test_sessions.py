@@ -103,6 +103,26 @@ def test_hairpin_goes_on_at_another_core_that_was_given_its_sessions() -> None:
     assert twin.counters()["hairpinned"] == 1
 
 
+def test_ownership_passes_with_the_traffic() -> None:
+    """Who does not own a session does not age it; who takes it over gives it its whole time again."""
+    nat = Nat(udp_timeout=100)
+    for port in range(200):
+        nat.out(udp(CLIENT, 4000 + port, SERVER, 53))
+    nat.wait(60)
+    assert nat.core.yield_all() == 200
+    assert nat.core.yield_all() == 0
+    assert set(nat.sessions()["flags"]) == {FLAG_FOREIGN}
+    nat.wait(600)
+    assert len(nat.sessions()) == 200
+    assert nat.core.adopt() == 200
+    assert nat.core.adopt() == 0
+    assert set(nat.sessions()["flags"]) == {0}
+    nat.wait(99)
+    assert len(nat.sessions()) == 200
+    nat.wait(2)
+    assert len(nat.sessions()) == 0
+
+
 def test_paging_while_sessions_come_and_go() -> None:
     """What is there all the time stands in exactly one page; nothing is seen twice."""
     nat = Nat(max_sessions=1024)
