@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two native parts: the core for Python (always), and the DPDK binding (where libdpdk is)."""
+"""The native parts: the core and failure detection for Python (always), the DPDK binding (where libdpdk is)."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).parent
 CORE = Path("nat_fastpath/core")
 DPDK_AT_LEAST = "22.11"
-GENERATED = ("engine.c", "nat_fastpath.dpdk._dpdk.c")
+GENERATED = ("engine.c", "watch.c", "nat_fastpath.dpdk._dpdk.c")
 
 
 def header_hash() -> str:
@@ -86,10 +86,21 @@ engine = Extension(
     extra_link_args=link_args(),
 )
 
+WATCH = ("heartbeat", "heartbeat_packet", "memory_holder")
+
+watch = Extension(
+    "nat_fastpath.watch",
+    sources=["nat_fastpath/watch.pyx", *(f"nat_fastpath/{part}.c" for part in WATCH)],
+    depends=[f"nat_fastpath/{part}.h" for part in WATCH],
+    include_dirs=["nat_fastpath"],
+    extra_compile_args=[*compile_args(), "-pthread"],
+    extra_link_args=[*link_args(), "-pthread"],
+)
+
 BINDING = "nat_fastpath/dpdk/build.py"
 
 setup(
-    ext_modules=cythonize([engine], language_level=3),
+    ext_modules=cythonize([engine, watch], language_level=3),
     cmdclass={"build_ext": StrictBuild},
     **({"cffi_modules": [f"{BINDING}:ffibuilder"]} if Path(BINDING).exists() and has_dpdk() else {}),
 )
