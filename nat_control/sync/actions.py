@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words of the sync protocol: its states, what comes in, what is to be done, and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import NamedTuple
+
+from nat_control.dataplane import Ids, Records
+from nat_control.sync import codec
+from nat_control.sync.codec import Message
+
+MAX_OUTSTANDING = 64  # batches that a side may leave unacknowledged
+
+
+class State(Enum):
+    STARTING = "starting"  # the data plane is not ready
+    ALONE = "alone"  # no connection
+    HANDSHAKE = "handshake"  # our Hello is sent
+    EXCHANGING = "exchanging"  # InitState under way, in both directions
+    OPERATIONAL = "operational"  # each side holds the other's sessions
+    FAILED = "failed"  # the connection is given up, its end not yet seen
+
+
+class Mode(Enum):
+    OFF = "off"
+    ASYNCHRONOUS = "asynchronous"
+    SYNCHRONOUS = "synchronous"  # output commit: a new session's packets wait until the peer holds it
+
+
+class ErrorCode(IntEnum):
+    PROTOCOL = 1  # this message has no place in this state
+    MALFORMED = 2  # these bytes are no message
+    EPOCH = 3  # of another connection
+    RECORD = 4  # record size unlike ours
+    INSTANCE = 5  # the peer has our own instance number
+    POOLS = 6  # both would hand out the same external endpoints
+    TIMEOUT = 7
+    SLOW = 8  # more waits for the peer than may wait
+    CONFLICTS = 9  # more contradictions than a message can name
+
+
+class Input(Enum):
+    PLANE_READY = "plane ready"
+    CONNECTED = "connected"
+    DISCONNECTED = "disconnected"
+    EVENTS = "events"
+    STATE_PAGE = "state page"
+    PLANE_DONE = "plane done"
+    DIGEST_TAKEN = "digest taken"
+    TICK = "tick"
+    STOP = "stop"
+    HELLO = "Hello"
+    INIT_STATE = "InitState"
+    READY = "Ready"
+    INSTALL = "InstallEntries"
+    UPDATE = "UpdateEntries"
+    DELETE = "DeleteEntries"
+    INSTALL_COMPLETE = "InstallComplete"
+    DELETE_COMPLETE = "DeleteComplete"
+    DIGEST = "Digest"
+    ERROR = "Error"
+    BYE = "Bye"
+
+
+# -- actions ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Send:
+    epoch: int
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class SendState:
+    """Gather all sessions now and feed them to ``state_page`` with this txid, no faster than the peer reads."""
+
+    txid: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Install:
+    """Then ``plane_done(op, ids of those refused)``."""
+
+    op: int
+    records: Records
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    records: Records
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delete:
+    """Then ``plane_done(op)``."""
+
+    op: int
+    records: Records
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Commit:
+    """Their packets may leave now. Overtakes what else the plane was asked for."""
+
+    records: Records
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOwnership:
+    """The peer is lost: its sessions are ours, and every timer restarts in full."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cede:
+    """Sessions with this instance in their id are the peer's again, but for the ids ``besides``."""
+
+    instance: int
+    besides: Ids
+
+
+class Position(NamedTuple):
+    """Changes sent and received on this connection."""
+
+    sent: int
+    received: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakeDigest:
+    """Sum up all sessions and return ``digest_taken(at, buckets)``."""
+
+    at: Position
+
+
+@dataclass(frozen=True, slots=True)
+class DigestCompared:
+    """Both sides at the same position; ``differing`` buckets, none when both hold the same."""
+
+    differing: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conflicts:
+    """Sessions that could not be held beside others, ``here`` or at the peer."""
+
+    ids: Ids
+    here: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """End the connection once everything is sent; then ``disconnected``."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    before: State
+    after: State
+    why: str
+
+
+Action = (
+    Send
+    | SendState
+    | Install
+    | Update
+    | Delete
+    | Commit
+    | TakeOwnership
+    | Cede
+    | TakeDigest
+    | DigestCompared
+    | Conflicts
+    | Close
+    | StateChanged
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Records, batches and seconds. None of them is agreed with the peer."""
+
+    batch: int = 1024  # records in one message of changes
+    window: int = 8  # batches sent and not acknowledged
+    waiting: int = 65536  # records behind them; more, and the peer is given up as too slow
+    handshake: float = 5.0  # from the connection to the peer's Hello
+    exchange: float = 30.0  # without any progress of the exchange
+    acknowledge: float = 10.0
+    digest: float = 60.0  # between two digests; taken only when nothing is under way
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= codec.MAX_RECORDS or not 1 <= self.window <= MAX_OUTSTANDING:
+            raise ValueError("batch or window out of range")

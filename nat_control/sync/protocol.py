@@ -1,0 +1,633 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sync protocol as a pure state machine (thesis, table 7.3 and figure 7.6): inputs in, actions out.
+
+No sockets, no clock, no data plane: ``now`` is an argument, in seconds of any monotonic clock, and the shell
+carries out what the machine returns. TABLE says which input means what in which state; a message that it has no
+row for is answered with Error and the end of the connection, and our own sessions go on untouched.
+
+What the shell owes:
+
+- actions in their order. Those on the data plane (Install, Update, Delete, TakeOwnership, Cede, SendState,
+  TakeDigest) take effect one after the other, over connections too; Commit overtakes them all.
+- an event that happened before an operation of the plane was finished is delivered before ``plane_done``,
+  ``state_page`` or ``digest_taken`` of that operation.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Ids, Records
+from nat_control.sync import codec
+from nat_control.sync.actions import (
+    MAX_OUTSTANDING,
+    Action,
+    Cede,
+    Close,
+    Commit,
+    Conflicts,
+    Delete,
+    DigestCompared,
+    ErrorCode,
+    Input,
+    Install,
+    Limits,
+    Mode,
+    Position,
+    Send,
+    SendState,
+    State,
+    StateChanged,
+    TakeDigest,
+    TakeOwnership,
+    Update,
+)
+from nat_control.sync.codec import (
+    Buckets,
+    Bye,
+    DeleteComplete,
+    DeleteEntries,
+    Digest,
+    Error,
+    Hello,
+    InitState,
+    InstallComplete,
+    InstallEntries,
+    Message,
+    PoolRange,
+    Ready,
+    UpdateEntries,
+)
+from nat_control.sync.digest import differing
+from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, FLAG_PENDING, RECORD
+
+INSTANCE_SHIFT = np.uint64(52)  # of an id; see nat_id() in nat.h
+MAX_REFUSED = (codec.MAX_PAYLOAD - 8) // 8
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Changes on their way to the peer. ``pending`` ones are committed when it has them."""
+
+    kind: Input
+    records: Records
+    pending: Records
+    deadline: float = 0.0
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """How far the two InitStates are."""
+
+    txid: int  # of ours
+    chunks_out: int = 0
+    state_sent: bool = False
+    peer_txid: int | None = None
+    chunks_in: int = 0
+    last_in: bool = False
+    installing: int = 0
+    refused: list[Ids] = field(default_factory=list)
+    ready_sent: bool = False
+    ready_received: bool = False
+    closed: list[Records] = field(default_factory=list)
+    n_closed: int = 0
+
+
+def instances(records: Records) -> Ids:
+    """Who opened each session, by its id; shape (n,)."""
+    return np.asarray(records["id"] >> INSTANCE_SHIFT & np.uint64(0xFF))
+
+
+def _pending(records: Records) -> Records:
+    return np.asarray(records[records["flags"] & FLAG_PENDING != 0])
+
+
+def _on_the_wire(records: Records) -> Records:
+    """Flags that mean something to this side only stay here."""
+    sent = records.copy()
+    sent["flags"] &= FLAG_INBOUND
+    return sent
+
+
+class Protocol:
+    """One side. Every input returns the actions to carry out, in order.
+
+    ``epoch``: the number of the last connection of an earlier start, or anything that differs from it.
+    """
+
+    def __init__(
+        self,
+        instance: int,
+        pools: tuple[PoolRange, ...],
+        mode: Mode,
+        *,
+        epoch: int = 0,
+        term: int = 0,
+        limits: Limits | None = None,
+    ) -> None:
+        self.instance = instance
+        self.pools = pools
+        self.mode = mode
+        self.epoch = epoch
+        self.term = term
+        self.limits = limits or Limits()
+        self.state = State.STARTING
+        self.peer: Hello | None = None
+        self.conflicts = 0  # sessions refused, here or at the peer, since the start
+        self.last_error = ""
+        self._out: list[Action] = []
+        self._last_txid = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """All that belongs to one connection."""
+        self._exchange = _Exchange(0)
+        self._queue: deque[_Batch] = deque()
+        self._waiting = 0
+        self._outstanding: dict[int, _Batch] = {}
+        self._plane: dict[int, tuple[Input, int]] = {}  # op -> what it answers: message, txid
+        self._position = Position(0, 0)
+        self._peer_digest: tuple[Position, Buckets] | None = None
+        self._deadline = 0.0
+        self._next_digest = 0.0
+
+    # -- inputs
+
+    def plane_ready(self) -> list[Action]:
+        return self._step(Input.PLANE_READY)
+
+    def connected(self, now: float) -> list[Action]:
+        return self._step(Input.CONNECTED, now)
+
+    def disconnected(self, now: float, why: str = "the connection ended") -> list[Action]:
+        return self._step(Input.DISCONNECTED, why)
+
+    def events(self, changes: Changes, now: float) -> list[Action]:
+        """What our own plane did since the last call."""
+        return self._step(Input.EVENTS, changes, now)
+
+    def state_page(self, txid: int, records: Records, last: bool, now: float) -> list[Action]:
+        return self._step(Input.STATE_PAGE, txid, records, last, now)
+
+    def plane_done(self, op: int, now: float, refused: Ids = NO_IDS) -> list[Action]:
+        return self._step(Input.PLANE_DONE, op, refused, now)
+
+    def digest_taken(self, at: Position, buckets: Buckets, now: float) -> list[Action]:
+        return self._step(Input.DIGEST_TAKEN, at, buckets, now)
+
+    def tick(self, now: float) -> list[Action]:
+        """At least every second."""
+        return self._step(Input.TICK, now)
+
+    def stop(self, now: float) -> list[Action]:
+        """We leave on purpose."""
+        return self._step(Input.STOP, now)
+
+    def broken(self, why: str, now: float) -> list[Action]:
+        """The peer's bytes are no messages."""
+        if self.state in CONNECTED:
+            self._fail(ErrorCode.MALFORMED, why)
+        return self._take()
+
+    def received(self, epoch: int, message: Message, now: float) -> list[Action]:
+        """``epoch`` is that of the message's header. What comes after the end of a connection is left out."""
+        if self.state not in CONNECTED:
+            return []
+        kind = INPUT_OF[type(message)]
+        if kind is not Input.HELLO and self.peer is not None and epoch != self.peer.epoch:
+            self._fail(ErrorCode.EPOCH, f"{kind.value} of epoch {epoch}, this is {self.peer.epoch}")
+        elif handler := TABLE.get((self.state, kind)):
+            handler(self, message, now)
+        else:
+            self._fail(ErrorCode.PROTOCOL, f"{kind.value} is not expected in state {self.state.value}")
+        return self._take()
+
+    def _step(self, kind: Input, *arguments: object) -> list[Action]:
+        handler = TABLE.get((self.state, kind))
+        if handler is None:
+            raise ValueError(f"{kind.value} cannot happen in state {self.state.value}")
+        handler(self, *arguments)
+        return self._take()
+
+    def _take(self) -> list[Action]:
+        out, self._out = self._out, []
+        return out
+
+    # -- helpers
+
+    @property
+    def waiting(self) -> int:
+        """Records that wait for the peer's acknowledgement of earlier ones."""
+        return self._waiting
+
+    @property
+    def outstanding(self) -> int:
+        """Records sent and not acknowledged."""
+        return sum(len(batch.records) for batch in self._outstanding.values())
+
+    def _txid(self) -> int:
+        self._last_txid += 1
+        return self._last_txid
+
+    def _become(self, state: State, why: str) -> None:
+        self._out.append(StateChanged(self.state, state, why))
+        self.state = state
+
+    def _send(self, message: Message) -> None:
+        self._out.append(Send(self.epoch, message))
+
+    def _commit(self, records: Records) -> None:
+        if len(records):
+            self._out.append(Commit(records))
+
+    def _fail(self, code: ErrorCode, text: str) -> None:
+        self._send(Error(code, text))
+        self._give_up(text)
+
+    def _give_up(self, why: str) -> None:
+        self.last_error = why
+        self._out.append(Close(why))
+        self._release(State.FAILED, why)
+
+    def _release(self, state: State, why: str) -> None:
+        """Nobody acknowledges any more: what waits for it goes, and the peer's sessions are ours."""
+        waiting = [*self._outstanding.values(), *self._queue]
+        if waiting:
+            self._commit(np.concatenate([batch.pending for batch in waiting]))
+        if self.state is State.OPERATIONAL:
+            self.term = max(self.term, self.peer.term if self.peer else 0) + 1
+        if self.state in (State.EXCHANGING, State.OPERATIONAL):
+            self._out.append(TakeOwnership())
+        self.peer = None
+        self._forget()
+        self._become(state, why)
+
+    # -- connection
+
+    def _plane_ready(self) -> None:
+        self._become(State.ALONE, "the data plane is ready")
+
+    def _refuse_connection(self, now: float) -> None:
+        self._out.append(Close("the data plane is not ready"))
+
+    def _connected(self, now: float) -> None:
+        if self.mode is Mode.OFF:
+            self._out.append(Close("synchronisation is off"))
+            return
+        self.epoch = (self.epoch + 1) & 0xFFFFFFFF
+        self._deadline = now + self.limits.handshake
+        self._send(Hello(self.instance, self.epoch, self.term, self.pools))
+        self._become(State.HANDSHAKE, "connected")
+
+    def _disconnected(self, why: str) -> None:
+        self._release(State.ALONE, why)
+
+    def _stop(self, now: float) -> None:
+        self._send(Bye())
+        self._give_up("we leave")
+
+    def _error(self, message: Error, now: float) -> None:
+        self._give_up(f"the peer reports error {message.code}: {message.text}")
+
+    def _bye(self, message: Bye, now: float) -> None:
+        self._give_up("the peer leaves")
+
+    def _nothing(self, *arguments: object) -> None:
+        """Comes too late to matter."""
+
+    # -- Hello and the exchange of all sessions
+
+    def _hello(self, message: Hello, now: float) -> None:
+        if message.record_size != RECORD.itemsize:
+            self._fail(ErrorCode.RECORD, f"records of {message.record_size} bytes, not {RECORD.itemsize}")
+        elif message.instance == self.instance:
+            self._fail(ErrorCode.INSTANCE, f"both are instance {self.instance}")
+        elif shared := next(
+            (both for own in self.pools for its in message.pools if (both := own.overlap(its))), None
+        ):
+            self._fail(ErrorCode.POOLS, f"both would hand out {shared}")
+        else:
+            self.peer = message
+            self._exchange = _Exchange(self._txid())
+            self._deadline = now + self.limits.exchange
+            self._become(State.EXCHANGING, f"instance {message.instance} answers")
+            self._out.append(SendState(self._exchange.txid))
+
+    def _state_page(self, txid: int, records: Records, last: bool, now: float) -> None:
+        exchange = self._exchange
+        if txid != exchange.txid or exchange.state_sent:
+            return
+        self._deadline = now + self.limits.exchange
+        starts = range(0, len(records), codec.MAX_RECORDS) or range(1 if last else 0)
+        for start in starts:
+            part = _on_the_wire(records[start : start + codec.MAX_RECORDS])
+            end = last and start == starts[-1]
+            self._send(InitState(txid, exchange.chunks_out, end, part))
+            exchange.chunks_out += 1
+        exchange.state_sent = last
+
+    def _init_state(self, message: InitState, now: float) -> None:
+        exchange = self._exchange
+        if exchange.peer_txid is None:
+            exchange.peer_txid = message.txid
+        expected = (exchange.peer_txid, exchange.chunks_in)
+        if exchange.last_in or (message.txid, message.chunk) != expected:
+            self._fail(ErrorCode.PROTOCOL, f"InitState {message.txid} chunk {message.chunk} is out of order")
+            return
+        self._deadline = now + self.limits.exchange
+        exchange.chunks_in += 1
+        exchange.last_in = message.last
+        if len(message.records):
+            exchange.installing += 1
+            self._install_at_plane(Input.INIT_STATE, message.txid, message.records)
+        self._ready_if_installed(now)
+
+    def _ready_if_installed(self, now: float) -> None:
+        """Ready is sent, and we are operational, only after the plane holds the peer's sessions: their ports
+        are taken before we hand out any."""
+        exchange = self._exchange
+        if not exchange.last_in or exchange.installing or exchange.peer_txid is None:
+            return
+        refused = np.concatenate([NO_IDS, *exchange.refused])
+        if len(refused) > MAX_REFUSED:
+            self._fail(ErrorCode.CONFLICTS, f"{len(refused)} sessions contradict ours")
+            return
+        self._send(Ready(exchange.peer_txid, refused))
+        exchange.ready_sent = True
+        self._operational_if_both(now)
+
+    def _ready(self, message: Ready, now: float) -> None:
+        exchange = self._exchange
+        if message.txid != exchange.txid or not exchange.state_sent or exchange.ready_received:
+            self._fail(ErrorCode.PROTOCOL, f"Ready {message.txid} answers nothing")
+            return
+        assert self.peer is not None
+        exchange.ready_received = True
+        self._count(message.refused, here=False)
+        # What the peer could not take stays ours: nobody else would ever end it.
+        self._out.append(Cede(self.peer.instance, message.refused))
+        self._operational_if_both(now)
+
+    def _operational_if_both(self, now: float) -> None:
+        exchange = self._exchange
+        if not (exchange.ready_sent and exchange.ready_received):
+            return
+        self._become(State.OPERATIONAL, "both sides hold all sessions")
+        if exchange.closed:
+            # The peer's InitState may have brought back what ended here while it was under way.
+            self._delete_at_plane(Input.EVENTS, 0, np.concatenate(exchange.closed))
+        self._exchange = _Exchange(0)
+        self._flush(now)
+
+    # -- our changes, to the peer
+
+    def _events_alone(self, changes: Changes, now: float) -> None:
+        self._commit(_pending(changes.opened))
+
+    def _events_buffer(self, changes: Changes, now: float) -> None:
+        """Kept until the peer has our InitState. Until then we are alone, and no packet waits for it."""
+        self._commit(_pending(changes.opened))
+        exchange = self._exchange
+        if len(changes.closed):
+            exchange.closed.append(changes.closed)
+            exchange.n_closed += len(changes.closed)
+        self._enqueue(changes, wait=False)
+
+    def _events_send(self, changes: Changes, now: float) -> None:
+        wait = self.mode is Mode.SYNCHRONOUS
+        if not wait:
+            self._commit(_pending(changes.opened))
+        self._enqueue(changes, wait=wait)
+        if self.state is State.OPERATIONAL:
+            self._flush(now)
+
+    def _enqueue(self, changes: Changes, *, wait: bool) -> None:
+        """Ends first: what is opened may use their ports. What has come and gone in one step is not told."""
+        opened, closed = changes.opened, changes.closed
+        if len(opened) and len(closed):
+            brief = np.intersect1d(opened["id"], closed["id"])
+            opened = opened[~np.isin(opened["id"], brief)]
+            closed = closed[~np.isin(closed["id"], brief)]
+        self._append(Input.DELETE, closed, wait=False)
+        self._append(Input.INSTALL, opened, wait=wait)
+        self._append(Input.UPDATE, changes.updated, wait=False)
+        if max(self._waiting, self._exchange.n_closed) > self.limits.waiting:
+            self._fail(ErrorCode.SLOW, f"{self._waiting} changes wait for the peer")
+
+    def _append(self, kind: Input, records: Records, *, wait: bool) -> None:
+        limit = self.limits.batch
+        self._waiting += len(records)
+        while len(records):
+            last = self._queue[-1] if self._queue else None
+            if last is None or last.kind is not kind or len(last.records) >= limit:
+                last = _Batch(kind, NO_RECORDS, NO_RECORDS)
+                self._queue.append(last)
+            room = limit - len(last.records)
+            part, records = records[:room], records[room:]
+            last.records = np.concatenate([last.records, part])
+            if wait:
+                last.pending = np.concatenate([last.pending, _pending(part)])
+
+    def _flush(self, now: float) -> None:
+        while self._queue and len(self._outstanding) < self.limits.window:
+            batch = self._queue.popleft()
+            self._waiting -= len(batch.records)
+            records = _on_the_wire(batch.records)
+            self._position = Position(self._position.sent + 1, self._position.received)
+            if batch.kind is Input.UPDATE:
+                self._send(UpdateEntries(records))
+                continue
+            txid = self._txid()
+            batch.deadline = now + self.limits.acknowledge
+            self._outstanding[txid] = batch
+            self._send((InstallEntries if batch.kind is Input.INSTALL else DeleteEntries)(txid, records))
+
+    def _acknowledged(self, kind: Input, txid: int, now: float) -> bool:
+        batch = self._outstanding.get(txid)
+        if batch is None or batch.kind is not kind:
+            self._fail(ErrorCode.PROTOCOL, f"an acknowledgement of {txid}, which is not outstanding")
+            return False
+        del self._outstanding[txid]
+        self._commit(batch.pending)
+        self._flush(now)
+        return True
+
+    def _install_complete(self, message: InstallComplete, now: float) -> None:
+        # A session that contradicts one of the peer's is released too: it cannot be protected, but works.
+        if self._acknowledged(Input.INSTALL, message.txid, now):
+            self._count(message.refused, here=False)
+
+    def _delete_complete(self, message: DeleteComplete, now: float) -> None:
+        self._acknowledged(Input.DELETE, message.txid, now)
+
+    # -- the peer's changes, to our plane
+
+    def _changed(self) -> bool:
+        """Counts one change of the peer; false when it does not wait for our acknowledgements."""
+        self._position = Position(self._position.sent, self._position.received + 1)
+        if len(self._plane) > 2 * MAX_OUTSTANDING:
+            self._fail(ErrorCode.PROTOCOL, f"more than {MAX_OUTSTANDING} batches at once")
+            return False
+        return True
+
+    def _install(self, message: InstallEntries, now: float) -> None:
+        if self._changed():
+            self._install_at_plane(Input.INSTALL, message.txid, message.records)
+
+    def _update(self, message: UpdateEntries, now: float) -> None:
+        if self._changed():
+            self._out.append(Update(message.records))
+
+    def _delete(self, message: DeleteEntries, now: float) -> None:
+        if self._changed():
+            self._delete_at_plane(Input.DELETE, message.txid, message.records)
+
+    def _install_at_plane(self, answer: Input, txid: int, records: Records) -> None:
+        ours = records.copy()
+        ours["flags"] &= FLAG_INBOUND
+        ours["flags"][instances(ours) != self.instance] |= FLAG_FOREIGN
+        self._out.append(Install(self._operation(answer, txid), ours))
+
+    def _delete_at_plane(self, answer: Input, txid: int, records: Records) -> None:
+        self._out.append(Delete(self._operation(answer, txid), records))
+
+    def _operation(self, answer: Input, txid: int) -> int:
+        op = self._txid()
+        self._plane[op] = answer, txid
+        return op
+
+    def _plane_done(self, op: int, refused: Ids, now: float) -> None:
+        answer, txid = self._plane.pop(op, (Input.PLANE_DONE, 0))
+        self._count(refused, here=True)
+        if answer is Input.INIT_STATE:
+            self._deadline = now + self.limits.exchange
+            self._exchange.installing -= 1
+            self._exchange.refused.append(refused)
+            self._ready_if_installed(now)
+        elif answer is Input.INSTALL:
+            self._send(InstallComplete(txid, refused))
+        elif answer is Input.DELETE:
+            self._send(DeleteComplete(txid))
+
+    def _count(self, refused: Ids, *, here: bool) -> None:
+        if len(refused):
+            self.conflicts += len(refused)
+            self._out.append(Conflicts(refused, here))
+
+    # -- digest and time
+
+    @property
+    def _at_rest(self) -> bool:
+        return not (self._queue or self._outstanding or self._plane)
+
+    def _digest(self, message: Digest, now: float) -> None:
+        """Comparable only if the peer had all our changes, and we have all of its, as the stream's order says."""
+        if self._at_rest and message.position == self._position.sent:
+            self._peer_digest = self._position, message.buckets
+            self._out.append(TakeDigest(self._position))
+
+    def _digest_taken(self, at: Position, buckets: Buckets, now: float) -> None:
+        if at != self._position or not self._at_rest:
+            return
+        if self._peer_digest and self._peer_digest[0] == at:
+            self._out.append(DigestCompared(tuple(differing(self._peer_digest[1], buckets))))
+            self._peer_digest = None
+        else:
+            self._send(Digest(at.received, buckets))
+
+    def _tick_exchange(self, now: float) -> None:
+        if now >= self._deadline:
+            self._fail(ErrorCode.TIMEOUT, f"no progress in state {self.state.value}")
+
+    def _tick_operational(self, now: float) -> None:
+        if any(now >= batch.deadline for batch in self._outstanding.values()):
+            self._fail(ErrorCode.TIMEOUT, "a batch is not acknowledged")
+        elif now >= self._next_digest and self._at_rest:
+            self._next_digest = now + self.limits.digest
+            self._out.append(TakeDigest(self._position))
+
+
+CONNECTED = (State.HANDSHAKE, State.EXCHANGING, State.OPERATIONAL)
+
+INPUT_OF: Mapping[type, Input] = {
+    Hello: Input.HELLO,
+    InitState: Input.INIT_STATE,
+    Ready: Input.READY,
+    InstallEntries: Input.INSTALL,
+    UpdateEntries: Input.UPDATE,
+    DeleteEntries: Input.DELETE,
+    InstallComplete: Input.INSTALL_COMPLETE,
+    DeleteComplete: Input.DELETE_COMPLETE,
+    Digest: Input.DIGEST,
+    Error: Input.ERROR,
+    Bye: Input.BYE,
+}
+
+_P = Protocol
+Handler = Callable[..., None]
+_UNCONNECTED: Mapping[Input, Handler] = {
+    Input.EVENTS: _P._events_alone,
+    Input.TICK: _P._nothing,
+    Input.STOP: _P._nothing,
+    Input.DISCONNECTED: _P._nothing,
+}
+# What an earlier connection asked the data plane for.
+_LATE: Mapping[Input, Handler] = {
+    Input.STATE_PAGE: _P._nothing,
+    Input.PLANE_DONE: _P._nothing,
+    Input.DIGEST_TAKEN: _P._nothing,
+}
+_ENDS: Mapping[Input, Handler] = {
+    Input.DISCONNECTED: _P._disconnected,
+    Input.STOP: _P._stop,
+    Input.ERROR: _P._error,
+    Input.BYE: _P._bye,
+}
+_ROWS: Mapping[State, Mapping[Input, Handler]] = {
+    State.STARTING: {
+        **_UNCONNECTED,
+        Input.PLANE_READY: _P._plane_ready,
+        Input.CONNECTED: _P._refuse_connection,
+    },
+    State.ALONE: {**_UNCONNECTED, **_LATE, Input.CONNECTED: _P._connected},
+    State.HANDSHAKE: {
+        **_LATE,
+        **_ENDS,
+        Input.HELLO: _P._hello,
+        Input.EVENTS: _P._events_alone,
+        Input.TICK: _P._tick_exchange,
+    },
+    State.EXCHANGING: {
+        **_LATE,
+        **_ENDS,
+        Input.STATE_PAGE: _P._state_page,
+        Input.INIT_STATE: _P._init_state,
+        Input.PLANE_DONE: _P._plane_done,
+        Input.READY: _P._ready,
+        Input.EVENTS: _P._events_buffer,
+        Input.TICK: _P._tick_exchange,
+    },
+    State.OPERATIONAL: {
+        **_LATE,
+        **_ENDS,
+        Input.EVENTS: _P._events_send,
+        Input.INSTALL: _P._install,
+        Input.UPDATE: _P._update,
+        Input.DELETE: _P._delete,
+        Input.PLANE_DONE: _P._plane_done,
+        Input.INSTALL_COMPLETE: _P._install_complete,
+        Input.DELETE_COMPLETE: _P._delete_complete,
+        Input.DIGEST: _P._digest,
+        Input.DIGEST_TAKEN: _P._digest_taken,
+        Input.TICK: _P._tick_operational,
+    },
+    State.FAILED: {**_UNCONNECTED, **_LATE, Input.DISCONNECTED: _P._disconnected},
+}
+TABLE: dict[tuple[State, Input], Handler] = {
+    (state, kind): handler for state, row in _ROWS.items() for kind, handler in row.items()
+}
+"""What an input means in a state. A message without a row is an error of the peer, anything else one of the shell."""

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference data plane: sessions in dictionaries, endpoint-independent mapping, checked at every step.
+
+``MemoryPlane`` holds the sessions and does everything at once; ``AsyncMemoryPlane`` is a DataPlane around it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Iterator
+
+import numpy as np
+
+from nat_control.dataplane import NO_RECORDS, Capabilities, Events, Ids, Records
+from nat_fastpath.engine import (
+    EVENT,
+    EVENT_CLOSE,
+    EVENT_OPEN,
+    EVENT_UPDATE,
+    FLAG_FOREIGN,
+    FLAG_PENDING,
+    RECORD,
+)
+
+Endpoint = tuple[int, int, int]  # protocol, address, port
+Key = tuple[int, int, int, int, int]  # protocol, inside address and port, remote address and port
+KEPT = ("tcp_state", "packets_out", "packets_in", "bytes_out", "bytes_in", "age_ms", "idle_ms", "timeout_ms")
+IDLE, COMMAND, HOLD_TIMEOUT = 1, 2, 3  # why a session ends
+UDP = 17
+
+
+def key_of(record: np.void) -> Key:
+    names = ("protocol", "internal_addr", "internal_port", "remote_addr", "remote_port")
+    protocol, address, port, remote, remote_port = (int(record[name]) for name in names)
+    return protocol, address, port, remote, remote_port
+
+
+def inside(record: np.void) -> Endpoint:
+    return int(record["protocol"]), int(record["internal_addr"]), int(record["internal_port"])
+
+
+def outside(record: np.void) -> Endpoint:
+    return int(record["protocol"]), int(record["external_addr"]), int(record["external_port"])
+
+
+def rows(records: Records) -> Iterator[np.void]:
+    return (records[i] for i in range(len(records)))
+
+
+def together(found: list[np.void]) -> Records:
+    return np.array(found, RECORD) if found else NO_RECORDS
+
+
+class MemoryPlane:
+    """``own`` are the (address, port) pairs that it may hand out; ids count from ``epoch``."""
+
+    def __init__(
+        self,
+        instance: int,
+        own: list[tuple[int, int]],
+        *,
+        epoch: int = 1,
+        synchronous: bool = False,
+        max_sessions: int = 1 << 20,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.capabilities = Capabilities("memory", max_sessions, True, 4096)
+        self.instance = instance
+        self.synchronous = synchronous
+        self.held: dict[Key, np.void] = {}
+        self.mapping: dict[Endpoint, Endpoint] = {}  # inside -> external
+        self.owner: dict[Endpoint, Endpoint] = {}  # external -> inside
+        self._own = own
+        self._rng = rng or random.Random(0)
+        self._users: dict[Endpoint, int] = {}  # sessions of each inside endpoint
+        self._base = 1 << 60 | instance << 52 | (epoch & 0xFFFFF) << 32
+        self._counter = 0
+        self._sequence = 0
+        self._events: list[tuple[int, int, np.void]] = []
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    # -- what packets do
+
+    def open(self, client: Endpoint, remote: tuple[int, int]) -> np.void | None:
+        """A session of an inside endpoint; None when it exists already, or no port or room is left."""
+        protocol, address, port = client
+        key = (protocol, address, port, *remote)
+        external = self.mapping.get(client) or self._free(protocol)
+        if key in self.held or external is None or len(self) >= self.capabilities.max_sessions:
+            return None
+        self._counter += 1
+        record = np.zeros((), RECORD)
+        record["id"] = self._base | self._counter
+        record["protocol"], record["internal_addr"], record["internal_port"] = client
+        _, record["external_addr"], record["external_port"] = external
+        record["remote_addr"], record["remote_port"] = remote
+        record["timeout_ms"] = 300_000
+        if self.synchronous:
+            record["flags"] |= FLAG_PENDING
+        self._add(key, record[()])
+        self._event(EVENT_OPEN, 0, record[()])
+        return self.held[key]
+
+    def touch(self, key: Key, tcp_state: int) -> None:
+        record = self.held[key]
+        record["tcp_state"] = tcp_state
+        record["packets_out"] += 1
+        self._event(EVENT_UPDATE, 0, record)
+
+    def close(self, key: Key, reason: int = IDLE) -> None:
+        record = self.held.pop(key)
+        client = inside(record)
+        self._users[client] -= 1
+        if not self._users[client]:
+            del self._users[client], self.owner[self.mapping.pop(client)]
+        self._event(EVENT_CLOSE, reason, record)
+
+    def events(self) -> Events:
+        """Takes all events there are."""
+        found = np.zeros(len(self._events), EVENT)
+        for i, (kind, reason, record) in enumerate(self._events):
+            self._sequence += 1
+            found[i] = (self._sequence, 0, kind, reason, 0, 0, *record.item())
+        self._events.clear()
+        return found
+
+    # -- what the control side does; see DataPlane
+
+    def install(self, records: Records) -> int:
+        return sum(self._install(record) for record in rows(records))
+
+    def missing(self, records: Records) -> Ids:
+        return np.array([r["id"] for r in rows(records) if self._known(r) is None], np.uint64)
+
+    def update(self, records: Records) -> int:
+        found = [(self._known(record), record) for record in rows(records)]
+        for known, record in found:
+            if known is not None:
+                for name in KEPT:
+                    known[name] = record[name]
+        return sum(known is not None for known, _ in found)
+
+    def delete(self, records: Records) -> int:
+        known = [key_of(record) for record in rows(records) if self._known(record) is not None]
+        for key in dict.fromkeys(known):
+            self.close(key, COMMAND)
+        return len(set(known))
+
+    def commit(self, records: Records) -> int:
+        known = [held for record in rows(records) if (held := self._known(record)) is not None]
+        for held in known:
+            held["flags"] &= 0xFF ^ FLAG_PENDING
+        return len(known)
+
+    def adopt(self) -> int:
+        taken = [held for held in self.held.values() if held["flags"] & FLAG_FOREIGN]
+        for held in taken:
+            held["flags"] &= 0xFF ^ FLAG_FOREIGN
+            held["idle_ms"] = 0
+        return len(taken)
+
+    def cede(self, instance: int, besides: Ids) -> int:
+        kept = set(besides.tolist())
+        given = [
+            held
+            for held in self.held.values()
+            if int(held["id"]) >> 52 & 0xFF == instance and int(held["id"]) not in kept
+        ]
+        for held in given:
+            held["flags"] |= FLAG_FOREIGN
+        return len(given)
+
+    def records(self) -> Records:
+        return together(list(self.held.values()))
+
+    # -- within
+
+    def _free(self, protocol: int) -> Endpoint | None:
+        start = self._rng.randrange(len(self._own)) if self._own else 0
+        for address, port in self._own[start:] + self._own[:start]:
+            if (protocol, address, port) not in self.owner:
+                return protocol, address, port
+        return None
+
+    def _known(self, record: np.void) -> np.void | None:
+        held = self.held.get(key_of(record))
+        return held if held is not None and held["id"] == record["id"] else None
+
+    def _install(self, record: np.void) -> bool:
+        known = self._known(record)
+        if known is not None:
+            known["flags"] = known["flags"] & (0xFF ^ FLAG_FOREIGN) | record["flags"] & FLAG_FOREIGN
+            return True
+        key, client, external = key_of(record), inside(record), outside(record)
+        if (
+            key in self.held
+            or self.mapping.get(client, external) != external
+            or self.owner.get(external, client) != client
+            or len(self) >= self.capabilities.max_sessions
+        ):
+            return False
+        self._add(key, record.copy())
+        return True
+
+    def _add(self, key: Key, record: np.void) -> None:
+        client, external = inside(record), outside(record)
+        assert key not in self.held
+        assert self.mapping.setdefault(client, external) == external, "two external endpoints"
+        assert self.owner.setdefault(external, client) == client, "an external endpoint used twice"
+        self._users[client] = self._users.get(client, 0) + 1
+        self.held[key] = record
+
+    def _event(self, kind: int, reason: int, record: np.void) -> None:
+        self._events.append((kind, reason, record.copy()))
+
+
+class AsyncMemoryPlane:
+    """The same as a DataPlane; ``page`` records at once."""
+
+    def __init__(self, plane: MemoryPlane, page: int = 4096) -> None:
+        self.plane = plane
+        self.page = page
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.plane.capabilities
+
+    async def install(self, records: Records) -> int:
+        return self.plane.install(records)
+
+    async def missing(self, records: Records) -> Ids:
+        return self.plane.missing(records)
+
+    async def update(self, records: Records) -> int:
+        return self.plane.update(records)
+
+    async def delete(self, records: Records) -> int:
+        return self.plane.delete(records)
+
+    async def commit(self, records: Records) -> int:
+        return self.plane.commit(records)
+
+    async def adopt(self) -> int:
+        return self.plane.adopt()
+
+    async def cede(self, instance: int, besides: Ids) -> int:
+        return self.plane.cede(instance, besides)
+
+    async def sessions(self) -> AsyncIterator[Records]:
+        held = self.plane.records()
+        for start in range(0, len(held), self.page):
+            yield held[start : start + self.page]
