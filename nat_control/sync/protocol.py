@@ -15,13 +15,12 @@ What the shell owes:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Ids, Records
+from nat_control.dataplane import NO_IDS, Changes, Ids, Records
 from nat_control.sync import codec
 from nat_control.sync.actions import (
     MAX_OUTSTANDING,
@@ -63,20 +62,11 @@ from nat_control.sync.codec import (
     UpdateEntries,
 )
 from nat_control.sync.digest import differing
-from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, FLAG_PENDING, RECORD
+from nat_control.sync.outbox import Outbox, on_the_wire, pending
+from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, RECORD
 
 INSTANCE_SHIFT = np.uint64(52)  # of an id; see nat_id() in nat.h
 MAX_REFUSED = (codec.MAX_PAYLOAD - 8) // 8
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Changes on their way to the peer. ``pending`` ones are committed when it has them."""
-
-    kind: Input
-    records: Records
-    pending: Records
-    deadline: float = 0.0
 
 
 @dataclass(slots=True)
@@ -100,17 +90,6 @@ class _Exchange:
 def instances(records: Records) -> Ids:
     """Who opened each session, by its id; shape (n,)."""
     return np.asarray(records["id"] >> INSTANCE_SHIFT & np.uint64(0xFF))
-
-
-def _pending(records: Records) -> Records:
-    return np.asarray(records[records["flags"] & FLAG_PENDING != 0])
-
-
-def _on_the_wire(records: Records) -> Records:
-    """Flags that mean something to this side only stay here."""
-    sent = records.copy()
-    sent["flags"] &= FLAG_INBOUND
-    return sent
 
 
 class Protocol:
@@ -146,9 +125,7 @@ class Protocol:
     def _forget(self) -> None:
         """All that belongs to one connection."""
         self._exchange = _Exchange(0)
-        self._queue: deque[_Batch] = deque()
-        self._waiting = 0
-        self._outstanding: dict[int, _Batch] = {}
+        self._outbox = Outbox(self.limits)
         self._plane: dict[int, tuple[Input, int]] = {}  # op -> what it answers: message, txid
         self._position = Position(0, 0)
         self._peer_digest: tuple[Position, Buckets] | None = None
@@ -222,12 +199,12 @@ class Protocol:
     @property
     def waiting(self) -> int:
         """Records that wait for the peer's acknowledgement of earlier ones."""
-        return self._waiting
+        return self._outbox.waiting
 
     @property
     def outstanding(self) -> int:
-        """Records sent and not acknowledged."""
-        return sum(len(batch.records) for batch in self._outstanding.values())
+        """Batches sent and not acknowledged."""
+        return self._outbox.unacknowledged
 
     def _txid(self) -> int:
         self._last_txid += 1
@@ -255,9 +232,7 @@ class Protocol:
 
     def _release(self, state: State, why: str) -> None:
         """Nobody acknowledges any more: what waits for it goes, and the peer's sessions are ours."""
-        waiting = [*self._outstanding.values(), *self._queue]
-        if waiting:
-            self._commit(np.concatenate([batch.pending for batch in waiting]))
+        self._commit(self._outbox.held())
         if self.state is State.OPERATIONAL:
             self.term = max(self.term, self.peer.term if self.peer else 0) + 1
         if self.state in (State.EXCHANGING, State.OPERATIONAL):
@@ -324,7 +299,7 @@ class Protocol:
         self._deadline = now + self.limits.exchange
         starts = range(0, len(records), codec.MAX_RECORDS) or range(1 if last else 0)
         for start in starts:
-            part = _on_the_wire(records[start : start + codec.MAX_RECORDS])
+            part = on_the_wire(records[start : start + codec.MAX_RECORDS])
             end = last and start == starts[-1]
             self._send(InitState(txid, exchange.chunks_out, end, part))
             exchange.chunks_out += 1
@@ -386,73 +361,41 @@ class Protocol:
     # -- our changes, to the peer
 
     def _events_alone(self, changes: Changes, now: float) -> None:
-        self._commit(_pending(changes.opened))
+        self._commit(pending(changes.opened))
 
     def _events_buffer(self, changes: Changes, now: float) -> None:
         """Kept until the peer has our InitState. Until then we are alone, and no packet waits for it."""
-        self._commit(_pending(changes.opened))
+        self._commit(pending(changes.opened))
         exchange = self._exchange
         if len(changes.closed):
             exchange.closed.append(changes.closed)
             exchange.n_closed += len(changes.closed)
-        self._enqueue(changes, wait=False)
+        self._enqueue(changes, hold=False)
 
     def _events_send(self, changes: Changes, now: float) -> None:
-        wait = self.mode is Mode.SYNCHRONOUS
-        if not wait:
-            self._commit(_pending(changes.opened))
-        self._enqueue(changes, wait=wait)
+        hold = self.mode is Mode.SYNCHRONOUS
+        if not hold:
+            self._commit(pending(changes.opened))
+        self._enqueue(changes, hold=hold)
         if self.state is State.OPERATIONAL:
             self._flush(now)
 
-    def _enqueue(self, changes: Changes, *, wait: bool) -> None:
-        """Ends first: what is opened may use their ports. What has come and gone in one step is not told."""
-        opened, closed = changes.opened, changes.closed
-        if len(opened) and len(closed):
-            brief = np.intersect1d(opened["id"], closed["id"])
-            opened = opened[~np.isin(opened["id"], brief)]
-            closed = closed[~np.isin(closed["id"], brief)]
-        self._append(Input.DELETE, closed, wait=False)
-        self._append(Input.INSTALL, opened, wait=wait)
-        self._append(Input.UPDATE, changes.updated, wait=False)
-        if max(self._waiting, self._exchange.n_closed) > self.limits.waiting:
-            self._fail(ErrorCode.SLOW, f"{self._waiting} changes wait for the peer")
-
-    def _append(self, kind: Input, records: Records, *, wait: bool) -> None:
-        limit = self.limits.batch
-        self._waiting += len(records)
-        while len(records):
-            last = self._queue[-1] if self._queue else None
-            if last is None or last.kind is not kind or len(last.records) >= limit:
-                last = _Batch(kind, NO_RECORDS, NO_RECORDS)
-                self._queue.append(last)
-            room = limit - len(last.records)
-            part, records = records[:room], records[room:]
-            last.records = np.concatenate([last.records, part])
-            if wait:
-                last.pending = np.concatenate([last.pending, _pending(part)])
+    def _enqueue(self, changes: Changes, *, hold: bool) -> None:
+        self._outbox.add(changes, hold=hold)
+        if max(self._outbox.waiting, self._exchange.n_closed) > self.limits.waiting:
+            self._fail(ErrorCode.SLOW, f"{self._outbox.waiting} changes wait for the peer")
 
     def _flush(self, now: float) -> None:
-        while self._queue and len(self._outstanding) < self.limits.window:
-            batch = self._queue.popleft()
-            self._waiting -= len(batch.records)
-            records = _on_the_wire(batch.records)
+        for message in self._outbox.flush(now):
             self._position = Position(self._position.sent + 1, self._position.received)
-            if batch.kind is Input.UPDATE:
-                self._send(UpdateEntries(records))
-                continue
-            txid = self._txid()
-            batch.deadline = now + self.limits.acknowledge
-            self._outstanding[txid] = batch
-            self._send((InstallEntries if batch.kind is Input.INSTALL else DeleteEntries)(txid, records))
+            self._send(message)
 
     def _acknowledged(self, kind: Input, txid: int, now: float) -> bool:
-        batch = self._outstanding.get(txid)
-        if batch is None or batch.kind is not kind:
+        held = self._outbox.acknowledged(kind, txid)
+        if held is None:
             self._fail(ErrorCode.PROTOCOL, f"an acknowledgement of {txid}, which is not outstanding")
             return False
-        del self._outstanding[txid]
-        self._commit(batch.pending)
+        self._commit(held)
         self._flush(now)
         return True
 
@@ -522,7 +465,7 @@ class Protocol:
 
     @property
     def _at_rest(self) -> bool:
-        return not (self._queue or self._outstanding or self._plane)
+        return not (self._outbox or self._plane)
 
     def _digest(self, message: Digest, now: float) -> None:
         """Comparable only if the peer had all our changes, and we have all of its, as the stream's order says."""
@@ -544,7 +487,7 @@ class Protocol:
             self._fail(ErrorCode.TIMEOUT, f"no progress in state {self.state.value}")
 
     def _tick_operational(self, now: float) -> None:
-        if any(now >= batch.deadline for batch in self._outstanding.values()):
+        if self._outbox.overdue(now):
             self._fail(ErrorCode.TIMEOUT, "a batch is not acknowledged")
         elif now >= self._next_digest and self._at_rest:
             self._next_digest = now + self.limits.digest

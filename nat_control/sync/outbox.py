@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our changes on their way to the peer: in order, in batches, a bounded number of them unacknowledged."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from nat_control.dataplane import NO_RECORDS, Changes, Records
+from nat_control.sync.actions import Input, Limits
+from nat_control.sync.codec import DeleteEntries, InstallEntries, UpdateEntries
+from nat_fastpath.engine import FLAG_INBOUND, FLAG_PENDING
+
+
+def pending(records: Records) -> Records:
+    """Those whose packets are held."""
+    return np.asarray(records[records["flags"] & FLAG_PENDING != 0])
+
+
+def on_the_wire(records: Records) -> Records:
+    """A copy without the flags that mean something to one side only."""
+    sent = records.copy()
+    sent["flags"] &= FLAG_INBOUND
+    return sent
+
+
+@dataclass(slots=True)
+class _Batch:
+    kind: Input  # INSTALL, UPDATE or DELETE
+    records: Records
+    held: Records  # of these, sessions whose packets wait for the acknowledgement
+    deadline: float = 0.0
+
+
+class Outbox:
+    """Of one connection."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._queue: deque[_Batch] = deque()
+        self._sent: dict[int, _Batch] = {}
+        self._txid = 0
+        self.waiting = 0  # records not yet sent
+
+    def __bool__(self) -> bool:
+        return bool(self._queue or self._sent)
+
+    @property
+    def unacknowledged(self) -> int:
+        """Batches."""
+        return len(self._sent)
+
+    def add(self, changes: Changes, *, hold: bool) -> None:
+        """``hold``: packets of pending sessions wait for the peer.
+
+        Ends go first, since what is opened may use their ports. What has come and gone in one step is not told.
+        """
+        opened, closed = changes.opened, changes.closed
+        if len(opened) and len(closed):
+            brief = np.intersect1d(opened["id"], closed["id"])
+            opened = opened[~np.isin(opened["id"], brief)]
+            closed = closed[~np.isin(closed["id"], brief)]
+        self._append(Input.DELETE, closed)
+        self._append(Input.INSTALL, opened, hold=hold)
+        self._append(Input.UPDATE, changes.updated)
+
+    def _append(self, kind: Input, records: Records, *, hold: bool = False) -> None:
+        self.waiting += len(records)
+        while len(records):
+            if not self._queue or self._queue[-1].kind is not kind or self._room(self._queue[-1]) <= 0:
+                self._queue.append(_Batch(kind, NO_RECORDS, NO_RECORDS))
+            batch = self._queue[-1]
+            room = self._room(batch)
+            part, records = records[:room], records[room:]
+            batch.records = np.concatenate([batch.records, part])
+            if hold:
+                batch.held = np.concatenate([batch.held, pending(part)])
+
+    def _room(self, batch: _Batch) -> int:
+        return self._limits.batch - len(batch.records)
+
+    def flush(self, now: float) -> Iterator[InstallEntries | UpdateEntries | DeleteEntries]:
+        """What may be sent now."""
+        while self._queue and len(self._sent) < self._limits.window:
+            batch = self._queue.popleft()
+            self.waiting -= len(batch.records)
+            records = on_the_wire(batch.records)
+            if batch.kind is Input.UPDATE:
+                yield UpdateEntries(records)
+                continue
+            self._txid += 1
+            batch.deadline = now + self._limits.acknowledge
+            self._sent[self._txid] = batch
+            kind = InstallEntries if batch.kind is Input.INSTALL else DeleteEntries
+            yield kind(self._txid, records)
+
+    def acknowledged(self, kind: Input, txid: int) -> Records | None:
+        """The sessions of this batch that were held; None when no such batch is unacknowledged."""
+        batch = self._sent.get(txid)
+        if batch is None or batch.kind is not kind:
+            return None
+        del self._sent[txid]
+        return batch.held
+
+    def overdue(self, now: float) -> bool:
+        return any(now >= batch.deadline for batch in self._sent.values())
+
+    def held(self) -> Records:
+        """All sessions that wait for the peer."""
+        batches = [*self._sent.values(), *self._queue]
+        return np.concatenate([NO_RECORDS, *(batch.held for batch in batches)])
