@@ -18,23 +18,15 @@ from nat_fastpath.watch import Watch
 
 from .helpers import Peer, pair, take, until, watch
 
+Stream = tuple[socket.socket, socket.socket]
+
 BUSY = "while True: pass"
-
-
-@pytest.fixture
-def stream() -> Iterator[tuple[socket.socket, socket.socket]]:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        yield ours, theirs
 
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server
-
-
-Stream = tuple[socket.socket, socket.socket]
 
 
 def judged(w: Watch, intervals: int) -> None:
