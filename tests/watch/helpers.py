@@ -3,6 +3,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import struct
 import subprocess
@@ -19,12 +21,22 @@ ROOT = Path(__file__).parents[2]
 LEAVE, STALLED = 1, 2
 
 CHILD = """
-import json, os, socket, sys
-from nat_fastpath.watch import Watch, hold_memory
+import ctypes, json, os, socket, sys, threading, time
+from nat_fastpath.watch import Watch
 
 setup = json.loads(sys.argv[1])
 tcp = socket.create_connection(("127.0.0.1", setup["tcp"])) if "tcp" in setup else None
 stream, other = socket.socketpair()
+loops = ctypes.c_uint64()
+
+def work():
+    while True:
+        loops.value += 1
+        time.sleep(0.001)
+
+if setup["work"]:
+    threading.Thread(target=work, daemon=True).start()
+    setup["watch"]["counters"] = [ctypes.addressof(loops)]
 watch = Watch(("127.0.0.1", 0), ("127.0.0.1", setup["peer"]), bytes.fromhex(setup["key"]), **setup["watch"])
 watch.start()
 say = lambda value: print(json.dumps(value), flush=True)
@@ -77,8 +89,11 @@ def take(stream: socket.socket) -> bytes:
 class Peer:
     """A watch in another process, which obeys lines of text."""
 
-    def __init__(self, peer: Watch, tcp: socket.socket | None = None, **changes: Any) -> None:
-        setup: dict[str, Any] = {"peer": peer.address[1], "key": KEY.hex()}
+    def __init__(
+        self, peer: Watch, tcp: socket.socket | None = None, *, work: bool = False, **changes: Any
+    ) -> None:
+        """``work``: with a worker, whose loop counter it attests."""
+        setup: dict[str, Any] = {"peer": peer.address[1], "key": KEY.hex(), "work": work}
         setup["watch"] = {"instance": 2, "epoch": 200, "interval_ms": 20.0} | changes
         if tcp is not None:
             setup["tcp"] = tcp.getsockname()[1]
@@ -98,6 +113,14 @@ class Peer:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         return self.answer()
+
+    def pause(self) -> None:
+        """SIGSTOP, and no return before it is obeyed."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def __enter__(self) -> "Peer":
         return self

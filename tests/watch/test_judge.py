@@ -3,7 +3,6 @@
 
 import ctypes
 import os
-import signal
 import socket
 import struct
 import subprocess
@@ -40,7 +39,7 @@ def test_a_stopped_process_is_silent(stream: Stream) -> None:
         until(lambda: w.stats()["alive"])
         w.arm(b"take over", stream[0].fileno())
         assert w.fired is None
-        peer.process.send_signal(signal.SIGSTOP)
+        peer.pause()
         until(lambda: w.times["written"])
         assert w.fired == "silence"
         assert take(stream[1]) == b"take over"
@@ -50,7 +49,7 @@ def test_a_stopped_process_is_silent(stream: Stream) -> None:
         assert times["written"] is not None
         assert times["last_heartbeat"] + 3 * 20_000_000 < times["detected"] <= times["written"]
         # Its return changes nothing: whoever took over stays.
-        peer.process.send_signal(signal.SIGCONT)
+        peer.resume()
         until(lambda: w.stats()["alive"])
         assert w.fired == "silence"
         w.arm(b"", stream[0].fileno())
@@ -215,17 +214,44 @@ def test_a_judge_that_was_stopped_blames_nobody() -> None:
         until(lambda: judge.ask("stats")["alive"])
         judge.ask("arm")
         for _ in range(8):
-            judge.process.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, judge.process.pid, os.WSTOPPED)
+            judge.pause()
             sent = peer.stats()["sent"]
             until(lambda sent=sent: peer.stats()["sent"] >= sent + 10)  # type: ignore[misc]
-            judge.process.send_signal(signal.SIGCONT)
+            judge.resume()
             received = judge.ask("stats")["received"]
             until(lambda received=received: judge.ask("stats")["received"] > received + 2)  # type: ignore[misc]
             assert judge.ask("fired") is None
         assert judge.ask("stats")["late_wakeups"] >= 8
         peer.stop()
         until(lambda: judge.ask("fired") == "silence")
+
+
+def test_a_pause_of_the_whole_machine_blames_nobody() -> None:
+    """Nobody sent and nobody judged: intervals in which the judge did not run do not count, however many."""
+    with watch(interval_ms=200.0) as peer, Peer(peer, interval_ms=200.0) as judge:
+        until(lambda: judge.ask("stats")["alive"])
+        judge.ask("arm")
+        before = judge.ask("stats")["late_wakeups"]
+        judge.pause()
+        peer.stop()
+        time.sleep(1.2)
+        judge.resume()
+        until(lambda: judge.ask("stats")["late_wakeups"] > before)
+        peer.start()
+        received = judge.ask("stats")["received"]
+        until(lambda: judge.ask("stats")["received"] > received)
+        assert judge.ask("fired") is None
+
+
+def test_after_a_pause_the_workers_get_their_chance_first() -> None:
+    with watch() as w, Peer(w, work=True, patience_ms=500.0) as peer:
+        until(lambda: w.stats()["alive"] and w.stats()["peer_progress"])
+        peer.pause()
+        time.sleep(1.0)
+        peer.resume()
+        received = w.stats()["received"]
+        until(lambda: w.stats()["received"] > received + 5)
+        assert w.stats()["received_stalled"] == 0
 
 
 def test_busy_neighbours_kill_nobody(stream: Stream) -> None:
