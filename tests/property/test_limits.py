@@ -6,11 +6,12 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nat_fastpath.engine import EVENT_CLOSE, Verdict
+from nat_fastpath.engine import EVENT_CLOSE, RECORD, Verdict
 from tests.packets import (
     CLIENT,
     INSIDE,
@@ -83,6 +84,24 @@ def test_each_single_freed_port_is_found_again(ports: int) -> None:
             Verdict.DROP_NO_PORT,
             Verdict.DROP_TABLE_FULL,
         )
+
+
+def test_one_free_port_among_many_groups() -> None:
+    """The search starts anywhere and wraps round: the free port may lie in any group of 4096, behind or ahead."""
+    ports = 3 * 4096
+    nat = Nat(pool=small_pool(ports), max_sessions=ports, event_ring=16384)
+    rows = np.zeros(ports, RECORD)
+    rows["id"] = 1 + np.arange(ports)
+    rows["protocol"] = 17
+    rows["internal_addr"], rows["internal_port"] = number(CLIENT), 2000 + np.arange(ports)
+    rows["external_addr"], rows["external_port"] = number(POOL[0]), 2000 + np.arange(ports)
+    rows["remote_addr"], rows["remote_port"] = number(SERVER), 53
+    assert nat.core.install(rows) == ports
+    for at in (0, 4095, 4096, 4101, 8191, 8192, ports - 1) * 4:
+        assert nat.core.delete(rows[at : at + 1]) == 1
+        assert nat.out(udp(OTHER_CLIENT, 9000, SERVER, 53))["UDP"].sport == 2000 + at
+        nat.core.delete(nat.core.find(17, (number(OTHER_CLIENT), 9000), (number(SERVER), 53)))
+        assert nat.core.install(rows[at : at + 1]) == 1
 
 
 def test_table_full_is_refused_and_live_flows_go_on() -> None:
