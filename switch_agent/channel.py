@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connection to a switch: listens for it, greets it, and carries transactions and events.
+
+This is the only place that knows os-ken, as a codec for what is sent seldom: rules, groups, meters. What
+comes often is read by codec.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from os_ken.ofproto import ofproto_v1_3 as ofp
+from os_ken.ofproto import ofproto_v1_3_parser as parser
+from os_ken.ofproto.ofproto_protocol import ProtocolDesc
+
+from switch_agent import codec, pipeline
+from switch_agent.codec import Error, Event, Lost, ProtocolError, Ready, TransactionComplete
+
+_OPENFLOW = ProtocolDesc(ofp.OFP_VERSION)
+ADD, DELETE, DELETE_STRICT = ofp.OFPFC_ADD, ofp.OFPFC_DELETE, ofp.OFPFC_DELETE_STRICT
+TABLE_FULL = (ofp.OFPET_FLOW_MOD_FAILED, ofp.OFPFMFC_TABLE_FULL)
+GROUP_EXISTS = (ofp.OFPET_GROUP_MOD_FAILED, ofp.OFPGMFC_GROUP_EXISTS)
+METER_EXISTS = (ofp.OFPET_METER_MOD_FAILED, ofp.OFPMMFC_METER_EXISTS)
+
+
+# -- encoding ----------------------------------------------------------------------------------------------
+
+
+def _bytes(message: Any, txid: int) -> bytes:
+    message.set_xid(txid)
+    message.serialize()
+    return bytes(message.buf)
+
+
+def _action(action: pipeline.Action) -> Any:
+    match action:
+        case pipeline.Output(port):
+            return parser.OFPActionOutput(port, 0)
+        case pipeline.ToController():
+            return parser.OFPActionOutput(ofp.OFPP_CONTROLLER, ofp.OFPCML_NO_BUFFER)
+        case pipeline.Group(group_id):
+            return parser.OFPActionGroup(group_id)
+        case pipeline.SetField(name, value):
+            return parser.OFPActionSetField(**{name: value})
+        case pipeline.DecTtl():
+            return parser.OFPActionDecNwTtl()
+        case pipeline.PushVlan():
+            return parser.OFPActionPushVlan(0x8100)
+        case pipeline.PopVlan():
+            return parser.OFPActionPopVlan()
+
+
+def flow_mod(rule: pipeline.Rule, command: int = ADD, txid: int = 0) -> bytes:
+    """Adds ``rule``, or deletes exactly it: by match, priority and whole cookie."""
+    instructions = []
+    if command == ADD and rule.meter:
+        instructions.append(parser.OFPInstructionMeter(rule.meter))
+    if command == ADD and rule.actions:
+        actions = [_action(action) for action in rule.actions]
+        instructions.append(parser.OFPInstructionActions(ofp.OFPIT_APPLY_ACTIONS, actions))
+    message = parser.OFPFlowMod(
+        _OPENFLOW,
+        cookie=rule.cookie,
+        cookie_mask=0 if command == ADD else pipeline.ALL_BITS,
+        command=command,
+        idle_timeout=rule.idle_timeout if command == ADD else 0,
+        priority=rule.priority,
+        out_port=ofp.OFPP_ANY,
+        out_group=ofp.OFPG_ANY,
+        flags=ofp.OFPFF_SEND_FLOW_REM if command == ADD and rule.idle_timeout else 0,
+        match=parser.OFPMatch(**rule.match),
+        instructions=instructions,
+    )
+    return _bytes(message, txid)
+
+
+def delete_by_cookie(cookie: int, mask: int = pipeline.ALL_BITS, txid: int = 0) -> bytes:
+    """Deletes all rules whose cookie has the bits of ``cookie`` under ``mask``."""
+    message = parser.OFPFlowMod(
+        _OPENFLOW,
+        cookie=cookie,
+        cookie_mask=mask,
+        table_id=ofp.OFPTT_ALL,
+        command=DELETE,
+        out_port=ofp.OFPP_ANY,
+        out_group=ofp.OFPG_ANY,
+        match=parser.OFPMatch(),
+        instructions=[],
+    )
+    return _bytes(message, txid)
+
+
+def group_mod(
+    group_id: int, actions: Sequence[pipeline.Action], txid: int = 0, *, modify: bool = False
+) -> bytes:
+    """An ``indirect`` group with one bucket."""
+    bucket = parser.OFPBucket(
+        watch_port=ofp.OFPP_ANY, watch_group=ofp.OFPG_ANY, actions=[_action(action) for action in actions]
+    )
+    command = ofp.OFPGC_MODIFY if modify else ofp.OFPGC_ADD
+    return _bytes(parser.OFPGroupMod(_OPENFLOW, command, ofp.OFPGT_INDIRECT, group_id, [bucket]), txid)
+
+
+def delete_groups(txid: int = 0) -> bytes:
+    """All groups, and with them the flows that use them."""
+    return _bytes(parser.OFPGroupMod(_OPENFLOW, ofp.OFPGC_DELETE, ofp.OFPGT_INDIRECT, ofp.OFPG_ALL, []), txid)
+
+
+def meter_mod(meter_id: int, rate: int, txid: int = 0, *, modify: bool = False) -> bytes:
+    """``rate`` packets per second pass, with a burst of a tenth of a second's worth; the others are dropped."""
+    band = parser.OFPMeterBandDrop(rate, max(rate // 10, 1))
+    command = ofp.OFPMC_MODIFY if modify else ofp.OFPMC_ADD
+    flags = ofp.OFPMF_PKTPS | ofp.OFPMF_BURST
+    return _bytes(parser.OFPMeterMod(_OPENFLOW, command, flags, meter_id, [band]), txid)
+
+
+def _statistics_request(cookie: int, mask: int, txid: int) -> bytes:
+    match = parser.OFPMatch()
+    request = parser.OFPFlowStatsRequest(
+        _OPENFLOW, 0, ofp.OFPTT_ALL, ofp.OFPP_ANY, ofp.OFPG_ANY, cookie, mask, match
+    )
+    return _bytes(request, txid)
+
+
+def _greeting(txid: int) -> bytes:
+    """What a switch gets once it has said hello; it answers with features, ports and a barrier reply.
+
+    Without a miss_send_len it sends no port status, and without the mask no packet whose TTL is too low.
+    """
+    packet_in = 1 << ofp.OFPR_NO_MATCH | 1 << ofp.OFPR_ACTION | 1 << ofp.OFPR_INVALID_TTL
+    ports, removed = 0b111, 0b1111
+    return b"".join(
+        _bytes(message, txid)
+        for message in (
+            parser.OFPFeaturesRequest(_OPENFLOW),
+            parser.OFPSetConfig(_OPENFLOW, ofp.OFPC_FRAG_NORMAL, ofp.OFPCML_NO_BUFFER),
+            parser.OFPSetAsync(_OPENFLOW, [packet_in, 0], [ports, ports], [removed, 0]),
+            parser.OFPPortDescStatsRequest(_OPENFLOW, 0),
+            parser.OFPBarrierRequest(_OPENFLOW),
+        )
+    )
+
+
+def _error_name(kind: int, code: int) -> str:
+    return f"{ofp.ofp_error_type_to_str(kind)} {ofp.ofp_error_code_to_str(kind, code)}"
+
+
+# -- the connection ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a channel; times in seconds."""
+
+    outstanding: int = 4  # transactions that wait for their barrier
+    events: int = 65536  # that wait to be taken; more end the connection, which is then made anew
+    packets: int = 4096  # packet-ins among them; more are dropped and counted
+    errors: int = 65536  # of one transaction
+    flows: int = 4_000_000  # of one answer with statistics
+    write_buffer: int = 8 << 20  # bytes; above it packet-outs are dropped and counted
+    answer: float = 10  # for the greeting, a barrier and each part of statistics
+    idle: float = 5  # of silence until the switch is asked whether it lives, and again until it is given up
+
+
+class ChannelLost(ConnectionError):
+    """There is no connection to the switch, or it ended before the answer came."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A transaction that waits for its barrier, or for parts of an answer."""
+
+    done: asyncio.Future[None]
+    errors: list[Error] = field(default_factory=list)
+    parts: list[np.ndarray[Any, np.dtype[np.void]]] = field(default_factory=list)
+    flows: int = 0
+    kind: int = 0  # of the multipart answer, 0 for a barrier
+
+
+class _Connection:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.decoder = codec.Decoder(_error_name)
+        self.pending: dict[int, _Pending] = {}
+
+
+class Channel:
+    """One switch. ``datapath_id`` None takes any; another than the given one is turned away.
+
+    Events are taken in batches by ``events()``; a Ready begins each connection and a Lost ends it. Of two
+    connections of the same switch the newer one counts. ``refusals`` has the last lines about connections
+    that came to nothing.
+    """
+
+    def __init__(self, datapath_id: int | None = None, limits: Limits | None = None) -> None:
+        self.datapath_id = datapath_id
+        self.limits = limits or Limits()
+        self.packets_dropped = 0  # packet-ins, for want of room
+        self.packet_outs_dropped = 0
+        self.refusals: deque[str] = deque(maxlen=16)
+        self._server: asyncio.Server | None = None
+        self._connection: _Connection | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._events: deque[Event] = deque()
+        self._packets = 0
+        self._arrived = asyncio.Event()
+        self._slots = asyncio.Semaphore(self.limits.outstanding)
+        self._txid = 0
+
+    async def listen(self, where: str) -> str:
+        """Lets the switch connect to ``ADDRESS:PORT`` or ``unix:PATH``; returns where it is. Raises OSError."""
+        if where.startswith("unix:"):
+            self._server = await asyncio.start_unix_server(self._accept, where.removeprefix("unix:"))
+            return where
+        host, _, port = where.rpartition(":")
+        self._server = await asyncio.start_server(self._accept, host, int(port))
+        return f"{host}:{self._server.sockets[0].getsockname()[1]}"
+
+    async def close(self) -> None:
+        if self._server:
+            self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for a thread that writes prepared bytes on it. Raises ChannelLost."""
+        return int(self._current().writer.get_extra_info("socket").fileno())
+
+    def next_txid(self) -> int:
+        """A transaction id that is not in use: 1 to 2^31 - 1."""
+        self._txid = self._txid % 0x7FFF_FFFF + 1
+        return self._txid
+
+    async def events(self) -> list[Event]:
+        """All events that have come since the last call, at least one."""
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        found = list(self._events)
+        self._events.clear()
+        self._packets = 0
+        return found
+
+    async def transact(self, data: bytes | bytearray | memoryview, txid: int) -> tuple[Error, ...]:
+        """Sends messages that all have ``txid``, then a barrier; returns what the switch refused of them.
+
+        At most ``limits.outstanding`` wait for their barrier at a time, the others here. Raises ChannelLost.
+        """
+        async with self._slots:
+            return tuple((await self._ask(data, codec.barrier(txid), txid, 0)).errors)
+
+    async def statistics(self, cookie: int, mask: int) -> np.ndarray[Any, np.dtype[np.void]]:
+        """The flows with these bits of the cookie; shape (n,), dtype codec.FLOW_STAT. Raises ChannelLost."""
+        txid = self.next_txid()
+        request = _statistics_request(cookie, mask, txid)
+        async with self._slots:
+            pending = await self._ask(request, b"", txid, codec.FLOW_STATISTICS)
+        if pending.errors:
+            raise ChannelLost(f"no statistics: {pending.errors[0].text}")
+        return np.concatenate(pending.parts) if pending.parts else np.zeros(0, codec.FLOW_STAT)
+
+    def write(self, data: bytes) -> None:
+        """Sends as it is, without waiting for anything. Raises ChannelLost."""
+        self._current().writer.write(data)
+
+    def packet_out(self, frame: bytes, *, port: int = 0, group: int = 0) -> bool:
+        """Sends a frame out of ``port`` or through ``group``; False when it was dropped, and counted."""
+        connection = self._connection
+        full = connection and connection.writer.transport.get_write_buffer_size() > self.limits.write_buffer
+        if connection is None or full:
+            self.packet_outs_dropped += 1
+            return False
+        connection.writer.write(codec.packet_out(frame, port=port, group=group))
+        return True
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _current(self) -> _Connection:
+        if self._connection is None:
+            raise ChannelLost("the switch is not connected")
+        return self._connection
+
+    async def _ask(self, data: bytes | bytearray | memoryview, end: bytes, txid: int, kind: int) -> _Pending:
+        connection = self._current()
+        pending = _Pending(asyncio.get_running_loop().create_future(), kind=kind)
+        connection.pending[txid] = pending
+        try:
+            connection.writer.write(data)
+            connection.writer.write(end)
+            async with asyncio.timeout(self.limits.answer) as deadline:
+                await connection.writer.drain()
+                while not pending.done.done():
+                    parts = len(pending.parts)
+                    await asyncio.wait([pending.done], timeout=self.limits.answer / 2)
+                    if len(pending.parts) > parts:  # a long answer comes in time as long as it comes
+                        deadline.reschedule(asyncio.get_running_loop().time() + self.limits.answer)
+            pending.done.result()
+        except TimeoutError:
+            reason = f"the switch has not answered for {self.limits.answer:g} s"
+            self._lose(connection, reason)
+            raise ChannelLost(reason) from None
+        except ConnectionError as error:
+            raise ChannelLost(str(error) or "the connection to the switch broke") from None
+        finally:
+            connection.pending.pop(txid, None)
+            if pending.done.done() and not pending.done.cancelled():
+                pending.done.exception()  # looked at, so that nobody warns about it
+        return pending
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._tasks.add(task)
+        connection = _Connection(reader, writer)
+        reason = "closed"
+        try:
+            async with asyncio.timeout(self.limits.answer):
+                early = await self._greet(connection)
+            self._handle(connection, early)
+            await self._read(connection)
+        except (ProtocolError, ConnectionError) as error:
+            reason = str(error) or "the switch closed the connection"
+        except TimeoutError:
+            reason = f"no greeting within {self.limits.answer:g} s"
+        except asyncio.CancelledError:
+            reason = "closed by us"
+        finally:
+            self._lose(connection, reason)
+            self._tasks.discard(task)
+
+    async def _greet(self, connection: _Connection) -> list[Event]:
+        """Hello, settings, identity; after it the connection is the current one. Returns what came besides."""
+        hello = parser.OFPHello(_OPENFLOW, [parser.OFPHelloElemVersionBitmap([ofp.OFP_VERSION])])
+        connection.writer.write(_bytes(hello, 0))
+        txid = self.next_txid()
+        greeted, features, found, rest = False, None, list[codec.PortDescription](), list[Event]()
+        while True:
+            batch = connection.decoder.feed(await _some(connection))
+            for i, event in enumerate(batch):
+                match event:
+                    case codec.Hello():
+                        greeted = True
+                        connection.writer.write(_greeting(txid))
+                    case _ if not greeted:
+                        raise ProtocolError("the switch does not begin with a hello")
+                    case codec.Features():
+                        features = event
+                        if self.datapath_id not in (None, event.datapath_id):
+                            expected = f"{self.datapath_id:016x} was expected"
+                            raise ProtocolError(
+                                f"the switch is datapath {event.datapath_id:016x}; {expected}"
+                            )
+                    case codec.Multipart(_, codec.PORT_DESCRIPTIONS, _, body):
+                        found += codec.ports(body)
+                    case codec.Echo(xid, body):
+                        connection.writer.write(codec.echo(codec.ECHO_REPLY, xid, body))
+                    case Error(text=text):
+                        raise ProtocolError(f"the switch refuses the greeting: {text}")
+                    case TransactionComplete(done) if done == txid:
+                        if features is None:
+                            raise ProtocolError("the switch has not said which one it is")
+                        self._adopt(connection, Ready(features.datapath_id, features.tables, tuple(found)))
+                        return rest + batch[i + 1 :]
+                    case _:
+                        rest.append(event)
+            if len(rest) > self.limits.packets:
+                raise ProtocolError("the switch talks without answering the greeting")
+
+    def _adopt(self, connection: _Connection, ready: Ready) -> None:
+        if self._connection:
+            self._lose(self._connection, "the switch has made a new connection")
+        self._connection = connection
+        self._emit(ready)
+
+    async def _read(self, connection: _Connection) -> None:
+        while True:
+            asked = False
+            while True:
+                try:
+                    async with asyncio.timeout(self.limits.idle):
+                        data = await _some(connection)
+                    break
+                except TimeoutError:
+                    if asked:
+                        silence = 2 * self.limits.idle
+                        raise ProtocolError(f"the switch has been silent for {silence:g} s") from None
+                    connection.writer.write(codec.echo(codec.ECHO_REQUEST, 0))
+                    asked = True
+            self._handle(connection, connection.decoder.feed(data))
+
+    def _handle(self, connection: _Connection, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case codec.PacketIn():
+                    if self._packets >= self.limits.packets:
+                        self.packets_dropped += 1
+                    else:
+                        self._packets += 1
+                        self._emit(event)
+                case TransactionComplete(txid) if pending := connection.pending.get(txid):
+                    if not pending.done.done():
+                        pending.done.set_result(None)
+                case Error(txid) if pending := connection.pending.get(txid):
+                    if len(pending.errors) >= self.limits.errors:
+                        raise ProtocolError("the switch answers with more errors than it was sent messages")
+                    pending.errors.append(event)
+                    if pending.kind and not pending.done.done():
+                        pending.done.set_result(None)
+                case codec.Multipart(txid, kind, more, body):
+                    self._part(connection.pending.get(txid), kind, more, body)
+                case codec.Echo(xid, body):
+                    connection.writer.write(codec.echo(codec.ECHO_REPLY, xid, body))
+                case codec.Hello() | codec.Features():
+                    raise ProtocolError("the switch greets in the middle of a connection")
+                case _:
+                    if len(self._events) >= self.limits.events:
+                        raise ProtocolError(f"{self.limits.events} events wait, and the switch sends more")
+                    self._emit(event)
+
+    def _part(self, pending: _Pending | None, kind: int, more: bool, body: bytes) -> None:
+        if pending is None or pending.kind != kind:
+            raise ProtocolError("the switch sends statistics that nobody asked for")
+        part = codec.flow_statistics(body)
+        pending.flows += len(part)
+        if pending.flows > self.limits.flows:
+            raise ProtocolError(f"statistics of more than {self.limits.flows} flows")
+        pending.parts.append(part)
+        if not more and not pending.done.done():
+            pending.done.set_result(None)
+
+    def _emit(self, event: Event) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+    def _lose(self, connection: _Connection, reason: str) -> None:
+        for pending in connection.pending.values():
+            if not pending.done.done():
+                pending.done.set_exception(ChannelLost(reason))
+        with contextlib.suppress(RuntimeError):  # the loop may be closed already
+            connection.writer.transport.abort()
+        if self._connection is connection:
+            self._connection = None
+            self._emit(Lost(reason))
+        elif reason not in self.refusals:
+            self.refusals.append(reason)
+
+
+async def _some(connection: _Connection) -> bytes:
+    data = await connection.reader.read(1 << 18)
+    if not data:
+        raise ConnectionError("the switch closed the connection")
+    return data
