@@ -230,7 +230,7 @@ class Decoder:
         if kind == PORT_STATUS:
             return PortStatus(_port(body, 8), body[0])
         if kind == FEATURES_REPLY:
-            datapath_id, _, tables = struct.unpack_from("!QIB15x", body)
+            datapath_id, _, tables = struct.unpack_from("!QIB11x", body)
             return Features(datapath_id, tables)
         if kind == HELLO:
             _check_hello(version, body)

@@ -65,11 +65,22 @@ class OpenVSwitch:
                 raise LabError(
                     f"{device} is OpenFlow port {given}, not {number}: is there such an interface?"
                 )
-        if controllers:
-            self.vsctl("set-controller", bridge, *controllers)
-            # A lost controller is looked for again at once, and not after eight seconds.
-            for uuid in self.vsctl("get", "bridge", bridge, "controller").strip("[]\n").split(","):
-                self.vsctl("set", "controller", uuid.strip(), "max_backoff=1000", "inactivity_probe=5000")
+        self.set_controllers(*controllers)
+
+    def set_controllers(self, *targets: str) -> None:
+        """A controller on a unix socket must be at ``controller_socket``, or at a path that begins like it."""
+        if not targets:
+            self.vsctl("del-controller", self.bridge)
+            return
+        self.vsctl("set-controller", self.bridge, *targets)
+        # A lost controller is looked for again after a second at most, and not after eight.
+        for uuid in self.vsctl("get", "bridge", self.bridge, "controller").strip("[]\n").split(","):
+            self.vsctl("set", "controller", uuid.strip(), "max_backoff=1000", "inactivity_probe=5000")
+
+    @property
+    def controller_socket(self) -> Path:
+        """The only place where Open vSwitch accepts a unix socket of a controller."""
+        return self.directory / f"{self.bridge}.controller"
 
     def vsctl(self, *arguments: str) -> str:
         """ovs-vsctl; waits until the switch has carried it out."""
