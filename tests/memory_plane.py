@@ -70,6 +70,7 @@ class MemoryPlane:
         self.held: dict[Key, np.void] = {}
         self.mapping: dict[Endpoint, Endpoint] = {}  # inside -> external
         self.owner: dict[Endpoint, Endpoint] = {}  # external -> inside
+        self.ended: set[int] = set()  # ids of all sessions that were held once
         self._own = own
         self._rng = rng or random.Random(0)
         self._users: dict[Endpoint, int] = {}  # sessions of each inside endpoint
@@ -80,6 +81,10 @@ class MemoryPlane:
 
     def __len__(self) -> int:
         return len(self.held)
+
+    @property
+    def has_events(self) -> bool:
+        return bool(self._events)
 
     # -- what packets do
 
@@ -111,6 +116,7 @@ class MemoryPlane:
 
     def close(self, key: Key, reason: int = IDLE) -> None:
         record = self.held.pop(key)
+        self.ended.add(int(record["id"]))
         client = inside(record)
         self._users[client] -= 1
         if not self._users[client]:

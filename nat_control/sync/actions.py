@@ -122,10 +122,12 @@ class Cede:
 
 
 class Position(NamedTuple):
-    """Changes sent and received on this connection."""
+    """A point in the life of one connection."""
 
-    sent: int
-    received: int
+    epoch: int
+    sent: int = 0  # messages of changes
+    received: int = 0
+    steps: int = 0  # of our own plane, those included that the peer was not told
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ class Protocol:
         self._exchange = _Exchange(0)
         self._outbox = Outbox(self.limits)
         self._plane: dict[int, tuple[Input, int]] = {}  # op -> what it answers: message, txid
-        self._position = Position(0, 0)
+        self._position = Position(self.epoch)
         self._peer_digest: tuple[Position, Buckets] | None = None
         self._deadline = 0.0
         self._next_digest = 0.0
@@ -197,6 +197,11 @@ class Protocol:
     # -- helpers
 
     @property
+    def busy(self) -> bool:
+        """Whether a change is under way, to the peer or from it."""
+        return bool(self._outbox or self._plane)
+
+    @property
     def waiting(self) -> int:
         """Records that wait for the peer's acknowledgement of earlier ones."""
         return self._outbox.waiting
@@ -254,6 +259,7 @@ class Protocol:
             self._out.append(Close("synchronisation is off"))
             return
         self.epoch = (self.epoch + 1) & 0xFFFFFFFF
+        self._forget()
         self._deadline = now + self.limits.handshake
         self._send(Hello(self.instance, self.epoch, self.term, self.pools))
         self._become(State.HANDSHAKE, "connected")
@@ -382,12 +388,13 @@ class Protocol:
 
     def _enqueue(self, changes: Changes, *, hold: bool) -> None:
         self._outbox.add(changes, hold=hold)
+        self._position = self._position._replace(steps=self._position.steps + 1)
         if max(self._outbox.waiting, self._exchange.n_closed) > self.limits.waiting:
             self._fail(ErrorCode.SLOW, f"{self._outbox.waiting} changes wait for the peer")
 
     def _flush(self, now: float) -> None:
         for message in self._outbox.flush(now):
-            self._position = Position(self._position.sent + 1, self._position.received)
+            self._position = self._position._replace(sent=self._position.sent + 1)
             self._send(message)
 
     def _acknowledged(self, kind: Input, txid: int, now: float) -> bool:
@@ -411,7 +418,7 @@ class Protocol:
 
     def _changed(self) -> bool:
         """Counts one change of the peer; false when it does not wait for our acknowledgements."""
-        self._position = Position(self._position.sent, self._position.received + 1)
+        self._position = self._position._replace(received=self._position.received + 1)
         if len(self._plane) > 2 * MAX_OUTSTANDING:
             self._fail(ErrorCode.PROTOCOL, f"more than {MAX_OUTSTANDING} batches at once")
             return False
@@ -463,18 +470,14 @@ class Protocol:
 
     # -- digest and time
 
-    @property
-    def _at_rest(self) -> bool:
-        return not (self._outbox or self._plane)
-
     def _digest(self, message: Digest, now: float) -> None:
         """Comparable only if the peer had all our changes, and we have all of its, as the stream's order says."""
-        if self._at_rest and message.position == self._position.sent:
+        if not self.busy and message.position == self._position.sent:
             self._peer_digest = self._position, message.buckets
             self._out.append(TakeDigest(self._position))
 
     def _digest_taken(self, at: Position, buckets: Buckets, now: float) -> None:
-        if at != self._position or not self._at_rest:
+        if at != self._position or self.busy:
             return
         if self._peer_digest and self._peer_digest[0] == at:
             self._out.append(DigestCompared(tuple(differing(self._peer_digest[1], buckets))))
@@ -489,7 +492,7 @@ class Protocol:
     def _tick_operational(self, now: float) -> None:
         if self._outbox.overdue(now):
             self._fail(ErrorCode.TIMEOUT, "a batch is not acknowledged")
-        elif now >= self._next_digest and self._at_rest:
+        elif now >= self._next_digest and not self.busy:
             self._next_digest = now + self.limits.digest
             self._out.append(TakeDigest(self._position))
 

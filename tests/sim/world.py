@@ -1,0 +1,518 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two instances and the network between them, in virtual time, from one seed.
+
+The protocol, the codec and the digest are the real ones; planes are the reference in memory. A run ends with
+everything healed, and both sides must then agree.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from nat_control.dataplane import NO_IDS, Records, changes
+from nat_control.sync import actions as do
+from nat_control.sync.actions import Limits, Mode, State
+from nat_control.sync.codec import HEADER, MAX_PAYLOAD, CodecError, Decoder, PoolRange, encode
+from nat_control.sync.digest import Summary
+from nat_control.sync.protocol import Protocol
+from nat_fastpath.engine import FLAG_FOREIGN, FLAG_PENDING
+from tests.memory_plane import UDP, Endpoint, MemoryPlane, inside, key_of, together
+
+FAULTS = ("none", "crash", "loss", "split")
+ADDRESS = 0xC6336410
+PORTS = 12  # of each side
+CLIENTS: list[Endpoint] = [(UDP, 0x0A000001 + i, 5000) for i in range(6)]
+REMOTES = [(0xCB007101 + i, 53) for i in range(3)]
+BUSY = 60.0  # seconds of traffic and faults
+PATIENCE = 150.0  # seconds until all must be at rest after that
+
+
+class Violation(AssertionError):
+    """A rule is broken; the message says which."""
+
+
+class Link:
+    """One connection: bytes in both directions, in order, in any pieces."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.ends: list[Node | None] = [None, None]
+        self.incarnations = [node.incarnation for node in world.nodes]
+        self.flying: list[bytearray] = [bytearray(), bytearray()]  # towards node 0, 1
+        self.finished = [False, False]  # no more bytes come towards this side
+        self.cut = False
+
+    def send(self, towards: int, data: bytes) -> None:
+        if self.cut or self.finished[towards]:
+            return
+        self.flying[towards] += data
+        self.world.later(self.world.rng.expovariate(50), lambda: self.deliver(towards))
+
+    def deliver(self, towards: int) -> None:
+        node, flying, rng = self.ends[towards], self.flying[towards], self.world.rng
+        if node is None or self.cut:
+            return
+        if flying:
+            n = rng.choice([len(flying), rng.randint(1, len(flying)), min(len(flying), rng.randint(1, 40))])
+            part = bytes(flying[:n])
+            del flying[:n]
+            if flying or self.finished[towards]:
+                self.world.later(rng.expovariate(100), lambda: self.deliver(towards))
+            node.receive(part)
+        elif self.finished[towards]:
+            node.lose(self)
+
+    def finish(self, side: int) -> None:
+        """This side closes: the other gets what is under way, and the end."""
+        other = 1 - side
+        self.finished[other] = True
+        self.world.later(self.world.rng.expovariate(50), lambda: self.deliver(other))
+        self.world.later(self.world.rng.uniform(0, 1), lambda: self.tell(side))
+
+    def tell(self, side: int) -> None:
+        if (node := self.ends[side]) is not None:
+            node.lose(self)
+
+    def lose(self) -> None:
+        """Nothing gets through any more; each side notices in its own time."""
+        self.cut = True
+        for side in (0, 1):
+            self.world.later(self.world.rng.choice([0.0, 0.05, 3.0]), lambda side=side: self.tell(side))
+
+
+class Node:
+    def __init__(self, world: World, index: int) -> None:
+        self.world = world
+        self.index = index
+        self.instance = index + 1
+        self.incarnation = 0
+        self.alive = False
+        self.start()
+
+    @property
+    def peer(self) -> Node:
+        return self.world.nodes[1 - self.index]
+
+    def start(self) -> None:
+        world = self.world
+        self.incarnation += 1
+        self.alive = True
+        first = 1024 + self.index * PORTS
+        self.plane = MemoryPlane(
+            self.instance,
+            [(ADDRESS, first + i) for i in range(PORTS)],
+            epoch=self.incarnation,
+            synchronous=world.mode is Mode.SYNCHRONOUS,
+            rng=world.rng,
+        )
+        self.protocol = Protocol(
+            self.instance,
+            (PoolRange(ADDRESS, ADDRESS, first, first + PORTS - 1),),
+            world.mode,
+            epoch=self.incarnation << 16,
+            limits=world.limits,
+        )
+        self.link: Link | None = None
+        self.decoder = Decoder()
+        self.protected: dict[
+            int, int
+        ] = {}  # released after an acknowledgement: id -> incarnation of the peer
+        self.operations: deque[Callable[[], None]] = deque()
+        self.working = False
+        self.hung_until = 0.0  # its data plane does nothing until then
+        self.compared: tuple[int, ...] | None = None
+        self.does(world.rng.uniform(0, 0.1), lambda: self.run(self.protocol.plane_ready()))
+        self.does(1.0, self.tick)
+
+    def does(self, delay: float, what: Callable[[], None]) -> None:
+        """Later, unless it dies before."""
+        incarnation = self.incarnation
+
+        def then() -> None:
+            if self.alive and self.incarnation == incarnation:
+                what()
+
+        self.world.later(delay, then)
+
+    def crash(self) -> None:
+        self.alive = False
+        self.world.note(f"{self.index} crashes")
+        self.check_protected()
+        self.plane.held.clear()
+        link, self.link = self.link, None
+        self.operations.clear()
+        if link is not None:
+            link.ends[self.index] = None
+            flying = link.flying[1 - self.index]
+            del flying[self.world.rng.randint(0, len(flying)) :]
+            link.finish(self.index)
+        self.world.took_over(self.peer)
+        self.world.later(self.world.rng.uniform(0.01, 3), self.start)
+
+    def check_protected(self) -> None:
+        """At our death: what left after an acknowledgement is at the peer, unless that died itself."""
+        for held in self.plane.held.values():
+            if self.peer.alive and self.protected.get(int(held["id"])) == self.peer.incarnation:
+                self.world.check_held(self.peer, held, "lost with its instance")
+
+    # -- connection
+
+    def connect(self, link: Link) -> None:
+        if self.link is not None:
+            self.lose(self.link)
+        self.link = link
+        self.decoder = Decoder()
+        link.ends[self.index] = self
+        self.run(self.protocol.connected(self.world.now))
+        link.deliver(self.index)
+
+    def lose(self, link: Link) -> None:
+        if self.link is not link:
+            return
+        link.ends[self.index] = None
+        self.link = None
+        self.world.note(f"{self.index} loses the connection")
+        if not link.finished[1 - self.index]:
+            link.finish(self.index)
+        self.run(self.protocol.disconnected(self.world.now))
+
+    def receive(self, data: bytes) -> None:
+        decoder, link = self.decoder, self.link
+        try:
+            for epoch, message in decoder.feed(data):
+                self.world.note(f"{self.index} receives {type(message).__name__}")
+                self.run(self.protocol.received(epoch, message, self.world.now))
+                if not self.alive or self.link is not link:
+                    return
+        except CodecError as error:
+            raise Violation(f"bytes of a peer that are no message: {error}") from None
+        self.world.must(decoder.kept <= HEADER.size + MAX_PAYLOAD, "the decoder keeps too much")
+
+    def tick(self) -> None:
+        self.drain()
+        if self.alive:
+            self.run(self.protocol.tick(self.world.now))
+            self.does(1.0, self.tick)
+
+    # -- actions
+
+    def drain(self) -> None:
+        events = self.plane.events()
+        if len(events):
+            self.run(self.protocol.events(changes(events), self.world.now))
+
+    def run(self, actions: list[do.Action]) -> None:
+        for action in actions:
+            if not self.alive:
+                return
+            if self.world.rng.random() < self.world.crash_rate:
+                self.crash()
+                return
+            self.carry_out(action)
+        p = self.protocol
+        self.world.must(p.waiting <= p.limits.waiting, "too much waits for the peer")
+        self.world.must(p.outstanding <= p.limits.window, "the window is exceeded")
+
+    def carry_out(self, action: do.Action) -> None:
+        match action:
+            case do.Send(epoch, message):
+                if self.link is not None:
+                    self.link.send(1 - self.index, encode(message, epoch))
+            case do.Close(reason):
+                self.world.note(f"{self.index} closes: {reason}")
+                if self.link is not None:
+                    self.link.finish(self.index)
+            case do.Commit(records):
+                self.commit(records)
+            case do.StateChanged(_, after, why):
+                self.world.note(f"{self.index} is {after.value}: {why}")
+            case do.Conflicts(ids):
+                self.world.conflicting.update(ids.tolist())
+            case do.DigestCompared(buckets):
+                self.compared = buckets
+                self.world.must(
+                    not buckets or bool(self.world.conflicting), "digests differ without a reason"
+                )
+                self.world.failed_back(not buckets)
+            case _:
+                self.operations.append(lambda: self.operate(action))
+                self.work()
+
+    def commit(self, records: Records) -> None:
+        """The packets of these leave now."""
+        for record in records:
+            held = self.plane.held.get(key_of(record))
+            if held is None or held["id"] != record["id"] or not held["flags"] & FLAG_PENDING:
+                continue
+            if self.protocol.state is State.OPERATIONAL:
+                assert self.link is not None
+                guard = self.link.incarnations[self.peer.index]
+                if self.peer.alive and self.peer.incarnation == guard:
+                    self.world.check_held(self.peer, record, "released before the peer held it")
+                self.protected[int(record["id"])] = guard
+        self.plane.commit(records)
+
+    def work(self) -> None:
+        """One operation of the plane after the other, each in its own time."""
+        if self.working or not self.operations:
+            return
+        self.working = True
+
+        def done() -> None:
+            self.working = False
+            self.operations.popleft()()
+            self.work()
+
+        hung = max(0.0, self.hung_until - self.world.now)
+        self.does(hung + self.world.rng.choice([0.0, 0.001, 0.05]), done)
+
+    def operate(self, action: do.Action) -> None:
+        plane, protocol, world = self.plane, self.protocol, self.world
+        match action:
+            case do.Install(op, records):
+                installed = plane.install(records)
+                refused = plane.missing(records) if installed < len(records) else NO_IDS
+                self.report(lambda: protocol.plane_done(op, world.now, refused))
+            case do.Delete(op, records):
+                plane.delete(records)
+                self.report(lambda: protocol.plane_done(op, world.now))
+            case do.Update(records):
+                plane.update(records)
+            case do.TakeOwnership():
+                plane.adopt()
+            case do.Cede(instance, besides):
+                plane.cede(instance, besides)
+            case do.SendState(txid):
+                self.page(txid, set())
+            case do.TakeDigest(at):
+                summary = Summary()
+                summary.add(plane.records())
+                self.report(lambda: protocol.digest_taken(at, summary.buckets, world.now))
+            case _:
+                raise Violation(f"unknown action {action}")
+
+    def report(self, answer: Callable[[], list[do.Action]]) -> None:
+        """Some time after it was done, and after the events of before."""
+
+        def tell() -> None:
+            self.drain()
+            if self.alive:
+                self.run(answer())
+
+        self.does(self.world.rng.choice([0.0, 0.01]), tell)
+
+    def page(self, txid: int, sent: set[int]) -> None:
+        """Pages at different times: what opens meanwhile may be in a later one."""
+        left = [held for held in self.plane.held.values() if int(held["id"]) not in sent]
+        part = together(left[: self.world.rng.randint(1, 5)])
+        sent.update(part["id"].tolist())
+        last = len(part) == len(left)
+
+        def tell() -> None:
+            self.drain()
+            if self.alive:
+                self.run(self.protocol.state_page(txid, part, last, self.world.now))
+                if not last and self.protocol.state is State.EXCHANGING:
+                    self.does(self.world.rng.choice([0.0, 0.01]), lambda: self.page(txid, sent))
+
+        tell()
+
+
+class World:
+    def __init__(self, seed: int, *, log: Callable[[str], None] | None = None) -> None:
+        self.rng = random.Random(seed)
+        self.log = log
+        self.now = 0.0
+        self.turn = 0
+        self.later_on: list[tuple[float, int, Callable[[], None]]] = []
+        self.faults = FAULTS[seed % len(FAULTS)]
+        self.mode = self.rng.choice([Mode.SYNCHRONOUS, Mode.SYNCHRONOUS, Mode.ASYNCHRONOUS])
+        self.limits = Limits(
+            batch=self.rng.choice([1, 3, 64]),
+            window=self.rng.choice([1, 2, 8]),
+            waiting=self.rng.choice([20, 400]),
+            digest=3.0,
+        )
+        self.crash_rate = self.rng.choice([0.0, 0.005, 0.02]) if self.faults != "none" else 0.0
+        self.conflicting: set[int] = set()
+        self.primary = 0
+        self.healed = False
+        self.nodes: list[Node] = []
+        self.nodes += [Node(self, 0), Node(self, 1)]
+
+    # -- time
+
+    def note(self, what: str) -> None:
+        if self.log:
+            self.log(f"{self.now:8.3f} {what}")
+
+    def later(self, delay: float, what: Callable[[], None]) -> None:
+        self.turn += 1
+        heapq.heappush(self.later_on, (self.now + delay, self.turn, what))
+
+    def until(self, end: float, enough: Callable[[], bool] = lambda: False) -> bool:
+        while self.later_on and self.later_on[0][0] <= end:
+            self.now, _, what = heapq.heappop(self.later_on)
+            what()
+            if enough():
+                return True
+        self.now = end
+        return False
+
+    # -- rules
+
+    def must(self, good: bool, what: str) -> None:
+        if not good:
+            raise Violation(f"at {self.now:.3f}: {what}")
+
+    def check_held(self, node: Node, record: np.void, what: str) -> None:
+        number = int(record["id"])
+        held = node.plane.held.get(key_of(record))
+        known = held is not None and held["id"] == number
+        self.must(
+            known or number in self.conflicting or number in node.plane.ended, f"session {number:x} {what}"
+        )
+
+    # -- who carries
+
+    def carrier(self) -> Node:
+        both = all(node.alive for node in self.nodes)
+        if both and self.faults == "split" and not self.paired():
+            return self.rng.choice(self.nodes)
+        return self.nodes[self.primary]
+
+    def took_over(self, node: Node) -> None:
+        if node.alive:
+            self.primary = node.index
+
+    def failed_back(self, equal: bool) -> None:
+        if equal and self.at_rest():
+            self.primary = self.rng.randrange(2)
+
+    def paired(self) -> bool:
+        return all(node.alive and node.protocol.state is State.OPERATIONAL for node in self.nodes)
+
+    def at_rest(self) -> bool:
+        """Both operational, and nothing under way anywhere."""
+        return self.paired() and all(
+            node.link is not None
+            and node.link is node.peer.link
+            and not node.link.flying[node.index]
+            and not node.protocol.busy
+            and not node.operations
+            and not node.plane.has_events
+            for node in self.nodes
+        )
+
+    # -- what happens
+
+    def traffic(self) -> None:
+        node, rng = self.carrier(), self.rng
+        if node.alive:
+            client, remote = rng.choice(CLIENTS), rng.choice(REMOTES)
+            held = node.plane.held.get((*client, *remote))
+            if held is None:
+                node.plane.open(client, remote)
+            elif rng.random() < 0.5:
+                node.plane.touch(key_of(held), rng.randint(0, 5))
+            if rng.random() < 0.3:
+                node.drain()
+        if not self.healed:
+            self.later(rng.expovariate(8), self.traffic)
+
+    def ageing(self) -> None:
+        """A session may end at its owner, whoever carries it."""
+        node = self.rng.choice(self.nodes)
+        own = [key for key, held in node.plane.held.items() if not held["flags"] & FLAG_FOREIGN]
+        if node.alive and own:
+            node.plane.close(self.rng.choice(own))
+        if not self.healed:
+            self.later(self.rng.expovariate(3), self.ageing)
+
+    def connecting(self) -> None:
+        a, b = self.nodes
+        ready = a.alive and b.alive and State.STARTING not in (a.protocol.state, b.protocol.state)
+        one_sided = (a.link is None) != (b.link is None)
+        if ready and (a.link is None or b.link is None) and (not one_sided or self.rng.random() < 0.3):
+            link = Link(self)
+            first, second = self.rng.sample(self.nodes, 2)
+            first.connect(link)
+            second.does(self.rng.uniform(0, 0.1), lambda: self.accept(second, link))
+        self.later(self.rng.uniform(0.05, 1.0), self.connecting)
+
+    def accept(self, node: Node, link: Link) -> None:
+        alive = link.ends[1 - node.index] is not None
+        if alive and not link.cut and not link.finished[node.index]:
+            node.connect(link)
+        else:
+            link.finish(node.index)
+
+    def failing(self) -> None:
+        if self.healed:
+            return
+        rng = self.rng
+        node = rng.choice([node for node in self.nodes if node.alive] or self.nodes)
+        kinds = {"crash": ["crash"], "loss": ["cut", "cut", "hang", "leave"]}
+        kind = rng.choice(kinds.get(self.faults) or [*kinds["loss"], "crash"])
+        if not node.alive:
+            pass
+        elif kind == "crash":
+            node.crash()
+        elif kind == "hang":
+            node.hung_until = self.now + rng.choice([3.0, 15.0, 40.0])
+        elif kind == "leave":
+            node.run(node.protocol.stop(self.now))
+        elif node.link is not None:
+            self.note("the network loses the connection")
+            node.link.lose()
+        self.later(rng.expovariate(0.4), self.failing)
+
+    def run(self) -> None:
+        self.traffic()
+        self.ageing()
+        self.connecting()
+        if self.faults != "none":
+            self.later(self.rng.uniform(0.5, 5), self.failing)
+        self.until(BUSY)
+        self.note("healed")
+        self.healed = True
+        self.crash_rate = 0.0
+        for node in self.nodes:
+            node.hung_until = 0.0
+        self.must(self.until(BUSY + PATIENCE, self.at_rest), "something waits forever")
+        for node in self.nodes:
+            node.compared = None
+        agreed = self.until(BUSY + 2 * PATIENCE, lambda: all(n.compared is not None for n in self.nodes))
+        self.must(agreed, "no digest is compared")
+        self.check_agreement()
+
+    def check_agreement(self) -> None:
+        a, b = ({int(held["id"]): held for held in node.plane.held.values()} for node in self.nodes)
+        different = set(a) ^ set(b)
+        self.must(different <= self.conflicting, f"at rest one side lacks {different - self.conflicting}")
+        if self.faults in ("none", "crash"):
+            self.must(not different, f"without a split, at rest one side lacks {different}")
+        for number in set(a) & set(b):
+            owners = [held for held in (a[number], b[number]) if not held["flags"] & FLAG_FOREIGN]
+            self.must(len(owners) == 1, f"session {number:x} has {len(owners)} owners")
+            self.must(key_of(a[number]) == key_of(b[number]), "one id, two sessions")
+        for held in (*a.values(), *b.values()):
+            self.must(not held["flags"] & FLAG_PENDING, f"the packets of {int(held['id']):x} wait forever")
+        for number in different:
+            self.must(not (a | b)[number]["flags"] & FLAG_FOREIGN, f"nobody owns {number:x}")
+        for node in self.nodes:
+            self.must(bool(node.compared) == bool(different), "the digest does not tell the truth")
+            used = {inside(held) for held in node.plane.held.values()}
+            self.must(used == set(node.plane.mapping), "a port is never given back")
+
+
+def simulate(seed: int, log: Callable[[str], None] | None = None) -> World:
+    """Runs one world to its end. Raises Violation, or what the code itself raises."""
+    world = World(seed, log=log)
+    world.run()
+    return world
