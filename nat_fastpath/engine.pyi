@@ -87,7 +87,8 @@ class Core:
         """The record of the session that a packet with this 5-tuple belongs to (numpy void), or None."""
     def install(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
     def delete(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int:
-        """Ends the sessions of these records (by 5-tuple and id); returns how many there were."""
+        """Ends the sessions of these records (by 5-tuple and id); returns how many there were.
+        Raises BufferError when the event ring fills up; the message says how many records are done."""
     def commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
     def adopt(self) -> int:
         """The peer's sessions become ours, and their timers restart; returns how many there were."""

@@ -353,17 +353,22 @@ cdef class Core:
 
     def __dealloc__(self):
         # A worker that still runs on this memory must never find it gone.
+        cdef nat_packet packet
         if self.core != NULL and not self.attached:
+            nat_flush(self.core)
+            while nat_take(self.core, &packet, 1):
+                free(packet.cookie)
             nat_destroy(self.core)
 
     def close(self):
         """Gives the memory back. Raises RuntimeError while a worker is attached."""
-        if self.core == NULL:
-            return
-        self._own()
-        self.flush()
-        nat_destroy(self.core)
-        self.core = NULL
+        with self.lock:  # another thread may be about to carry out a command
+            if self.core == NULL:
+                return
+            self._own()
+            self.flush()
+            nat_destroy(self.core)
+            self.core = NULL
 
     cdef int _alive(self) except -1:
         if self.core == NULL:
@@ -389,12 +394,14 @@ cdef class Core:
 
     def attach(self):
         """From now on a worker owns the core: commands go through the ring instead of being carried out at once."""
-        self._own()
-        self.attached = True
+        with self.lock:
+            self._own()
+            self.attached = True
 
     def detach(self):
         """The worker has ended; the core belongs to the caller again."""
-        self.attached = False
+        with self.lock:
+            self.attached = False
 
     # -- packets ---------------------------------------------------------------------------------------
 
@@ -484,7 +491,6 @@ cdef class Core:
 
     cdef tuple _command(self, unsigned op, buffer, uint64_t cursor):
         """Carries out a command on a record array; returns (result, cursor)."""
-        self._alive()
         cdef nat_command *command = <nat_command *>calloc(1, sizeof(nat_command))
         if command == NULL:
             raise MemoryError
@@ -494,13 +500,16 @@ cdef class Core:
         command.cursor = cursor
         command.buffer = &view[0] if len(view) else NULL
         with self.lock:
+            if self.core == NULL:
+                free(command)
+                self._alive()
             if not self.attached:
                 with nogil:
                     nat_command_now(self.core, command)
             elif not self._wait(command):
                 # The worker may still come back and write there: this memory must stay.
                 self.abandoned.append(buffer)
-                raise TimeoutError("the worker does not answer")
+                raise TimeoutError("the worker does not answer: it is stopped, or events are not taken")
         answer = (command.result, command.cursor)
         free(command)
         return answer
@@ -510,7 +519,8 @@ cdef class Core:
         while not nat_command_push(self.core, command):
             if time.monotonic() > patience:
                 return False
-            usleep(50)
+            with nogil:
+                usleep(50)
         cdef uint64_t seen = command.cursor
         while not command_done(command):
             with nogil:
@@ -544,7 +554,11 @@ cdef class Core:
         return record[0] if found else None
 
     cdef _records(self, unsigned op, records):
-        return self._command(op, np.array(records, RECORD, copy=True, ndmin=1), 0)[0]
+        done, cursor = self._command(op, np.array(records, RECORD, copy=True, ndmin=1), 0)
+        if cursor < np.size(records):
+            raise BufferError(f"the event ring is full: {cursor} of {np.size(records)} records are done; "
+                              "take events() and go on with the others")
+        return done
 
     def install(self, records):
         """Installs sessions from the peer or the operator; returns how many were new and possible."""

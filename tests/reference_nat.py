@@ -47,19 +47,21 @@ class Tcp:
 
     def see(self, flags: str, side: str) -> None:
         if "R" in flags:
-            self.reset = True
-        elif "S" in flags:
-            if self.reset or len(self.finished) == 2:
-                # the same endpoints begin anew
-                self.opener, self.synced, self.finished = side, set(), set()
-                self.answered = self.reset = False
+            # RFC 6146, 3.5.2.2: before there is a connection a reset changes nothing; after it, it may be forged
+            if self.established:
+                self.reset, self.finished = True, set()
+        elif "S" in flags and "A" not in flags and self._may_begin_anew(side):
+            self.opener, self.synced, self.finished = side, {side}, set()
+            self.answered = self.reset = False
+        elif "S" in flags and not self.answered:
             self.synced.add(side)
-        elif len(self.synced) == 2 and not self.reset:
-            # a FIN of either side carries an acknowledgement and shows that the handshake is over
-            if side == self.opener or "F" in flags:
-                self.answered = True
+        elif len(self.synced) == 2 and (self.answered or side == self.opener):
+            self.answered, self.reset = True, False
             if "F" in flags:
                 self.finished.add(side)
+
+    def _may_begin_anew(self, side: str) -> bool:
+        return self.reset or len(self.finished) == 2 or side in self.finished
 
     @property
     def established(self) -> bool:

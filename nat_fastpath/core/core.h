@@ -86,6 +86,7 @@ struct neighbour {
     uint16_t held_first, held_last, held;
     uint8_t asked; /* requests without an answer */
     uint8_t keep;  /* gateways are refreshed even when idle */
+    uint8_t fresh; /* no session has used it yet */
 };
 
 /* A record array with a free list threaded through it and a high-water mark: no slot is touched before use.
@@ -98,7 +99,8 @@ struct held {
     struct nat_packet packet;
     uint64_t since_ms;
     uint32_t session; /* NONE32: the core's business is done, the packet only waits for its next hop */
-    uint16_t neighbour, next;
+    uint16_t next;
+    uint8_t direction; /* of the session whose commit it waits for */
 };
 
 struct outbox_frame {
@@ -286,6 +288,7 @@ bool ageing_step(struct nat_core *core);
 bool event_room(struct nat_core *core);
 /* An eighth of the ring is kept for what happens to sessions that exist. */
 bool event_room_to_open(struct nat_core *core);
+bool event_room_to_update(struct nat_core *core);
 /* There must be room. */
 void event_emit(struct nat_core *core, enum nat_event_type type, unsigned reason, uint32_t session);
 bool commands_step(struct nat_core *core);
@@ -299,14 +302,25 @@ uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_sid
 /* Next hop back to where this frame came from: the sender itself when it is on the link, else the router. */
 uint16_t neighbour_behind(struct nat_core *core, uint8_t port, uint32_t source, const uint8_t *mac);
 enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet, unsigned l2);
+/* A session goes to another next hop, or ends. */
+void neighbour_leave(struct nat_core *core, uint16_t at);
+/* The packet that asked for these was refused: those that only it needed must not fill the table. */
+void neighbours_unneeded(struct nat_core *core, const uint16_t neighbour[2]);
+/* Whether the best route to this address leads to this side. */
+bool is_routed_to(const struct nat_core *core, uint32_t address, enum nat_side side);
+/* Broadcast or network address of a connected subnet. */
+bool is_subnet_broadcast(const struct nat_core *core, uint32_t address);
 bool neighbour_step(struct nat_core *core);
 bool is_own_address(const struct nat_core *core, uint32_t address);
 
 /* Writes the link header and sends the packet to its next hop, or holds it. */
 enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, uint16_t neighbour);
+/* Sends a translated packet whose session is committed on its way. */
+enum nat_verdict send_committed(struct nat_core *core, struct nat_packet *packet, uint32_t session,
+                                int direction);
 /* Holds a packet of a session that is not committed yet. */
 enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *packet, uint32_t session,
-                                  uint16_t neighbour);
+                                  int direction);
 /* Ends the waiting of a session's packets: FORWARD sends them on, anything else is their verdict. */
 void hold_release(struct nat_core *core, uint32_t session, enum nat_verdict verdict);
 bool hold_step(struct nat_core *core);
@@ -318,11 +332,16 @@ enum nat_verdict icmp_error(struct nat_core *core, struct nat_packet *packet, un
 enum nat_verdict icmp_echo_reply(struct nat_core *core, struct nat_packet *packet, unsigned l2);
 /* Translates an ICMP error from outside or inside. */
 enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *packet, unsigned l2,
-                                      int direction);
+                                      int direction, bool hairpinned);
+/* A redirect speaks of next hops that mean nothing at the other side, source quench is deprecated (RFC 6633).
+ */
+static inline bool icmp_is_translated(uint8_t type)
+{
+    return type == ICMP_UNREACHABLE || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETER_PROBLEM;
+}
 static inline bool icmp_is_error(uint8_t type)
 {
-    return type == ICMP_UNREACHABLE || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETER_PROBLEM ||
-           type == 4 || type == 5;
+    return icmp_is_translated(type) || type == ICMP_SOURCE_QUENCH || type == ICMP_REDIRECT;
 }
 
 /* --- core.c ------------------------------------------------------------------------------------------- */
@@ -334,6 +353,8 @@ static inline void count_tx(struct nat_core *core, const struct nat_packet *pack
 
 static inline void core_time(struct nat_core *core, uint64_t now)
 {
+    if (now < core->now_ns)
+        return; /* idle times are differences: one step back would end every session */
     core->now_ns = now;
     core->now_ms = (uint32_t)(now / 1000000);
 }

@@ -24,6 +24,11 @@ bool event_room_to_open(struct nat_core *core)
     return ring_has(core, 1 + core->config.event_ring / 8);
 }
 
+bool event_room_to_update(struct nat_core *core)
+{
+    return ring_has(core, 1 + core->config.event_ring / 4);
+}
+
 void event_emit(struct nat_core *core, enum nat_event_type type, unsigned reason, uint32_t session)
 {
     uint32_t tail = atomic_load_explicit(&core->event_tail, memory_order_relaxed);

@@ -151,7 +151,7 @@ static uint32_t quoted_rewrite(const struct quoted *q, unsigned at, uint32_t add
 }
 
 enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *packet, unsigned l2,
-                                      int direction)
+                                      int direction, bool hairpinned)
 {
     uint8_t *ip = packet->data + l2;
     unsigned header = (ip[0] & 15u) * 4;
@@ -171,6 +171,8 @@ enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *
         return NAT_DROP_ICMP_NO_SESSION;
     const struct session *s = &core->sessions[at];
     bool hairpin = direction == OUT && s->neighbour[OUT] == NONE16;
+    if (direction == IN && s->neighbour[OUT] == NONE16 && !hairpinned)
+        return NAT_DROP_ADDRESS; /* as for the session's own packets: never from the wire */
     if (ip[8] <= 1)
         return NAT_DROP_TTL;
     if (!hairpin && get16(ip + 2) > core->config.ports[core->neighbours[s->neighbour[direction]].port].mtu)
@@ -194,7 +196,7 @@ enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *
     if (hairpin) {
         patch_check(ip + 10, delta);
         core->stats.hairpinned++;
-        return icmp_translate_error(core, packet, l2, IN);
+        return icmp_translate_error(core, packet, l2, IN, true);
     }
     ip[8]--;
     patch_check(ip + 10, delta + TTL_DELTA);

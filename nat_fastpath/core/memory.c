@@ -6,6 +6,9 @@
 #include <sys/mman.h>
 
 #define HUGE_BYTES (2ull << 20)
+#ifndef MAP_HUGE_2MB
+#define MAP_HUGE_2MB (21 << 26) /* the host's default may be another size */
+#endif
 
 static uint64_t whole(uint64_t bytes, uint64_t unit)
 {
@@ -27,7 +30,7 @@ void *memory_take(uint64_t bytes)
     }
     uint64_t size = whole(bytes, HUGE_BYTES);
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_POPULATE, -1, 0);
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_HUGE_2MB | MAP_POPULATE, -1, 0);
     if (memory != MAP_FAILED)
         return memory;
     /* one huge page more than needed, to begin at a boundary: only then can all of it be huge */

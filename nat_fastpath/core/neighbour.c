@@ -106,6 +106,7 @@ static uint16_t neighbour_add(struct nat_core *core, uint8_t port, uint32_t addr
         .confirmed_ms = core->now_ms,
         .used_ms = core->now_ms,
         .asked_ms = core->now_ms - ASK_MS,
+        .fresh = 1,
         .held_first = NONE16,
         .held_last = NONE16,
     };
@@ -168,6 +169,30 @@ bool neighbour_setup(struct nat_core *core, const struct nat_config *config, cha
     return true;
 }
 
+bool is_routed_to(const struct nat_core *core, uint32_t address, enum nat_side side)
+{
+    for (unsigned i = 0; i < core->config.n_routes; i++)
+        if (route_covers(&core->config.routes[i], address))
+            return core->config.ports[core->config.routes[i].port].side == side;
+    return false;
+}
+
+static bool is_broadcast_of(const struct nat_route_config *route, uint32_t address)
+{
+    uint32_t host = address & ~prefix_mask(route->length);
+    return route->length < 31 && (host == 0 || host == ~prefix_mask(route->length));
+}
+
+bool is_subnet_broadcast(const struct nat_core *core, uint32_t address)
+{
+    for (unsigned i = 0; i < core->config.n_routes; i++) {
+        const struct nat_route_config *route = &core->config.routes[i];
+        if (route->connected && route_covers(route, address) && is_broadcast_of(route, address))
+            return true;
+    }
+    return false;
+}
+
 uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_side side, enum nat_verdict *why)
 {
     *why = NAT_DROP_NO_ROUTE;
@@ -185,8 +210,7 @@ uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_sid
             continue;
         if (!route->connected)
             return core->gateway_neighbour[i];
-        uint32_t host = address & ~prefix_mask(route->length);
-        if (route->length < 31 && (host == 0 || host == ~prefix_mask(route->length))) {
+        if (is_broadcast_of(route, address)) {
             *why = NAT_DROP_MULTICAST;
             return NONE16;
         }
@@ -210,16 +234,38 @@ uint16_t neighbour_behind(struct nat_core *core, uint8_t port, uint32_t source, 
     }
     if (at != NONE16) {
         struct neighbour *n = &core->neighbours[at];
-        if (n->state == NAT_NB_INCOMPLETE || (n->state != NAT_NB_STATIC && same_mac(n->mac, mac))) {
+        /* a router's packets may come from another MAC than the one that answers for its address */
+        if ((n->state == NAT_NB_INCOMPLETE && !n->keep) ||
+            (n->state != NAT_NB_STATIC && n->state != NAT_NB_INCOMPLETE && same_mac(n->mac, mac))) {
             neighbour_confirm(core, at, mac);
             return at;
         }
-        if (same_mac(n->mac, mac))
+        if (n->state != NAT_NB_INCOMPLETE && same_mac(n->mac, mac))
             return at;
     }
     /* It came from another MAC than its address has: this session's answers go there, no one else's do. */
     at = neighbour_find(core, port, 0, mac);
     return at != NONE16 ? at : neighbour_add(core, port, 0, mac, NAT_NB_REACHABLE);
+}
+
+void neighbour_leave(struct nat_core *core, uint16_t at)
+{
+    struct neighbour *n = &core->neighbours[at];
+    /* one that is known by its MAC alone serves nobody else */
+    if (--n->sessions == 0 && !n->address && !n->held)
+        neighbour_forget(core, at);
+}
+
+void neighbours_unneeded(struct nat_core *core, const uint16_t neighbour[2])
+{
+    for (int d = 0; d < 2; d++) {
+        if (neighbour[d] == NONE16)
+            continue;
+        const struct neighbour *n = &core->neighbours[neighbour[d]];
+        if (n->fresh && !n->sessions && !n->held && !n->keep && n->state != NAT_NB_FREE &&
+            n->state != NAT_NB_STATIC)
+            neighbour_forget(core, neighbour[d]);
+    }
 }
 
 /* --- frames of our own ------------------------------------------------------------------------------- */
@@ -296,7 +342,7 @@ static bool announce_step(struct nat_core *core)
 /* --- waiting ----------------------------------------------------------------------------------------- */
 
 static bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_t *first, uint16_t *last,
-                 uint32_t session, uint16_t neighbour)
+                 uint32_t session, int direction)
 {
     uint32_t at = SLAB_TAKE(&core->held_slab, core->held, session);
     if (at == NONE32)
@@ -304,7 +350,7 @@ static bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_
     core->held[at] = (struct held){.packet = *packet,
                                    .since_ms = core->now_ms,
                                    .session = session,
-                                   .neighbour = neighbour,
+                                   .direction = (uint8_t)direction,
                                    .next = NONE16};
     if (*first == NONE16)
         *first = (uint16_t)at;
@@ -335,7 +381,7 @@ static void finish(struct nat_core *core, struct nat_packet *packet, enum nat_ve
     if (verdict == NAT_FORWARD)
         count_tx(core, packet);
     /* there is room: its own place was just given back */
-    hold(core, packet, &core->done_first, &core->done_last, NONE32, NONE16);
+    hold(core, packet, &core->done_first, &core->done_last, NONE32, OUT);
 }
 
 unsigned nat_take(struct nat_core *core, struct nat_packet *out, unsigned max)
@@ -349,7 +395,7 @@ unsigned nat_take(struct nat_core *core, struct nat_packet *out, unsigned max)
 static enum nat_verdict hold_for_neighbour(struct nat_core *core, struct nat_packet *packet, uint16_t at)
 {
     struct neighbour *n = &core->neighbours[at];
-    if (n->held == HELD_PER_NEIGHBOUR || !hold(core, packet, &n->held_first, &n->held_last, NONE32, at))
+    if (n->held == HELD_PER_NEIGHBOUR || !hold(core, packet, &n->held_first, &n->held_last, NONE32, OUT))
         return NAT_DROP_HOLD_LIMIT;
     n->held++;
     if (core->now_ms - n->asked_ms >= ASK_MS &&
@@ -361,10 +407,10 @@ static enum nat_verdict hold_for_neighbour(struct nat_core *core, struct nat_pac
 }
 
 enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *packet, uint32_t session,
-                                  uint16_t neighbour)
+                                  int direction)
 {
     struct session_cold *cold = &core->cold[session];
-    return hold(core, packet, &cold->held_first, &cold->held_last, session, neighbour) ? NAT_HELD
+    return hold(core, packet, &cold->held_first, &cold->held_last, session, direction) ? NAT_HELD
                                                                                        : NAT_DROP_HOLD_LIMIT;
 }
 
@@ -374,7 +420,8 @@ void hold_release(struct nat_core *core, uint32_t session, enum nat_verdict verd
     while (cold->held_first != NONE16) {
         struct held held = unhold(core, &cold->held_first, &cold->held_last);
         finish(core, &held.packet,
-               verdict == NAT_FORWARD ? neighbour_send(core, &held.packet, held.neighbour) : verdict);
+               verdict == NAT_FORWARD ? send_committed(core, &held.packet, session, held.direction)
+                                      : verdict);
     }
 }
 

@@ -15,7 +15,7 @@ static void tcp_advance(struct nat_core *core, uint32_t at, uint8_t state, int d
     struct session *s = &core->sessions[at];
     int opener = s->flags & NAT_SESSION_INBOUND ? IN : OUT;
     /* the third step of the handshake is the opener's */
-    if (s->tcp_state == NAT_TCP_SYN_BOTH && state == NAT_TCP_ESTABLISHED && direction != opener)
+    if (s->tcp_state == NAT_TCP_SYN_BOTH && direction != opener)
         return;
     /* both ends gone, the same endpoints begin anew, perhaps the other way round */
     if (state == NAT_TCP_SYN_OUT)
@@ -24,7 +24,7 @@ static void tcp_advance(struct nat_core *core, uint32_t at, uint8_t state, int d
         s->flags |= NAT_SESSION_INBOUND;
     s->tcp_state = state;
     session_set_timer(s);
-    if (event_room(core))
+    if (event_room_to_update(core))
         event_emit(core, NAT_EVENT_UPDATE, 0, at);
 }
 
@@ -39,8 +39,9 @@ static void follow_sender(struct nat_core *core, struct session *s, const struct
     uint16_t at = neighbour_behind(core, packet->port, session_internal_addr(s), mac);
     if (at == NONE16 || at == s->neighbour[IN])
         return;
-    core->neighbours[s->neighbour[IN]].sessions--;
     core->neighbours[at].sessions++;
+    core->neighbours[at].fresh = 0;
+    neighbour_leave(core, s->neighbour[IN]);
     s->neighbour[IN] = at;
 }
 
@@ -70,7 +71,7 @@ translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigne
     }
 
     if (s->protocol == PROTO_TCP) {
-        uint8_t state = tcp_next[s->tcp_state][direction][tcp_kind[l4[13] & 7]];
+        uint8_t state = tcp_next[s->tcp_state][direction][tcp_kind(l4[13])];
         if (state != s->tcp_state)
             tcp_advance(core, at, state, direction);
     }
@@ -111,13 +112,22 @@ translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigne
     if (hairpin) {
         patch_check(ip + 10, l3);
         core->stats.hairpinned++;
-        return inbound(core, packet, l2, true);
+        return s->flags & NAT_SESSION_PENDING ? hold_for_session(core, packet, at, direction)
+                                              : inbound(core, packet, l2, true);
     }
     ip[8]--;
     patch_check(ip + 10, l3 + TTL_DELTA);
     if (s->flags & NAT_SESSION_PENDING)
-        return hold_for_session(core, packet, at, neighbour);
+        return hold_for_session(core, packet, at, direction);
     return neighbour_send(core, packet, neighbour);
+}
+
+enum nat_verdict send_committed(struct nat_core *core, struct nat_packet *packet, uint32_t session,
+                                int direction)
+{
+    uint16_t neighbour = core->sessions[session].neighbour[direction];
+    return neighbour == NONE16 ? inbound(core, packet, ETH_BYTES, true)
+                               : neighbour_send(core, packet, neighbour);
 }
 
 static enum nat_verdict session_packet(struct nat_core *core, struct nat_packet *packet, unsigned l2,
@@ -157,8 +167,8 @@ static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packe
 {
     uint8_t *ip = packet->data + l2, *l4 = ip + (ip[0] & 15u) * 4;
     bool is_icmp = ip[9] == PROTO_ICMP;
-    if (is_icmp && icmp_is_error(l4[0]))
-        return icmp_translate_error(core, packet, l2, OUT);
+    if (is_icmp && icmp_is_translated(l4[0]))
+        return icmp_translate_error(core, packet, l2, OUT, false);
     if (is_icmp && !is_query(l4[0]))
         return is_query_reply(l4[0]) ? NAT_DROP_ICMP_NO_SESSION : NAT_DROP_ICMP_TYPE;
 
@@ -190,10 +200,11 @@ static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packe
         .tcp_state = ip[9] == PROTO_TCP ? NAT_TCP_SYN_OUT : NAT_TCP_NONE,
         .neighbour = {outside, neighbour_behind(core, packet->port, get32(ip + 12), packet->data + 6)},
     };
-    if (request.neighbour[IN] == NONE16)
-        return NAT_DROP_TABLE_FULL;
-    verdict = session_open(core, &request, &at);
-    return verdict == NAT_FORWARD ? session_packet(core, packet, l2, at, OUT, false) : verdict;
+    verdict = request.neighbour[IN] == NONE16 ? NAT_DROP_TABLE_FULL : session_open(core, &request, &at);
+    if (verdict == NAT_FORWARD)
+        return session_packet(core, packet, l2, at, OUT, false);
+    neighbours_unneeded(core, request.neighbour);
+    return verdict;
 }
 
 static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2,
@@ -205,8 +216,8 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
     if (is_icmp && !is_query_reply(l4[0])) {
         if (pool_address_index(&core->pool, external) == POOL_NONE)
             return NAT_DROP_NOT_POOL;
-        if (icmp_is_error(l4[0]))
-            return icmp_translate_error(core, packet, l2, IN);
+        if (icmp_is_translated(l4[0]))
+            return icmp_translate_error(core, packet, l2, IN, hairpinned);
         return l4[0] == ICMP_ECHO && !hairpinned ? icmp_echo_reply(core, packet, l2) : NAT_DROP_ICMP_TYPE;
     }
 
@@ -224,6 +235,9 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
         .tcp_state = ip[9] == PROTO_TCP ? NAT_TCP_SYN_IN : NAT_TCP_NONE,
         .inbound = true,
     };
+    /* an inside source, from outside, is forged (RFC 1812, 5.3.8) */
+    if (!hairpinned && is_routed_to(core, remote, NAT_INTERNAL))
+        return NAT_DROP_ADDRESS;
     enum nat_verdict verdict =
         mapping_admits(core, external, net16((uint16_t)(key.ports >> 16)), ip[9], remote, &request);
     if (is_icmp && verdict != NAT_DROP_NOT_POOL)
@@ -240,10 +254,12 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
         return verdict;
     request.neighbour[OUT] =
         hairpinned ? NONE16 : neighbour_behind(core, packet->port, remote, packet->data + 6);
-    if (!hairpinned && request.neighbour[OUT] == NONE16)
-        return NAT_DROP_TABLE_FULL;
-    verdict = session_open(core, &request, &at);
-    return verdict == NAT_FORWARD ? session_packet(core, packet, l2, at, IN, hairpinned) : verdict;
+    verdict = !hairpinned && request.neighbour[OUT] == NONE16 ? NAT_DROP_TABLE_FULL
+                                                              : session_open(core, &request, &at);
+    if (verdict == NAT_FORWARD)
+        return session_packet(core, packet, l2, at, IN, hairpinned);
+    neighbours_unneeded(core, request.neighbour);
+    return verdict;
 }
 
 /* The transport header lies within the datagram, and what of it we read or write within the first segment. */
@@ -307,6 +323,8 @@ static enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *p
     } else if (raw32(data) != raw32(port->mac) || raw16(data + 4) != raw16(port->mac + 4)) {
         return NAT_DROP_NOT_FOR_US;
     }
+    if (data[6] & 1)
+        return NAT_DROP_ADDRESS;
     unsigned l2 = ETH_BYTES;
     if (ethertype == ETHERTYPE_ARP)
         return neighbour_arp(core, packet, l2);
@@ -330,7 +348,7 @@ static enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *p
     uint32_t source = get32(ip + 12), destination = get32(ip + 16);
     bool to_pool = pool_address_index(&core->pool, destination) != POOL_NONE;
     if (is_unusable(source) || is_multicast(source) || is_own_address(core, source) ||
-        pool_address_index(&core->pool, source) != POOL_NONE)
+        pool_address_index(&core->pool, source) != POOL_NONE || is_subnet_broadcast(core, source))
         return NAT_DROP_ADDRESS;
     if (is_multicast(destination))
         return NAT_DROP_MULTICAST;
@@ -372,7 +390,8 @@ static inline bool is_common(const struct nat_core *core, const struct nat_packe
     const uint8_t *data = packet->data, *ip = data + ETH_BYTES;
     const struct nat_port_config *port = &core->config.ports[packet->port];
     if (packet->segment < ETH_BYTES + IP_BYTES + UDP_BYTES || raw32(data) != raw32(port->mac) ||
-        raw16(data + 4) != raw16(port->mac + 4) || raw16(data + 12) != net16(ETHERTYPE_IPV4) || ip[0] != 0x45)
+        raw16(data + 4) != raw16(port->mac + 4) || data[6] & 1 || raw16(data + 12) != net16(ETHERTYPE_IPV4) ||
+        ip[0] != 0x45)
         return false;
     uint32_t total = get16(ip + 2), bytes = total - IP_BYTES;
     if (total < IP_BYTES + UDP_BYTES || total > packet->length - ETH_BYTES ||

@@ -243,8 +243,10 @@ static uint32_t add_session(struct nat_core *core, const struct session_request 
     core->cold[at] = (struct session_cold){
         .id = id, .opened_ms = core->now_ms, .mapping = mapping, .held_first = NONE16, .held_last = NONE16};
     for (int d = 0; d < 2; d++)
-        if (s->neighbour[d] != NONE16)
+        if (s->neighbour[d] != NONE16) {
             core->neighbours[s->neighbour[d]].sessions++;
+            core->neighbours[s->neighbour[d]].fresh = 0;
+        }
     return at;
 }
 
@@ -351,7 +353,7 @@ bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason rea
     flow_table_remove(&core->flows, session_hash(s, IN), 1 + (at << 1 | IN));
     for (int d = 0; d < 2; d++)
         if (s->neighbour[d] != NONE16)
-            core->neighbours[s->neighbour[d]].sessions--;
+            neighbour_leave(core, s->neighbour[d]);
     if (core->has_permissions)
         permission_remove(core, cold->mapping, session_remote_addr(s));
 

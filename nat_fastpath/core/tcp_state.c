@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The connection as a NAT sees it (RFC 5382, section 2; RFC 7857, section 2). A reset does not end a session
- * at once: whoever can forge one must not be able to cut a connection off (RFC 7857, 2.2).
+ * at once: whoever can forge one must not be able to cut a connection off (RFC 7857, 2.2; RFC 6146, 3.5.2.2).
  */
 #include "tcp_state.h"
 
-const uint8_t tcp_kind[8] = {
-    [0] = TCP_KIND_ACK, [1] = TCP_KIND_FIN, [2] = TCP_KIND_SYN, [3] = TCP_KIND_SYN,
-    [4] = TCP_KIND_RST, [5] = TCP_KIND_RST, [6] = TCP_KIND_RST, [7] = TCP_KIND_RST,
+const uint8_t tcp_kinds[16] = {
+    [0] = TCP_KIND_ACK,  [1] = TCP_KIND_FIN,  [2] = TCP_KIND_SYN,      [3] = TCP_KIND_SYN,
+    [4] = TCP_KIND_RST,  [5] = TCP_KIND_RST,  [6] = TCP_KIND_RST,      [7] = TCP_KIND_RST,
+    [8] = TCP_KIND_ACK,  [9] = TCP_KIND_FIN,  [10] = TCP_KIND_SYN_ACK, [11] = TCP_KIND_SYN_ACK,
+    [12] = TCP_KIND_RST, [13] = TCP_KIND_RST, [14] = TCP_KIND_RST,     [15] = TCP_KIND_RST,
 };
 
 #define SYO NAT_TCP_SYN_OUT
@@ -19,18 +21,21 @@ const uint8_t tcp_kind[8] = {
 #define CLO NAT_TCP_CLOSING
 #define RST NAT_TCP_RESET
 
+/* A reset that is real ends the conversation, and the transitory timer the session; after a forged one the
+ * next segment makes it what it was. Before there is a connection, a reset changes nothing: the timer is
+ * short. */
 const uint8_t tcp_next[NAT_TCP_STATES][2][TCP_KINDS] = {
-    /*         from inside: ACK  SYN  FIN  RST    from outside: ACK  SYN  FIN  RST */
-    [NAT_TCP_NONE] = {{SYO, SYO, SYO, RST}, {SYI, SYI, SYI, RST}},
-    [SYO] = {{SYO, SYO, SYO, RST}, {SYO, SYB, SYO, RST}},
-    [SYI] = {{SYI, SYB, SYI, RST}, {SYI, SYI, SYI, RST}},
-    [SYB] = {{EST, SYB, FIO, RST}, {EST, SYB, FII, RST}},
-    [EST] = {{EST, EST, FIO, RST}, {EST, EST, FII, RST}},
-    [FIO] = {{FIO, FIO, FIO, RST}, {FIO, FIO, CLO, RST}},
-    [FII] = {{FII, FII, CLO, RST}, {FII, FII, FII, RST}},
-    /* the same endpoints may begin anew */
-    [CLO] = {{CLO, SYO, CLO, RST}, {CLO, SYI, CLO, RST}},
-    [RST] = {{RST, SYO, RST, RST}, {RST, SYI, RST, RST}},
+    /*         from inside: ACK  SYN  S+A  FIN  RST    from outside: ACK  SYN  S+A  FIN  RST */
+    [NAT_TCP_NONE] = {{SYO, SYO, SYO, SYO, SYO}, {SYI, SYI, SYI, SYI, SYI}},
+    [SYO] = {{SYO, SYO, SYO, SYO, SYO}, {SYO, SYB, SYB, SYO, SYO}},
+    [SYI] = {{SYI, SYB, SYB, SYI, SYI}, {SYI, SYI, SYI, SYI, SYI}},
+    [SYB] = {{EST, SYB, SYB, FIO, SYB}, {EST, SYB, SYB, FII, SYB}},
+    [EST] = {{EST, EST, EST, FIO, RST}, {EST, EST, EST, FII, RST}},
+    /* who has finished, or all, may begin anew */
+    [FIO] = {{FIO, SYO, FIO, FIO, RST}, {FIO, FIO, FIO, CLO, RST}},
+    [FII] = {{FII, FII, FII, CLO, RST}, {FII, SYI, FII, FII, RST}},
+    [CLO] = {{CLO, SYO, CLO, CLO, CLO}, {CLO, SYI, CLO, CLO, CLO}},
+    [RST] = {{EST, SYO, EST, FIO, RST}, {EST, SYI, EST, FII, RST}},
 };
 
 const uint8_t tcp_is_established[NAT_TCP_STATES] = {

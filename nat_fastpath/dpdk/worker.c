@@ -60,9 +60,9 @@ static bool fill_checksum(struct rte_mbuf *m)
     uint8_t *data = rte_pktmbuf_mtod(m, uint8_t *);
     const unsigned length = rte_pktmbuf_data_len(m);
     const struct rte_ipv4_hdr *ip = (const void *)(data + RTE_ETHER_HDR_LEN);
-    unsigned l4, field, l4_length;
+    unsigned field;
 
-    if (m->nb_segs != 1 || length < RTE_ETHER_HDR_LEN + sizeof *ip ||
+    if (m->nb_segs != 1 || length < RTE_ETHER_HDR_LEN + sizeof *ip || ip->version != 4 ||
         ((struct rte_ether_hdr *)data)->ether_type != RTE_BE16(RTE_ETHER_TYPE_IPV4))
         return false;
     if (ip->next_proto_id == IPPROTO_TCP)
@@ -71,11 +71,13 @@ static bool fill_checksum(struct rte_mbuf *m)
         field = offsetof(struct rte_udp_hdr, dgram_cksum);
     else
         return false;
-    l4 = RTE_ETHER_HDR_LEN + rte_ipv4_hdr_len(ip);
-    l4_length = rte_be_to_cpu_16(ip->total_length) - rte_ipv4_hdr_len(ip);
-    if (rte_ipv4_hdr_len(ip) < sizeof *ip || l4 + l4_length > length || l4_length < field + 2 ||
+    /* nothing is subtracted before it is known to be the smaller one: the core has checked nothing yet */
+    const unsigned header = rte_ipv4_hdr_len(ip), total = rte_be_to_cpu_16(ip->total_length);
+    if (header < sizeof *ip || total < header + field + sizeof(uint16_t) ||
+        RTE_ETHER_HDR_LEN + total > length ||
         (ip->fragment_offset & RTE_BE16(RTE_IPV4_HDR_MF_FLAG | RTE_IPV4_HDR_OFFSET_MASK)))
         return false;
+    const unsigned l4 = RTE_ETHER_HDR_LEN + header, l4_length = total - header;
     uint16_t cksum;
     memcpy(&cksum, data + l4 + field, sizeof cksum);
     if (cksum != rte_ipv4_phdr_cksum(ip, 0))
@@ -132,6 +134,20 @@ static void dispatch(struct worker *w, const struct nat_packet *packets, unsigne
     }
 }
 
+/* Packets that the core had held, and that have their verdict now. */
+static bool send_held(struct worker *w)
+{
+    struct nat_packet packets[NAT_BURST];
+    bool any = false;
+    unsigned n;
+
+    while ((n = w->config.api->take(w->config.core, packets, NAT_BURST))) {
+        dispatch(w, packets, n);
+        any = true;
+    }
+    return any;
+}
+
 static bool receive(struct worker *w, unsigned port, uint64_t now)
 {
     const struct worker_port *in = &w->config.ports[port];
@@ -158,6 +174,7 @@ static bool receive(struct worker *w, unsigned port, uint64_t now)
         };
     }
     w->config.api->burst(w->config.core, packets, n, now);
+    send_held(w); /* they came before these, and may be of the same flow */
     dispatch(w, packets, n);
     return true;
 }
@@ -166,15 +183,10 @@ static bool receive(struct worker *w, unsigned port, uint64_t now)
 static bool send_own(struct worker *w)
 {
     const struct nat_api *api = w->config.api;
-    struct nat_packet packets[NAT_BURST];
     uint8_t frame[NAT_OUTBOX_BYTES], port;
-    unsigned n, length;
-    bool any = false;
+    unsigned length;
+    bool any = send_held(w);
 
-    while ((n = api->take(w->config.core, packets, NAT_BURST))) {
-        dispatch(w, packets, n);
-        any = true;
-    }
     while ((length = api->outbox(w->config.core, frame, &port))) {
         struct rte_mbuf *m = rte_pktmbuf_alloc(w->config.pool);
         any = true;

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from scapy.layers.inet import IP
 from scapy.utils import PcapReader
 
 from tests.dpdk import dpdk_process as process
@@ -97,6 +98,35 @@ def test_a_capture_through_the_worker_is_what_the_core_makes_of_it(tmp_path: Pat
     assert (said["stats"]["sleeps"] > 0) == (idle == "adaptive")
     assert 0 <= said["stats"]["busy_share"] <= 1
     assert said["in_use"] == 0, "buffers are lost"
+
+
+def test_lengths_that_lie_do_not_reach_the_checksum(tmp_path: Path) -> None:
+    """The sum that a local sender leaves unfinished, in frames whose total length is too short for it."""
+    frames = []
+    for protocol in (6, 17):
+        for total in (*range(48), 1500, 65535):
+            header = IP(src=CLIENT, dst=SERVER, proto=protocol, len=total, ihl=5)
+            data = bytearray(frame(header) + bytes(40))
+            pseudo = sum(int.from_bytes(data[at : at + 2], "big") for at in range(26, 34, 2))
+            pseudo += protocol + (total - 20) % 65536
+            while pseudo >> 16:
+                pseudo = (pseudo & 0xFFFF) + (pseudo >> 16)
+            for at in (34 + 16, 34 + 6):
+                data[at : at + 2] = pseudo.to_bytes(2, "big")
+            frames += [bytes(data), b"\xff" * 6 + bytes(data[6:])]
+    process.write_capture(str(tmp_path / "inside.pcap"), frames)
+    process.write_capture(
+        str(tmp_path / "outside.pcap"), [frame(udp(SERVER, 53, "198.51.100.10", 9), OUTSIDE)]
+    )
+    said = process.run(
+        process.capture_through_worker,
+        str(tmp_path / "inside.pcap"),
+        str(tmp_path / "outside.pcap"),
+        str(tmp_path / "out"),
+        "adaptive",
+    )
+    assert sum(said["verdicts"].values()) == len(frames) + 1
+    assert said["stats"]["checksums_filled.0"] > 0
 
 
 def test_frames_of_several_segments(tmp_path: Path) -> None:

@@ -93,13 +93,15 @@ def tcp_connection() -> Script:
 
 @case()
 def tcp_reset() -> Script:
-    """A reset leaves the session in its transitory time; then it is gone."""
+    """A reset leaves the session its transitory time; what comes in it shows that the reset was forged."""
     out = parse((yield inside(tcp(CLIENT, 4000, SERVER, 80, "S"))))
     back = SERVER, 80, out.src, out.payload.sport
     yield outside(tcp(*back, "SA"))
     yield inside(tcp(CLIENT, 4000, SERVER, 80, "A"))
     yield outside(tcp(*back, "R"))
     yield outside(tcp(*back, "A"), 239)
+    yield outside(tcp(*back, "A"), 7000)
+    yield outside(tcp(*back, "R"))
     yield outside(tcp(*back, "A"), 240)
 
 

@@ -22,8 +22,10 @@ WAYS = {
     "closing": ["p:SA", "o:A", "o:FA", "p:FA"],
     "reset": ["p:SA", "o:A", "p:R"],
     # the same endpoints once more, begun by either: longer ways, so one packet must do behind them
-    "anew after a reset": ["p:R", "o:S", "p:SA"],
-    "anew after a reset, by the peer": ["p:R", "p:S", "o:SA"],
+    "refused": ["p:R"],
+    "anew after a reset": ["p:SA", "o:A", "p:R", "o:S", "p:SA"],
+    "anew after a reset, by the peer": ["p:SA", "o:A", "p:R", "p:S", "o:SA"],
+    "anew after the opener has finished": ["p:SA", "o:A", "o:FA", "o:S", "p:SA"],
     "anew after closing": ["p:SA", "o:A", "o:FA", "p:FA", "o:S", "p:SA"],
     "anew after closing, by the peer": ["p:SA", "o:A", "o:FA", "p:FA", "p:S", "o:SA"],
 }
