@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sync protocol's shell: one TCP connection at a time, and the data plane, around the pure machine.
+
+It decides nothing. Bytes go through the codec, actions to the socket or the plane, results back to the machine.
+Every queue is bounded: a plane that is behind stops the reading, a peer that is behind stops InitState.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Ids, Records
+from nat_control.sync import actions as do
+from nat_control.sync.codec import CodecError, Decoder, Error, encode
+from nat_control.sync.digest import Summary
+from nat_control.sync.protocol import Protocol
+
+READ_BYTES = 1 << 18
+QUEUED_RECORDS = 1 << 17  # of the peer, not yet given to the plane
+QUEUED_BYTES = 64 << 20  # written and not taken by the kernel; a peer that far behind is lost
+PACE_BYTES = 1 << 20  # more than that unsent, and InitState waits
+BACKOFF = (0.05, 2.0)  # seconds between two attempts to connect, first and longest
+GOODBYE = 1.0  # seconds for the last bytes to leave
+TICK = 0.5
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 8000}
+
+Step = Callable[[], Awaitable[object]]
+Answer = Callable[[float], list[do.Action]]
+
+
+class Transport:
+    """Runs one side of a pair; call ``run`` as a task.
+
+    ``clock``: seconds, monotonic. ``drain``: takes the plane's events and passes them to ``events``; called
+    before the machine is told that an operation is done. ``notice``: every StateChanged, Conflicts and
+    DigestCompared, for logs, metrics and takeover.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        plane: DataPlane,
+        *,
+        clock: Callable[[], float],
+        drain: Callable[[], None],
+        notice: Callable[[do.Action], None],
+        listen: tuple[str, int] | None = None,
+        connect: tuple[str, int] | None = None,
+    ) -> None:
+        if (listen is None) == (connect is None):
+            raise ValueError("one side listens, the other connects")
+        self.protocol = protocol
+        self._plane = plane
+        self._clock = clock
+        self._drain = drain
+        self._notice = notice
+        self._listen = listen
+        self._connect = connect
+        self._writer: asyncio.StreamWriter | None = None
+        self._connection: asyncio.Task[None] | None = None
+        self._work: asyncio.Queue[tuple[int, Step]] = asyncio.Queue()
+        self._records = 0  # in _work
+        self._room = asyncio.Event()
+        self._room.set()
+        self._paging: asyncio.Task[None] | None = None
+        self._todo: deque[do.Action] = deque()
+        self._carrying = False
+        self._commits: asyncio.Queue[Records] = asyncio.Queue()
+        self._tasks = asyncio.TaskGroup()
+        self._leaving = False
+        self.address: tuple[str, int] | None = None  # where it listens
+
+    # -- what the owner says
+
+    def events(self, changes: Changes) -> None:
+        """What our own plane did."""
+        self._carry_out(self.protocol.events(changes, self._clock()))
+
+    def ready(self) -> None:
+        """The plane is ready; connections are accepted from here on."""
+        self._carry_out(self.protocol.plane_ready())
+
+    async def stop(self) -> None:
+        """Says goodbye, and connects no more; ``run`` may be cancelled then."""
+        self._leaving = True
+        self._carry_out(self.protocol.stop(self._clock()))
+        if self._connection is not None:
+            await asyncio.wait([self._connection], timeout=2 * GOODBYE)
+
+    async def run(self) -> None:
+        """Until cancelled. Raises OSError when it cannot listen, an ExceptionGroup of what the plane raises."""
+        link = self._dial
+        if self._listen is not None:
+            server = await asyncio.start_server(
+                self._accepted, *self._listen, limit=READ_BYTES, start_serving=False
+            )
+            self.address = server.sockets[0].getsockname()[:2]
+            link = server.serve_forever
+        async with self._tasks:
+            for work in (self._operate, self._release, self._tick, link):
+                self._tasks.create_task(work())
+
+    # -- connections
+
+    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A new connection takes the place of an old one, whose end may not have been noticed yet."""
+        if (old := self._connection) is not None:
+            await _ended(old)
+            if self._connection is old:  # ended before it began
+                self._connection = None
+        if self._connection is not None or self._leaving:
+            writer.transport.abort()
+            return
+        self._connection = self._tasks.create_task(self._talk(reader, writer))
+
+    async def _dial(self) -> None:
+        assert self._connect is not None
+        pause = BACKOFF[0]
+        while not self._leaving:
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection(*self._connect, limit=READ_BYTES)
+                began = self._clock()
+                self._connection = self._tasks.create_task(self._talk(reader, writer))
+                await asyncio.wait([self._connection])
+                if self._clock() - began > BACKOFF[1]:
+                    pause = BACKOFF[0]
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, BACKOFF[1])
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection from its beginning to its end."""
+        why = "the peer closed the connection"
+        try:
+            _prepare(writer)
+            self._writer = writer
+            self._carry_out(self.protocol.connected(self._clock()))
+            await self._read(reader)
+            writer.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(writer.wait_closed(), GOODBYE)
+        except OSError as error:
+            why = error.strerror or str(error)
+        finally:
+            writer.transport.abort()
+            if self._paging is not None:
+                self._paging.cancel()
+            self._writer = self._connection = None
+            self._carry_out(self.protocol.disconnected(self._clock(), why))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        decoder = Decoder()
+        while self._writer is not None and (data := await reader.read(READ_BYTES)):
+            try:
+                for epoch, message in decoder.feed(data):
+                    self._carry_out(self.protocol.received(epoch, message, self._clock()))
+            except CodecError as error:
+                self._carry_out(self.protocol.broken(str(error), self._clock()))
+            await self._room.wait()
+
+    # -- actions
+
+    def _carry_out(self, actions: list[do.Action]) -> None:
+        """In their order, whatever ``notice`` and ``drain`` call meanwhile."""
+        self._todo.extend(actions)
+        if self._carrying:
+            return
+        self._carrying = True
+        try:
+            while self._todo:
+                self._do(self._todo.popleft())
+        finally:
+            self._carrying = False
+
+    def _do(self, action: do.Action) -> None:
+        match action:
+            case do.Send(epoch, message):
+                self._send(encode(message, epoch), last=isinstance(message, Error))
+            case do.Close():
+                self._close()
+            case do.Commit(records):
+                self._commits.put_nowait(records)
+            case do.StateChanged() | do.Conflicts() | do.DigestCompared():
+                self._notice(action)
+            case do.Install(op, records):
+                self._queue(partial(self._install, op, records), len(records))
+            case do.Delete(op, records):
+                self._queue(partial(self._delete, op, records), len(records))
+            case do.Update(records):
+                self._queue(partial(self._in_parts, self._plane.update, records), len(records))
+            case do.TakeOwnership():
+                self._queue(self._plane.adopt)
+            case do.Cede(instance, besides):
+                self._queue(partial(self._plane.cede, instance, besides))
+            case do.SendState(txid):
+                self._queue(partial(self._begin_paging, txid))
+            case do.TakeDigest(at):
+                self._queue(partial(self._sum_up, at))
+
+    def _send(self, data: bytes, *, last: bool) -> None:
+        writer = self._writer
+        if writer is None or writer.is_closing():
+            return
+        if writer.transport.get_write_buffer_size() > QUEUED_BYTES and not last:
+            writer.transport.abort()
+            return
+        writer.write(data)
+
+    def _close(self) -> None:
+        """What is written still goes out; the reader then sees the end."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            with contextlib.suppress(OSError):
+                if writer.can_write_eof():
+                    writer.write_eof()
+            asyncio.get_running_loop().call_later(GOODBYE, writer.transport.abort)
+
+    # -- the plane, one operation after the other
+
+    def _queue(self, step: Step, records: int = 0) -> None:
+        self._work.put_nowait((records, step))
+        self._records += records
+        if self._records > QUEUED_RECORDS:
+            self._room.clear()
+
+    async def _operate(self) -> None:
+        while True:
+            records, step = await self._work.get()
+            await step()
+            self._records -= records
+            if self._records <= QUEUED_RECORDS:
+                self._room.set()
+
+    async def _release(self) -> None:
+        """Packets that are held wait for no other operation of the plane."""
+        while True:
+            await self._in_parts(self._plane.commit, await self._commits.get())
+
+    async def _in_parts(self, call: Callable[[Records], Awaitable[int]], records: Records) -> int:
+        step = self._plane.capabilities.max_batch
+        return sum([await call(records[i : i + step]) for i in range(0, len(records), step)])
+
+    async def _install(self, op: int, records: Records) -> None:
+        refused: Ids = NO_IDS
+        if await self._in_parts(self._plane.install, records) < len(records):
+            refused = await self._plane.missing(records)
+        self._done(lambda now: self.protocol.plane_done(op, now, refused))
+
+    async def _delete(self, op: int, records: Records) -> None:
+        await self._in_parts(self._plane.delete, records)
+        self._done(lambda now: self.protocol.plane_done(op, now))
+
+    async def _begin_paging(self, txid: int) -> None:
+        """The sessions of now; sending them does not keep the plane from its work."""
+        if self._paging is not None:
+            await _ended(self._paging)
+        self._paging = self._tasks.create_task(self._page(txid))
+
+    async def _page(self, txid: int) -> None:
+        async for page in self._plane.sessions():
+            self._done(partial(self._state_page, txid, page, False))
+            if self._writer is None:
+                return
+            with contextlib.suppress(OSError):
+                await self._writer.drain()
+            await asyncio.sleep(0)
+        self._done(partial(self._state_page, txid, NO_RECORDS, True))
+
+    def _state_page(self, txid: int, records: Records, last: bool, now: float) -> list[do.Action]:
+        return self.protocol.state_page(txid, records, last, now)
+
+    async def _sum_up(self, at: do.Position) -> None:
+        summary = Summary()
+        async for page in self._plane.sessions():
+            summary.add(page)
+        self._done(lambda now: self.protocol.digest_taken(at, summary.buckets, now))
+
+    def _done(self, answer: Answer) -> None:
+        self._drain()
+        self._carry_out(answer(self._clock()))
+
+    async def _tick(self) -> None:
+        while True:
+            self._carry_out(self.protocol.tick(self._clock()))
+            await asyncio.sleep(TICK)
+
+
+def _prepare(writer: asyncio.StreamWriter) -> None:
+    """A small message leaves at once, and a peer that is gone without a word is noticed."""
+    writer.transport.set_write_buffer_limits(high=PACE_BYTES)
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
