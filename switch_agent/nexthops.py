@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which next hop a session's packets leave to, and the group of each.
+
+A next hop has a key: the MAC that a record names, or the IPv4 address of the gateway or of the host itself.
+Its group id follows from the key, so that a restarted agent gives the same ids and the rules that the switch
+still has stay right.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from switch_agent.compile import NextHopGroups, Records
+from switch_agent.pipeline import NextHop, Pipeline, Side
+
+Keys = np.ndarray[Any, np.dtype[np.uint64]]
+
+_EXTERNAL = 1 << 50  # in a key; inside next hops have 0
+_BY_MAC = 1 << 48
+NO_ROUTE = 0
+
+
+class Route(NamedTuple):
+    """``gateway`` None: the hosts of ``prefix`` are on the link."""
+
+    prefix: IPv4Network
+    gateway: IPv4Address | None = None
+
+
+def key(side: str, address: IPv4Address | None = None, mac: int = 0) -> int:
+    """The key of a next hop by its address, or by its 48-bit MAC."""
+    number = int(address) if address is not None else mac | _BY_MAC
+    return number | (_EXTERNAL if side == "external" else 0)
+
+
+class NextHops:
+    """Next hops of one switch: routes, what MACs are known, and which groups there are."""
+
+    def __init__(self, pipeline: Pipeline, routes: dict[str, Sequence[Route]], limit: int = 4096) -> None:
+        self._pipeline = pipeline
+        self._routes = {
+            side: sorted(found, key=lambda route: route.prefix.prefixlen) for side, found in routes.items()
+        }
+        self._limit = limit
+        self._macs: dict[int, int] = {}  # key → MAC, where it is not the key's own or has changed
+        self.groups: dict[int, int] = {}  # key → group id
+        self._taken: set[int] = set()
+
+    def hop(self, key: int) -> NextHop:
+        mac = self._macs.get(key)
+        if mac is None and key & _BY_MAC:
+            mac = key & (_BY_MAC - 1)
+        return NextHop("external" if key & _EXTERNAL else "internal", mac)
+
+    def learn(self, key: int, mac: int | None) -> None:
+        """``mac`` None: not known any more."""
+        if mac is None:
+            self._macs.pop(key, None)
+        else:
+            self._macs[key] = mac
+
+    def keys(self, records: Records) -> tuple[Keys, Keys]:
+        """Keys towards the inside and the outside, shape (n,); 0 (NO_ROUTE) where there is no way."""
+        named = records["internal_mac"]
+        inside = np.where(
+            named != 0, named | np.uint64(_BY_MAC), self._by_route("internal", records["internal_addr"])
+        )
+        outside = self._by_route("external", records["remote_addr"])
+        # From one inside host to another through a pool address: not a matter of two rules.
+        for side in (self._pipeline.internal, self._pipeline.external):
+            outside[_is_ours(side, records["remote_addr"])] = NO_ROUTE
+        return inside.astype(np.uint64), outside
+
+    def add(self, keys: Keys) -> list[int]:
+        """Gives these keys groups; returns the keys that are new. Beyond the limit they get none."""
+        new = []
+        for one in np.unique(keys).tolist():
+            if one == NO_ROUTE or one in self.groups or len(self.groups) >= self._limit:
+                continue
+            group_id = zlib.crc32(one.to_bytes(8, "big")) % 0x7FFF_FFFF + 1
+            while group_id in self._taken:
+                group_id = group_id % 0x7FFF_FFFF + 1
+            self.groups[one] = group_id
+            self._taken.add(group_id)
+            new.append(one)
+        return new
+
+    def forget(self, keys: list[int]) -> None:
+        """Takes back what ``add`` gave, when the switch would not have it."""
+        for one in keys:
+            self._taken.discard(self.groups.pop(one, 0))
+
+    def group_ids(self, keys: Keys) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        """Group ids, shape (n,); 0 where there is none."""
+        distinct, where = np.unique(keys, return_inverse=True)
+        ids = np.array([self.groups.get(one, 0) for one in distinct.tolist()], np.uint32)
+        return ids[where]
+
+    def of(self, records: Records) -> NextHopGroups:
+        inside, outside = self.keys(records)
+        return NextHopGroups(self.group_ids(inside), self.group_ids(outside))
+
+    def _by_route(self, side: str, addresses: np.ndarray[Any, np.dtype[Any]]) -> Keys:
+        found = np.full(len(addresses), NO_ROUTE, np.uint64)
+        base = _EXTERNAL if side == "external" else 0
+        for route in self._routes.get(side, ()):  # the longest prefix comes last and wins
+            covered = addresses & np.uint32(int(route.prefix.netmask)) == int(route.prefix.network_address)
+            if route.gateway is None:
+                found[covered] = addresses[covered].astype(np.uint64) | np.uint64(base)
+            else:
+                found[covered] = base | int(route.gateway)
+        return found
+
+
+def _is_ours(side: Side, addresses: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    ours = np.zeros(len(addresses), np.bool_)
+    for first, last in side.addresses:
+        ours |= (addresses >= int(first)) & (addresses <= int(last))
+    return ours
