@@ -377,20 +377,24 @@ class Protocol:
             exchange.closed.append(changes.closed)
             exchange.n_closed += len(changes.closed)
         self._enqueue(changes, hold=False)
+        self._bound()
 
     def _events_send(self, changes: Changes, now: float) -> None:
         hold = self.mode is Mode.SYNCHRONOUS
         if not hold:
             self._commit(pending(changes.opened))
         self._enqueue(changes, hold=hold)
-        if self.state is State.OPERATIONAL:
-            self._flush(now)
+        self._flush(now)
+        self._bound()
 
     def _enqueue(self, changes: Changes, *, hold: bool) -> None:
         self._outbox.add(changes, hold=hold)
         self._position = self._position._replace(steps=self._position.steps + 1)
-        if max(self._outbox.waiting, self._exchange.n_closed) > self.limits.waiting:
-            self._fail(ErrorCode.SLOW, f"{self._outbox.waiting} changes wait for the peer")
+
+    def _bound(self) -> None:
+        waiting = max(self._outbox.waiting, self._exchange.n_closed)
+        if waiting > self.limits.waiting:
+            self._fail(ErrorCode.SLOW, f"{waiting} changes wait for the peer")
 
     def _flush(self, now: float) -> None:
         for message in self._outbox.flush(now):
