@@ -234,6 +234,7 @@ class Transport:
             self._records -= records
             if self._records <= QUEUED_RECORDS:
                 self._room.set()
+            await asyncio.sleep(0)  # a plane that answers at once must not keep the sockets waiting
 
     async def _release(self) -> None:
         """Packets that are held wait for no other operation of the plane."""

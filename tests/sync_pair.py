@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both sides of a pair in one process, over real TCP: ``python -m tests.sync_pair``, within a namespace.
+
+Prints one line of JSON about what happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from nat_control.dataplane import changes
+from nat_control.sync import actions as do
+from nat_control.sync.actions import Limits, Mode, State
+from nat_control.sync.codec import PoolRange
+from nat_control.sync.protocol import Protocol
+from nat_control.sync.transport import Transport
+from nat_fastpath.engine import FLAG_FOREIGN, FLAG_PENDING
+from tests.memory_plane import UDP, AsyncMemoryPlane, MemoryPlane, key_of
+
+ADDRESS = 0xC6336410
+SESSIONS = 5000
+PATIENCE = 20.0
+
+
+class Side:
+    def __init__(self, instance: int, *, listen: int | None = None, connect: int | None = None) -> None:
+        first, last = (1024, 31999) if instance == 1 else (32000, 62975)
+        self.plane = MemoryPlane(
+            instance, [(ADDRESS, port) for port in range(first, last + 1)], synchronous=True
+        )
+        self.protocol = Protocol(
+            instance,
+            (PoolRange(ADDRESS, ADDRESS, first, last),),
+            Mode.SYNCHRONOUS,
+            limits=Limits(digest=0.2),
+        )
+        self.told: list[do.Action] = []
+        self.transport = Transport(
+            self.protocol,
+            AsyncMemoryPlane(self.plane, page=500),
+            clock=time.monotonic,
+            drain=self.drain,
+            notice=self.told.append,
+            listen=None if listen is None else ("127.0.0.1", listen),
+            connect=None if connect is None else ("127.0.0.1", connect),
+        )
+        self.task = asyncio.create_task(self.transport.run())
+
+    def drain(self) -> None:
+        events = self.plane.events()
+        if len(events):
+            self.transport.events(changes(events))
+
+    def open(self, n: int, host: int) -> None:
+        for i in range(n):
+            assert self.plane.open((UDP, host + i, 5000), (0xCB007101, 53)) is not None
+        self.drain()
+
+    @property
+    def ids(self) -> set[int]:
+        return {int(held["id"]) for held in self.plane.held.values()}
+
+    @property
+    def held(self) -> int:
+        """Sessions whose packets wait."""
+        return sum(bool(record["flags"] & FLAG_PENDING) for record in self.plane.held.values())
+
+    @property
+    def equal_digests(self) -> bool:
+        compared = [action for action in self.told if isinstance(action, do.DigestCompared)]
+        return bool(compared) and not compared[-1].differing
+
+    async def end(self) -> None:
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+
+
+async def until(probe: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not probe():
+            await asyncio.sleep(0.005)
+
+
+async def main() -> None:
+    a = Side(1, listen=0)
+    await until(lambda: a.transport.address is not None)
+    assert a.transport.address is not None
+    port = a.transport.address[1]
+    b = Side(2, connect=port)
+
+    def paired() -> bool:
+        return a.protocol.state is State.OPERATIONAL and b.protocol.state is State.OPERATIONAL
+
+    def rest() -> bool:
+        return paired() and not a.protocol.busy and not b.protocol.busy
+
+    a.open(SESSIONS, 0x0A000000)
+    for side in (a, b):
+        side.transport.ready()
+    await until(paired)
+    found: dict[str, object] = {"exchanged": a.ids == b.ids and len(b.ids) == SESSIONS}
+
+    a.open(2000, 0x0A100000)
+    b.open(2000, 0x0A200000)
+    a.plane.close(key_of(next(iter(a.plane.held.values()))))
+    a.drain()
+    found["held_at_first"] = a.held
+    await until(rest)
+    await until(lambda: a.held + b.held == 0)
+    found["followed"] = a.ids == b.ids and len(a.ids) == SESSIONS + 3999
+    await until(lambda: a.equal_digests and b.equal_digests)
+
+    # The connecting side dies without a word, and comes back empty.
+    await b.end()
+    await until(lambda: a.protocol.state is State.ALONE)
+    found["survivor_owns_all"] = not any(r["flags"] & FLAG_FOREIGN for r in a.plane.held.values())
+    a.open(10, 0x0A300000)
+    await until(lambda: a.held == 0)
+    b = Side(2, connect=port)
+    b.transport.ready()
+    await until(paired)
+    found["returned"] = a.ids == b.ids
+
+    # Strange bytes end their connection, and nothing else.
+    before = a.ids
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(np.random.default_rng(1).bytes(1000))
+    await reader.read()
+    writer.close()
+    await until(paired)
+    found["untouched"] = a.ids == before
+
+    await b.transport.stop()
+    await until(lambda: a.protocol.state is State.ALONE)
+    found["left"] = a.protocol.last_error
+    for side in (a, b):
+        await side.end()
+    found["tasks_left"] = len(asyncio.all_tasks()) - 1
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

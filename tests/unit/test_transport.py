@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sync transport over real TCP, both sides in a namespace of their own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from nat_control.lab import Lab
+
+
+def test_a_pair_over_tcp() -> None:
+    with Lab() as lab:
+        here = lab.namespace("pair")
+        here.ip("link", "set", "lo", "up")
+        root = str(Path(__file__).parents[2])
+        printed = here.run("env", f"PYTHONPATH={root}", sys.executable, "-m", "tests.sync_pair", timeout=90)
+    found = json.loads(printed.splitlines()[-1])
+    assert found == {
+        "exchanged": True,
+        "held_at_first": 2000,
+        "followed": True,
+        "survivor_owns_all": True,
+        "returned": True,
+        "untouched": True,
+        "left": "the peer leaves",
+        "tasks_left": 0,
+    }
