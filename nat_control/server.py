@@ -99,6 +99,7 @@ class Server:
         self.worker.start()
         undo.callback(self.worker.stop)
         self.worker_stats = self.worker.stats()
+        self.worker_stalled = False
         bound = (
             f", sleeps {self.worker.idle_bound_us} µs at most" if config.workers.idle == "adaptive" else ""
         )
@@ -119,9 +120,11 @@ class Server:
             await api.close()
 
     def _watch(self) -> None:
-        self.worker_stats = self.worker.stats()
-        if not self.worker.running:
-            raise ServerError("the worker has ended by itself")
+        before, self.worker_stats = self.worker_stats, self.worker.stats()
+        stalled = before.get("loops") == self.worker_stats["loops"]
+        if stalled and not self.worker_stalled:
+            say("the worker has not moved for a second: nothing is forwarded")
+        self.worker_stalled = stalled
 
     # -- what can be shown; called from threads ------------------------------------------------------------
 
@@ -143,6 +146,7 @@ class Server:
                 "cpu": self.config.workers.cores[0],
                 "idle": self.config.workers.idle,
                 "idle_bound_us": self.worker.idle_bound_us,
+                "stalled": self.worker_stalled,
                 "busy_share": round(self.worker_stats.get("busy_share", 0.0), 4),
             },
             "memory": self.core.memory(),
