@@ -27,6 +27,7 @@ IGNORED = {ECHO_REPLY, EXPERIMENTER, 8, 23, 25, 27}  # answers to what we do not
 FLOW_STATISTICS, PORT_DESCRIPTIONS = 1, 13  # kinds of multipart messages
 
 _PACKET_IN = struct.Struct("!IHBBQHH")  # buffer, total length, reason, table, cookie, match type and length
+_MATCH = 16  # where the match of a packet-in begins, its type and length included
 _FLOW_REMOVED = struct.Struct("!QHBBIIHHQQ")
 _PORT = struct.Struct("!I4x6s2x16sII24x")
 _IN_PORT = 0x80000004  # OXM header
@@ -257,8 +258,8 @@ def _check_hello(version: int, body: bytes) -> None:
 
 def _packet_in(body: bytes) -> PacketIn:
     _, _, reason, _, cookie, _, length = _PACKET_IN.unpack_from(body)
-    at, end = _PACKET_IN.size, 20 + length  # of the match, which begins with its type and length
-    frame = 20 + (length + 7) // 8 * 8 + 2
+    at, end = _PACKET_IN.size, _MATCH + length
+    frame = _MATCH + (length + 7) // 8 * 8 + 2
     if length < 4 or frame > len(body):
         raise ProtocolError("a packet-in whose match goes beyond its end")
     while at + 4 <= end:
