@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * One thread, one mutex. The thread holds the mutex for the whole of a lap and gives it up only to wait in
- * ppoll; callers hold it for a few assignments. So a caller that has returned knows that the thread acts on
- * what it said: after hb_disarm no byte is written. The mutex inherits priority, since the thread outranks
- * its callers.
+ * One loop, one mutex. A thread holds the mutex for the whole of a lap and gives it up only to wait in ppoll;
+ * callers hold it for a few assignments. So a caller that has returned knows that the loop acts on what it
+ * said: after hb_disarm no byte is written. The mutex inherits priority, since the threads outrank their
+ * callers.
+ *
+ * Where there are two CPUs, two threads run the same loop, on different ones: a hypervisor takes a CPU away
+ * for 10 ms now and then, and no priority helps against that. Whoever wakes first does what is due; the other
+ * finds it done.
  */
 #define _GNU_SOURCE
 #include "heartbeat.h"
@@ -23,6 +27,7 @@
 #define SECOND 1000000000u
 #define PRIORITY 20 /* above ordinary realtime work, below the kernel's own threads (50) */
 #define STACK_BYTES (256u * 1024u)
+#define RUNNERS 2u
 #define LEAVE_COPIES 3u /* a datagram may be lost, and nothing follows this one */
 /* Datagrams read in one lap: more than a default receive buffer holds, so that what waited when the lap began
  * has been read when the peer is judged, and a flood does not keep the thread from judging. */
@@ -33,12 +38,19 @@ struct prepared {
     uint8_t bytes[];
 };
 
+struct runner {
+    struct heartbeat *hb;
+    pthread_t thread;
+    int kick_fd;
+};
+
 struct heartbeat {
     struct hb_config config;
     pthread_mutex_t mutex;
-    pthread_t thread;
-    bool running, stop;
-    int kick_fd, event_fd;
+    struct runner runners[RUNNERS];
+    unsigned running; /* threads */
+    bool stop;
+    int event_fd;
 
     /* the sender */
     uint64_t next_send, last_look, sequence;
@@ -79,6 +91,12 @@ static void signal_fd(int fd)
 {
     while (eventfd_write(fd, 1) && errno == EINTR)
         ;
+}
+
+static void kick(struct heartbeat *hb)
+{
+    for (unsigned i = 0; i < RUNNERS; i++)
+        signal_fd(hb->runners[i].kick_fd);
 }
 
 /* -- the reaction -----------------------------------------------------------------------------------------
@@ -132,7 +150,7 @@ static void expect_next(struct heartbeat *hb, uint64_t now)
     hb->due = now + period(hb) + period(hb) / 4; /* a quarter for what the sender and the network are late */
 }
 
-/* Whether this thread comes too late for its appointment to say anything about the peer. */
+/* Whether we come too late for the appointment to say anything about the peer. */
 static bool late(struct heartbeat *hb, uint64_t now, uint64_t appointment)
 {
     const uint64_t by = now - appointment;
@@ -304,19 +322,24 @@ static void send_when_due(struct heartbeat *hb, uint64_t now)
 
 enum { KICK, UDP, STREAM, TCP, N_FDS = TCP + HB_TCP_FDS };
 
-static void wait_for_work(struct heartbeat *hb, struct pollfd fds[N_FDS])
+static void wait_for_work(struct runner *runner, struct pollfd fds[N_FDS])
 {
+    struct heartbeat *hb = runner->hb;
     const bool writing = hb->fired && hb->stream_fd >= 0;
     const bool watching = hb->armed && !hb->fired && !hb->left;
     const unsigned generation = hb->generation;
 
-    fds[KICK] = (struct pollfd){.fd = hb->kick_fd, .events = POLLIN};
+    fds[KICK] = (struct pollfd){.fd = runner->kick_fd, .events = POLLIN};
     fds[UDP] = (struct pollfd){.fd = hb->config.udp_fd, .events = POLLIN};
     fds[STREAM] = (struct pollfd){.fd = writing ? hb->stream_fd : -1, .events = POLLOUT};
     for (unsigned i = 0; i < HB_TCP_FDS; i++) /* no POLLIN: the data is somebody else's */
         fds[TCP + i] = (struct pollfd){.fd = watching ? hb->tcp_fds[i] : -1, .events = POLLRDHUP};
 
-    const uint64_t next = hb->proved && hb->due < hb->next_send ? hb->due : hb->next_send;
+    uint64_t next = hb->proved && hb->due < hb->next_send ? hb->due : hb->next_send;
+    if (runner != hb->runners) { /* the second one need not wake for what the first one does in time */
+        fds[UDP].fd = -1;
+        next += hb->config.interval_ns / 4;
+    }
     pthread_mutex_unlock(&hb->mutex);
     const uint64_t now = clock_ns();
     const uint64_t wait = next > now ? next - now : 0;
@@ -331,17 +354,18 @@ static void wait_for_work(struct heartbeat *hb, struct pollfd fds[N_FDS])
 
 static void *run(void *argument)
 {
-    struct heartbeat *hb = argument;
+    struct runner *runner = argument;
+    struct heartbeat *hb = runner->hb;
     struct pollfd fds[N_FDS];
 
     pthread_setname_np(pthread_self(), "nat-heartbeat");
     prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0); /* where SCHED_FIFO, which has none, is not allowed */
     pthread_mutex_lock(&hb->mutex);
     while (!hb->stop) {
-        wait_for_work(hb, fds);
+        wait_for_work(runner, fds);
         const uint64_t now = clock_ns();
         if (fds[KICK].revents)
-            eventfd_read(hb->kick_fd, &(eventfd_t){0});
+            eventfd_read(runner->kick_fd, &(eventfd_t){0});
         drain(hb); /* first: a peer that said that it leaves may close its connections */
         for (unsigned i = 0; i < HB_TCP_FDS; i++)
             if (fds[TCP + i].revents & POLLNVAL)
@@ -374,27 +398,46 @@ struct heartbeat *hb_create(const struct hb_config *config)
     pthread_mutexattr_destroy(&attributes);
     hb->config = *config;
     hb->stream_fd = hb->tcp_fds[0] = hb->tcp_fds[1] = -1;
-    hb->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     hb->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (hb->kick_fd < 0 || hb->event_fd < 0) {
-        hb_destroy(hb);
-        errno = EMFILE;
-        return NULL;
+    bool short_of_fds = hb->event_fd < 0;
+    for (unsigned i = 0; i < RUNNERS; i++) {
+        hb->runners[i] = (struct runner){.hb = hb, .kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+        short_of_fds |= hb->runners[i].kick_fd < 0;
     }
-    return hb;
+    if (!short_of_fds)
+        return hb;
+    hb_destroy(hb);
+    errno = EMFILE;
+    return NULL;
 }
 
 void hb_destroy(struct heartbeat *hb)
 {
     hb_stop(hb);
     close(hb->config.udp_fd);
-    if (hb->kick_fd >= 0)
-        close(hb->kick_fd);
+    for (unsigned i = 0; i < RUNNERS; i++)
+        if (hb->runners[i].kick_fd >= 0)
+            close(hb->runners[i].kick_fd);
     if (hb->event_fd >= 0)
         close(hb->event_fd);
     pthread_mutex_destroy(&hb->mutex);
     free(hb->prepared);
     free(hb);
+}
+
+/* One half of the CPUs that the caller may use for each thread; a single CPU is the first one's. Neighbours,
+ * which may be two threads of one core, fall into the same half. */
+static unsigned split_cpus(cpu_set_t halves[RUNNERS])
+{
+    cpu_set_t all;
+    CPU_ZERO(&all);
+    pthread_getaffinity_np(pthread_self(), sizeof all, &all);
+    const int n = CPU_COUNT(&all);
+    memset(halves, 0, RUNNERS * sizeof *halves);
+    for (int cpu = 0, seen = 0; cpu < CPU_SETSIZE; cpu++)
+        if (CPU_ISSET(cpu, &all))
+            CPU_SET(cpu, &halves[seen++ >= (n + 1) / 2]);
+    return n > 1 ? 2 : 1;
 }
 
 int hb_start(struct heartbeat *hb)
@@ -408,34 +451,42 @@ int hb_start(struct heartbeat *hb)
 
     pthread_attr_t attributes;
     sigset_t all, before;
+    cpu_set_t halves[RUNNERS];
+    const unsigned wanted = split_cpus(halves);
+    int rc = 0;
+    bool realtime = true;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are the main thread's */
-    const int rc = pthread_create(&hb->thread, &attributes, run, hb);
+    while (hb->running < wanted) {
+        struct runner *runner = &hb->runners[hb->running];
+        if (CPU_COUNT(&halves[hb->running]))
+            pthread_attr_setaffinity_np(&attributes, sizeof *halves, &halves[hb->running]);
+        if ((rc = pthread_create(&runner->thread, &attributes, run, runner)))
+            break;
+        hb->running++;
+        realtime &= !pthread_setschedparam(runner->thread, SCHED_FIFO,
+                                           &(struct sched_param){.sched_priority = PRIORITY});
+    }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
-    if (rc)
-        return rc;
-    hb->running = true;
-    const bool realtime =
-        !pthread_setschedparam(hb->thread, SCHED_FIFO, &(struct sched_param){.sched_priority = PRIORITY});
     pthread_mutex_lock(&hb->mutex);
     hb->stats.realtime = realtime;
     pthread_mutex_unlock(&hb->mutex);
-    return 0;
+    if (rc)
+        hb_stop(hb);
+    return rc;
 }
 
 void hb_stop(struct heartbeat *hb)
 {
-    if (!hb->running)
-        return;
     pthread_mutex_lock(&hb->mutex);
     hb->stop = true;
     pthread_mutex_unlock(&hb->mutex);
-    signal_fd(hb->kick_fd);
-    pthread_join(hb->thread, NULL);
-    hb->running = false;
+    kick(hb);
+    while (hb->running)
+        pthread_join(hb->runners[--hb->running].thread, NULL);
 }
 
 static struct prepared *copy(const void *data, size_t n)
@@ -468,7 +519,7 @@ int hb_arm(struct heartbeat *hb, const void *data, size_t n, int fd)
     hb->generation++;
     expect_next(hb, clock_ns()); /* the silence before is not counted twice */
     pthread_mutex_unlock(&hb->mutex);
-    signal_fd(hb->kick_fd);
+    kick(hb);
     free(old);
     return 0;
 }
@@ -500,7 +551,7 @@ bool hb_disarm(struct heartbeat *hb)
     hb->generation++;
     const bool in_time = !hb->fired;
     pthread_mutex_unlock(&hb->mutex);
-    signal_fd(hb->kick_fd);
+    kick(hb);
     return in_time;
 }
 
@@ -519,7 +570,7 @@ void hb_watch_tcp(struct heartbeat *hb, const int fds[HB_TCP_FDS])
     memcpy(hb->tcp_fds, fds, sizeof hb->tcp_fds);
     hb->generation++;
     pthread_mutex_unlock(&hb->mutex);
-    signal_fd(hb->kick_fd);
+    kick(hb);
 }
 
 enum hb_reason hb_fired(struct heartbeat *hb, struct hb_times *times)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Failure detection: one thread that sends heartbeats to the peer, judges the peer's, watches the end of the
- * TCP connection to it, and at its death writes prepared bytes on a stream. It needs neither Python nor DPDK,
- * and waits for nobody.
+ * Failure detection: a loop in threads of its own that sends heartbeats to the peer, judges the peer's,
+ * watches the end of the TCP connection to it, and at its death writes prepared bytes on a stream. It needs
+ * neither Python nor DPDK, and waits for nobody.
  *
  * Times are nanoseconds of CLOCK_MONOTONIC. All functions but create and destroy may be called from any
  * thread.
@@ -43,13 +43,13 @@ struct hb_config {
     F(bad_replay)       /* sequence seen before */                                                           \
     F(bad_foreign)      /* another instance, epoch or conversation while the peer lives */                   \
     F(missed)           /* intervals without a heartbeat that counted against the peer */                    \
-    F(late_wakeups) /* of this thread, by more than half an interval: these intervals count for nobody */    \
+    F(late_wakeups)     /* of ours, by more than half an interval: these intervals count for nobody */       \
     F(max_late_ns)                                                                                           \
     F(longest_silence_ns) /* between two heartbeats that count */                                            \
     F(alive)              /* heartbeats of the peer arrive, and its workers advance */                       \
     F(left)               /* the peer said that it leaves */                                                 \
     F(armed)                                                                                                 \
-    F(realtime) /* the thread runs with SCHED_FIFO */                                                        \
+    F(realtime) /* the threads run with SCHED_FIFO */                                                        \
     F(peer_instance)                                                                                         \
     F(peer_epoch)                                                                                            \
     F(peer_progress)                                                                                         \

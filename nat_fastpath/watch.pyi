@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Failure detection for Python: the heartbeat thread, and the holder that lets sockets close at once.
 
-The thread (heartbeat.c) runs without Python's lock. Times are nanoseconds of CLOCK_MONOTONIC.
+The threads (heartbeat.c) run without Python's lock. Times are nanoseconds of CLOCK_MONOTONIC.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class Watch:
 
     A peer is dead, while the watch is armed and the peer has not said that it leaves, when
 
-    - ``misses`` heartbeats in a row are missing ("silence"): the last came 1/4 + ``misses`` intervals ago, and this
-      thread itself was awake to see it. Silence is judged once the peer has answered us, not before.
+    - ``misses`` heartbeats in a row are missing ("silence"): the last came 1/4 + ``misses`` intervals ago, and we were
+      awake to see it. Silence is judged once the peer has answered us, not before.
     - ``misses`` heartbeats in a row say that a worker of the peer stands still ("stalled worker");
     - a watched TCP connection has ended, by FIN or by RST ("TCP end").
     """
@@ -54,10 +54,11 @@ class Watch:
         """
 
     def start(self) -> None:
-        """Starts the thread, with SCHED_FIFO where that is allowed (``stats()["realtime"]``). Raises OSError."""
+        """Starts two threads on different CPUs of those that the caller may use (one, where there is but one), with
+        SCHED_FIFO where that is allowed (``stats()["realtime"]``). Raises OSError."""
 
     def stop(self) -> None:
-        """Ends the thread; nothing is sent, judged or written any more. A stopped watch may be started again."""
+        """Ends the threads; nothing is sent, judged or written any more. A stopped watch may be started again."""
 
     def close(self) -> None:
         """Stops and closes all descriptors. Any other call raises ValueError from then on."""
@@ -110,7 +111,7 @@ class Watch:
     def stats(self) -> dict[str, int]:
         """Counters since the creation: ``sent``, ``send_errors``, ``received`` and of these ``received_stalled``,
         ``unproved`` (authentic, but no answer to us), ``bad_auth``, ``bad_replay``, ``bad_foreign``, ``missed``,
-        ``late_wakeups`` (of this thread, by more than half an interval), ``max_late_ns``, ``longest_silence_ns``.
+        ``late_wakeups`` (of ours, by more than half an interval), ``max_late_ns``, ``longest_silence_ns``.
         Present state: ``alive``, ``left``, ``armed``, ``realtime`` (0 or 1), ``peer_instance``, ``peer_epoch``,
         ``peer_progress`` (sum of the peer's loop counters), ``write_error`` (errno, 0 for none)."""
 

@@ -21,21 +21,14 @@ ROOT = Path(__file__).parents[2]
 LEAVE, STALLED = 1, 2
 
 CHILD = """
-import ctypes, json, os, socket, sys, threading, time
+import ctypes, json, os, socket, sys
 from nat_fastpath.watch import Watch
 
 setup = json.loads(sys.argv[1])
 tcp = socket.create_connection(("127.0.0.1", setup["tcp"])) if "tcp" in setup else None
 stream, other = socket.socketpair()
 loops = ctypes.c_uint64()
-
-def work():
-    while True:
-        loops.value += 1
-        time.sleep(0.001)
-
 if setup["work"]:
-    threading.Thread(target=work, daemon=True).start()
     setup["watch"]["counters"] = [ctypes.addressof(loops)]
 watch = Watch(("127.0.0.1", 0), ("127.0.0.1", setup["peer"]), bytes.fromhex(setup["key"]), **setup["watch"])
 watch.start()
@@ -45,6 +38,9 @@ for line in sys.stdin:
     match line.split():
         case ["arm"]: say(watch.arm(b"prepared", stream.fileno()))
         case ["leave"]: say(watch.leave())
+        case ["work"]:
+            loops.value += 1
+            say(None)
         case ["fired"]: say(watch.fired)
         case ["stats"]: say(watch.stats())
 """
@@ -92,7 +88,7 @@ class Peer:
     def __init__(
         self, peer: Watch, tcp: socket.socket | None = None, *, work: bool = False, **changes: Any
     ) -> None:
-        """``work``: with a worker, whose loop counter it attests."""
+        """``work``: with a worker, which advances by one each time that it is asked to ``work``."""
         setup: dict[str, Any] = {"peer": peer.address[1], "key": KEY.hex(), "work": work}
         setup["watch"] = {"instance": 2, "epoch": 200, "interval_ms": 20.0} | changes
         if tcp is not None:

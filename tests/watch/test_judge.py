@@ -244,14 +244,21 @@ def test_a_pause_of_the_whole_machine_blames_nobody() -> None:
 
 
 def test_after_a_pause_the_workers_get_their_chance_first() -> None:
-    with watch() as w, Peer(w, work=True, patience_ms=500.0) as peer:
-        until(lambda: w.stats()["alive"] and w.stats()["peer_progress"])
+    """The pause is longer than the patience, but no worker could have worked in it."""
+    with watch() as w, Peer(w, work=True, patience_ms=1000.0) as peer:
+        until(lambda: w.stats()["alive"])
+        peer.ask("work")
+        received = w.stats()["received"]
+        until(lambda: w.stats()["received"] > received + 1)
+        before = w.stats()["received_stalled"]
         peer.pause()
-        time.sleep(1.0)
+        time.sleep(1.2)
         peer.resume()
         received = w.stats()["received"]
         until(lambda: w.stats()["received"] > received + 5)
-        assert w.stats()["received_stalled"] == 0
+        assert w.stats()["received_stalled"] == before
+        peer.ask("work")
+        until(lambda: w.stats()["received_stalled"] > before)
 
 
 def test_busy_neighbours_kill_nobody(stream: Stream) -> None:

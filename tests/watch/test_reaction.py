@@ -238,4 +238,5 @@ def test_signals_stay_with_the_main_thread() -> None:
             status = dict(line.split(":\t", 1) for line in lines)
             if status["Name"] == "nat-heartbeat":
                 blocked.append(int(status["SigBlk"], 16) & wanted)
-    assert blocked == [wanted, wanted]
+    assert blocked
+    assert set(blocked) == {wanted}
