@@ -412,6 +412,8 @@ class World:
     # -- what happens
 
     def traffic(self) -> None:
+        if self.healed:
+            return
         node, rng = self.carrier(), self.rng
         if node.alive:
             client, remote = rng.choice(CLIENTS), rng.choice(REMOTES)
@@ -422,17 +424,17 @@ class World:
                 node.plane.touch(key_of(held), rng.randint(0, 5))
             if rng.random() < 0.3:
                 node.drain()
-        if not self.healed:
-            self.later(rng.expovariate(8), self.traffic)
+        self.later(rng.expovariate(8), self.traffic)
 
     def ageing(self) -> None:
         """A session may end at its owner, whoever carries it."""
+        if self.healed:
+            return
         node = self.rng.choice(self.nodes)
         own = [key for key, held in node.plane.held.items() if not held["flags"] & FLAG_FOREIGN]
         if node.alive and own:
             node.plane.close(self.rng.choice(own))
-        if not self.healed:
-            self.later(self.rng.expovariate(3), self.ageing)
+        self.later(self.rng.expovariate(3), self.ageing)
 
     def connecting(self) -> None:
         a, b = self.nodes
