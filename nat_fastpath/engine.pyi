@@ -85,15 +85,20 @@ class Core:
         self, protocol: int, source: tuple[int, int], destination: tuple[int, int], side: str = "internal"
     ) -> Any:
         """The record of the session that a packet with this 5-tuple belongs to (numpy void), or None."""
-    def install(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
+    def install(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int:
+        """Returns how many are held now; one that was held under its id only takes the record's FLAG_FOREIGN."""
     def delete(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int:
         """Ends the sessions of these records (by 5-tuple and id); returns how many there were.
         Raises BufferError when the event ring fills up; the message says how many records are done."""
     def commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
     def adopt(self) -> int:
         """The peer's sessions become ours, and their timers restart; returns how many there were."""
-    def yield_all(self) -> int:
-        """Our sessions become the peer's, which ages them from now on; returns how many there were."""
+    def cede(self, instance: int) -> int:
+        """Sessions with this instance in their id become the peer's, which ages them from now on; how many."""
+    def update(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int:
+        """TCP state, idle time and counters of the sessions that are held; returns how many were."""
+    def holds(self, records: np.ndarray[Any, np.dtype[np.void]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Whether each is held under its 5-tuple and id; shape (n,)."""
     def neighbours(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
     def hosts(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
     def verdicts(self) -> np.ndarray[Any, np.dtype[np.uint64]]:

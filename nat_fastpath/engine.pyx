@@ -26,7 +26,7 @@ cdef extern from "engine_tables.h" nogil:
         NAT_CLOSE_IDLE, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT
         NAT_SESSION_PENDING, NAT_SESSION_FOREIGN, NAT_SESSION_INBOUND, NAT_SESSION_OFFLOAD
         NAT_CMD_SESSIONS, NAT_CMD_INSTALL, NAT_CMD_DELETE, NAT_CMD_COMMIT, NAT_CMD_FIND
-        NAT_CMD_NEIGHBOURS, NAT_CMD_HOSTS, NAT_CMD_ADOPT, NAT_CMD_YIELD
+        NAT_CMD_NEIGHBOURS, NAT_CMD_HOSTS, NAT_CMD_ADOPT, NAT_CMD_CEDE, NAT_CMD_UPDATE, NAT_CMD_CHECK
         N_COUNTER_ROWS, N_RECORD_ROWS, N_EVENT_ROWS, N_NEIGHBOUR_ROWS, N_HOST_ROWS
 
     struct name_row:
@@ -561,7 +561,7 @@ cdef class Core:
         return done
 
     def install(self, records):
-        """Installs sessions from the peer or the operator; returns how many were new and possible."""
+        """Installs sessions from the peer or the operator; returns how many are held now."""
         return self._records(NAT_CMD_INSTALL, records)
 
     def delete(self, records):
@@ -576,9 +576,22 @@ cdef class Core:
         """The peer's sessions become ours, and their timers restart; returns how many there were."""
         return self._command(NAT_CMD_ADOPT, np.zeros(1, RECORD), 0)[0]
 
-    def yield_all(self):
-        """Our sessions become the peer's, which ages them from now on; returns how many there were."""
-        return self._command(NAT_CMD_YIELD, np.zeros(1, RECORD), 0)[0]
+    def cede(self, instance):
+        """Sessions with this instance in their id become the peer's, which ages them from now on; how many."""
+        record = np.zeros(1, RECORD)
+        record["id"] = instance << 52
+        return self._command(NAT_CMD_CEDE, record, 0)[0]
+
+    def update(self, records):
+        """TCP state, idle time and counters of the sessions that are held; returns how many were."""
+        return self._records(NAT_CMD_UPDATE, records)
+
+    def holds(self, records):
+        """Whether each is held under its 5-tuple and id; shape (n,), bool."""
+        asked = np.array(records, RECORD, copy=True, ndmin=1)
+        asked["reserved0"] = 0
+        self._command(NAT_CMD_CHECK, asked, 0)
+        return asked["reserved0"] == 1
 
     cdef _all(self, unsigned op, dtype):
         parts, cursor = [], 0

@@ -278,6 +278,12 @@ enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, u
 void session_record(const struct nat_core *core, uint32_t session, struct nat_record *record);
 /* From the peer or the operator. */
 bool session_install(struct nat_core *core, const struct nat_record *record);
+/* What the side that carries the traffic has seen of it. */
+void session_update(struct nat_core *core, uint32_t at, const struct nat_record *record);
+static inline void session_own(struct session *session, uint8_t foreign)
+{
+    session->flags = (uint8_t)((session->flags & ~NAT_SESSION_FOREIGN) | foreign);
+}
 uint32_t session_by_record(const struct nat_core *core, const struct nat_record *record);
 void session_set_timer(struct session *session);
 

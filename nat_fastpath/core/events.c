@@ -89,21 +89,28 @@ bool nat_command_push(struct nat_core *core, struct nat_command *command)
 
 static bool for_records(struct nat_core *core, struct nat_command *command)
 {
-    const struct nat_record *records = command->buffer;
+    struct nat_record *records = command->buffer;
     uint64_t end = command->cursor + COMMAND_STEP;
     for (; command->cursor < command->count && command->cursor < end; command->cursor++) {
-        const struct nat_record *record = &records[command->cursor];
+        struct nat_record *record = &records[command->cursor];
+        uint32_t at = session_by_record(core, record);
+        bool held = at != NONE32 && core->cold[at].id == record->id;
+        if (command->op == NAT_CMD_CHECK)
+            record->reserved0 = held;
         if (command->op == NAT_CMD_INSTALL) {
-            command->result += session_install(core, record);
+            if (held)
+                session_own(&core->sessions[at], record->flags & NAT_SESSION_FOREIGN);
+            command->result += held || (at == NONE32 && session_install(core, record));
             continue;
         }
-        uint32_t at = session_by_record(core, record);
-        if (at == NONE32 || core->cold[at].id != record->id)
+        if (!held)
             continue;
-        if (command->op == NAT_CMD_COMMIT) {
+        if (command->op == NAT_CMD_UPDATE) {
+            session_update(core, at, record);
+        } else if (command->op == NAT_CMD_COMMIT) {
             core->sessions[at].flags &= (uint8_t)~NAT_SESSION_PENDING;
             hold_release(core, at, NAT_FORWARD);
-        } else if (!session_close(core, at, NAT_CLOSE_COMMAND)) {
+        } else if (command->op == NAT_CMD_DELETE && !session_close(core, at, NAT_CLOSE_COMMAND)) {
             return false; /* the reader of events must make room first */
         }
         command->result++;
@@ -114,14 +121,17 @@ static bool for_records(struct nat_core *core, struct nat_command *command)
 /* Ownership goes to whoever carries the traffic: nobody else sees when a session was last used. */
 static bool change_owner(struct nat_core *core, struct nat_command *command)
 {
-    const uint8_t peers = command->op == NAT_CMD_YIELD ? NAT_SESSION_FOREIGN : 0;
+    const uint8_t owner = command->op == NAT_CMD_CEDE ? NAT_SESSION_FOREIGN : 0;
+    const struct nat_record *of = command->buffer;
     uint64_t end = command->cursor + COMMAND_STEP;
     for (; command->cursor < core->session_slab.top && command->cursor < end; command->cursor++) {
         struct session *s = &core->sessions[command->cursor];
-        if (!s->protocol || (s->flags & NAT_SESSION_FOREIGN) == peers)
+        if (!s->protocol || (s->flags & NAT_SESSION_FOREIGN) == owner)
             continue;
-        s->flags ^= NAT_SESSION_FOREIGN;
-        if (!peers)
+        if (owner && nat_id_instance(core->cold[command->cursor].id) != nat_id_instance(of->id))
+            continue;
+        session_own(s, owner);
+        if (!owner)
             s->last_ms = core->now_ms;
         command->result++;
     }
@@ -177,9 +187,11 @@ static bool command_step(struct nat_core *core, struct nat_command *command)
     case NAT_CMD_INSTALL:
     case NAT_CMD_DELETE:
     case NAT_CMD_COMMIT:
+    case NAT_CMD_UPDATE:
+    case NAT_CMD_CHECK:
         return for_records(core, command);
     case NAT_CMD_ADOPT:
-    case NAT_CMD_YIELD:
+    case NAT_CMD_CEDE:
         return change_owner(core, command);
     default:
         return true;

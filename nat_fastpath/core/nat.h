@@ -204,6 +204,11 @@ static inline uint64_t nat_id(unsigned cls, unsigned instance, unsigned epoch, u
            (uint64_t)(epoch & 0xfffffu) << 32 | counter;
 }
 
+static inline unsigned nat_id_instance(uint64_t id)
+{
+    return (unsigned)(id >> 52) & 0xffu;
+}
+
 struct nat_port_config {
     uint8_t side; /* enum nat_side */
     uint8_t mac[6];
@@ -280,14 +285,17 @@ struct nat_memory {
 /* A command to the owner of the core. `result` is valid once `done` is non-zero. */
 enum nat_command_op {
     NAT_CMD_SESSIONS = 1, /* gather records of slots [cursor, …) into buffer; cursor moves on, 0 at the end */
-    NAT_CMD_INSTALL,      /* install the `count` records at buffer; result: how many were */
+    NAT_CMD_INSTALL,      /* install the `count` records at buffer; result: how many are held now. One that
+                             was held under its id already only takes the record's ownership */
     NAT_CMD_DELETE,       /* delete the sessions of the `count` records at buffer, by 5-tuple and id */
     NAT_CMD_COMMIT,       /* commit the sessions of the `count` records at buffer: their packets may leave */
     NAT_CMD_FIND,         /* buffer: one record with its 5-tuple filled in; filled whole if it exists */
     NAT_CMD_NEIGHBOURS,   /* gather nat_neighbour_record */
     NAT_CMD_HOSTS,        /* gather nat_host_record */
     NAT_CMD_ADOPT,        /* the peer's sessions become ours, and their timers restart; result: how many */
-    NAT_CMD_YIELD,        /* our sessions become the peer's: it ages them from now on */
+    NAT_CMD_CEDE,         /* sessions with the instance of the id of the record at buffer become the peer's */
+    NAT_CMD_UPDATE,       /* TCP state, idle time and counters of the sessions of the records at buffer */
+    NAT_CMD_CHECK,        /* sets reserved0 to 1 in those records at buffer whose sessions are held */
 };
 struct nat_command {
     uint32_t op;

@@ -464,6 +464,29 @@ uint32_t session_by_record(const struct nat_core *core, const struct nat_record 
     return session_find(core, &key, flow_hash(key.addrs, key.ports, key.protocol), OUT);
 }
 
+static void take_counters(struct nat_core *core, uint32_t at, const struct nat_record *record)
+{
+    struct session *s = &core->sessions[at];
+    struct session_cold *cold = &core->cold[at];
+    s->last_ms = core->now_ms - record->idle_ms;
+    s->packets[OUT] = (uint32_t)record->packets_out;
+    s->packets[IN] = (uint32_t)record->packets_in;
+    cold->packets_high[OUT] = (uint16_t)(record->packets_out >> 32);
+    cold->packets_high[IN] = (uint16_t)(record->packets_in >> 32);
+    s->bytes[OUT] = record->bytes_out;
+    s->bytes[IN] = record->bytes_in;
+}
+
+void session_update(struct nat_core *core, uint32_t at, const struct nat_record *record)
+{
+    struct session *s = &core->sessions[at];
+    if (s->protocol == PROTO_TCP && record->tcp_state < NAT_TCP_STATES)
+        s->tcp_state = record->tcp_state;
+    s->flags = (uint8_t)((s->flags & ~NAT_SESSION_INBOUND) | (record->flags & NAT_SESSION_INBOUND));
+    session_set_timer(s);
+    take_counters(core, at, record);
+}
+
 bool session_install(struct nat_core *core, const struct nat_record *record)
 {
     struct session_request r = {
@@ -536,16 +559,9 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
         core->mappings[mapping].sessions++;
     host->sessions++;
     struct session *s = &core->sessions[at];
-    struct session_cold *cold = &core->cold[at];
     s->flags = record->flags & (NAT_SESSION_FOREIGN | NAT_SESSION_INBOUND | NAT_SESSION_OFFLOAD);
-    s->last_ms = core->now_ms - record->idle_ms;
-    cold->opened_ms = core->now_ms - record->age_ms;
-    s->packets[OUT] = (uint32_t)record->packets_out;
-    s->packets[IN] = (uint32_t)record->packets_in;
-    cold->packets_high[OUT] = (uint16_t)(record->packets_out >> 32);
-    cold->packets_high[IN] = (uint16_t)(record->packets_in >> 32);
-    s->bytes[OUT] = record->bytes_out;
-    s->bytes[IN] = record->bytes_in;
+    core->cold[at].opened_ms = core->now_ms - record->age_ms;
+    take_counters(core, at, record);
     core->stats.sessions_installed++;
     return true;
 

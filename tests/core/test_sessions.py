@@ -109,18 +109,41 @@ def test_ownership_passes_with_the_traffic() -> None:
     for port in range(200):
         nat.out(udp(CLIENT, 4000 + port, SERVER, 53))
     nat.wait(60)
-    assert nat.core.yield_all() == 200
-    assert nat.core.yield_all() == 0
+    assert nat.core.cede(9) == 0
+    assert nat.core.cede(0) == 200
+    assert nat.core.cede(0) == 0
     assert set(nat.sessions()["flags"]) == {FLAG_FOREIGN}
     nat.wait(600)
     assert len(nat.sessions()) == 200
     assert nat.core.adopt() == 200
     assert nat.core.adopt() == 0
     assert set(nat.sessions()["flags"]) == {0}
+    assert nat.core.holds(nat.sessions()).all()
+    assert not nat.core.holds(a_record()).any()
     nat.wait(99)
     assert len(nat.sessions()) == 200
     nat.wait(2)
     assert len(nat.sessions()) == 0
+
+
+def test_what_the_carrier_has_seen_is_taken_over() -> None:
+    nat, twin = Nat(), Nat()
+    nat.out(tcp(CLIENT, 4000, SERVER, 80))
+    assert twin.core.install(nat.sessions()) == 1
+    out = nat.out(tcp(CLIENT, 4000, SERVER, 80))
+    nat.back(tcp(SERVER, 80, out.src, out.payload.sport, "SA"))
+    nat.out(tcp(CLIENT, 4000, SERVER, 80, "A"))
+    assert twin.core.update(nat.sessions()) == 1
+    fields = ["tcp_state", "timeout_ms", "packets_out", "packets_in", "bytes_out", "bytes_in"]
+    assert twin.sessions()[fields] == nat.sessions()[fields]
+    assert TCP_STATES[int(twin.sessions()["tcp_state"][0])] == "established"
+    # once more, it changes the owner and nothing else
+    again = nat.sessions()
+    again["flags"] |= FLAG_FOREIGN
+    again["packets_out"] = 0
+    assert twin.core.install(again) == 1
+    assert twin.sessions()["flags"] == FLAG_FOREIGN
+    assert twin.sessions()["packets_out"] == 3
 
 
 def test_paging_while_sessions_come_and_go() -> None:
@@ -211,14 +234,14 @@ def test_installed_session_is_as_it_was() -> None:
         {"internal_addr": number("192.0.2.1")},
         {"internal_addr": number(OTHER_CLIENT)},  # the port is taken by another endpoint
         {"external_port": 5001},  # a second external endpoint
-        {},  # there already
+        {"id": 99},  # there already under another identity
     ],
 )
 def test_records_that_cannot_be_installed(change: dict[str, int]) -> None:
     nat = Nat()
     assert nat.core.install(a_record()) == 1
     before = nat.sessions()
-    bad = a_record(**({"remote_port": 99} if change else {}), **change)
+    bad = a_record(**({"remote_port": 99} if "id" not in change else {}), **change)
     assert nat.core.install(bad) == 0
     assert (nat.sessions() == before).all()
     assert nat.core.delete(before) == 1

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C core as a data plane: the server's fast path, and what the switch agent keeps its records in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from nat_control.dataplane import Capabilities, Ids, Records
+from nat_fastpath.engine import FLAG_FOREIGN, Core
+
+BATCH = 4096
+
+
+class CorePlane:
+    """A DataPlane around ``core``. Its commands wait for the worker, so each is given to a thread."""
+
+    def __init__(self, core: Core, name: str = "fastpath") -> None:
+        self.core = core
+        self.capabilities = Capabilities(name, core.config.max_sessions, core.config.synchronous, BATCH)
+
+    async def install(self, records: Records) -> int:
+        return await asyncio.to_thread(self.core.install, records)
+
+    async def missing(self, records: Records) -> Ids:
+        held = await asyncio.to_thread(self.core.holds, records)
+        return np.asarray(records["id"][~held])
+
+    async def update(self, records: Records) -> int:
+        return await asyncio.to_thread(self.core.update, records)
+
+    async def delete(self, records: Records) -> int:
+        return await asyncio.to_thread(self.core.delete, records)
+
+    async def commit(self, records: Records) -> int:
+        return await asyncio.to_thread(self.core.commit, records)
+
+    async def adopt(self) -> int:
+        return await asyncio.to_thread(self.core.adopt)
+
+    async def cede(self, instance: int, besides: Ids) -> int:
+        ceded = await asyncio.to_thread(self.core.cede, instance)
+        if not len(besides):
+            return ceded
+        async for page in self.sessions():
+            ours = page[np.isin(page["id"], besides)]
+            ours["flags"] &= 0xFF ^ FLAG_FOREIGN
+            ceded -= await self.install(ours)
+        return ceded
+
+    async def sessions(self) -> AsyncIterator[Records]:
+        cursor = 0
+        while True:
+            page, cursor = await asyncio.to_thread(self.core.sessions, cursor, BATCH)
+            yield page
+            if not cursor:
+                return
