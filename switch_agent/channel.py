@@ -107,9 +107,9 @@ def group_mod(
     return _bytes(parser.OFPGroupMod(_OPENFLOW, command, ofp.OFPGT_INDIRECT, group_id, [bucket]), txid)
 
 
-def delete_groups(txid: int = 0) -> bytes:
-    """All groups, and with them the flows that use them."""
-    return _bytes(parser.OFPGroupMod(_OPENFLOW, ofp.OFPGC_DELETE, ofp.OFPGT_INDIRECT, ofp.OFPG_ALL, []), txid)
+def delete_group(group_id: int = ofp.OFPG_ALL, txid: int = 0) -> bytes:
+    """One group or all, and with them the flows that use them."""
+    return _bytes(parser.OFPGroupMod(_OPENFLOW, ofp.OFPGC_DELETE, ofp.OFPGT_INDIRECT, group_id, []), txid)
 
 
 def meter_mod(meter_id: int, rate: int, txid: int = 0, *, modify: bool = False) -> bytes:

@@ -76,11 +76,15 @@ class NextHops:
             outside[_is_ours(side, records["remote_addr"])] = NO_ROUTE
         return inside.astype(np.uint64), outside
 
+    @property
+    def full(self) -> bool:
+        return len(self.groups) >= self._limit
+
     def add(self, keys: Keys) -> list[int]:
         """Gives these keys groups; returns the keys that are new. Beyond the limit they get none."""
         new = []
-        for one in np.unique(keys).tolist():
-            if one == NO_ROUTE or one in self.groups or len(self.groups) >= self._limit:
+        for one in np.unique(keys)[::-1].tolist():  # outside first: those are few and serve many
+            if one == NO_ROUTE or one in self.groups or self.full:
                 continue
             group_id = zlib.crc32(one.to_bytes(8, "big")) % 0x7FFF_FFFF + 1
             while group_id in self._taken:
@@ -91,7 +95,7 @@ class NextHops:
         return new
 
     def forget(self, keys: list[int]) -> None:
-        """Takes back what ``add`` gave, when the switch would not have it."""
+        """Takes back what ``add`` gave: the switch would not have it, or nobody uses it any more."""
         for one in keys:
             self._taken.discard(self.groups.pop(one, 0))
 

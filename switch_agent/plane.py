@@ -21,7 +21,7 @@ from switch_agent import codec
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Error, PacketIn
 from switch_agent.compile import PROTOCOLS, Compiler, NextHopGroups, Numbers
-from switch_agent.nexthops import NextHops
+from switch_agent.nexthops import NO_ROUTE, NextHops
 from switch_agent.pipeline import (
     CLASS_MASK,
     FORWARD_COOKIE,
@@ -65,7 +65,8 @@ class SwitchError(Exception):
 class OpenFlowDataPlane:
     """A DataPlane over one switch. ``report`` gets a line whenever the switch refuses something.
 
-    ``refused`` counts the sessions whose rules the switch would not have (``rules``; of these ``table_full``).
+    ``refused`` counts the sessions whose rules the switch would not have (``rules``; of these ``table_full``),
+    and those for whose next hop there was no group (``next_hops``).
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class OpenFlowDataPlane:
     async def wipe(self) -> None:
         """Everything off the switch: rules, groups. Sessions stay in the store. Raises ChannelLost."""
         txid = self._channel.next_txid()
-        data = openflow.delete_by_cookie(0, 0, txid) + openflow.delete_groups(txid)
+        data = openflow.delete_by_cookie(0, 0, txid) + openflow.delete_group(txid=txid)
         self._insist(await self._channel.transact(data, txid), "wipe")
         self._ruled.clear()
         self._room = self._most
@@ -218,12 +219,11 @@ class OpenFlowDataPlane:
         """
         async with self._group_lock:
             self._hops.learn(key, mac)
-            self._hops.add(np.array([key], np.uint64))
-            await self._write_group(key)
+            if key in self._hops.groups:
+                await self._write_group(key)
 
     async def _write_group(self, key: int) -> None:
-        if not (group_id := self._hops.groups.get(key)):
-            raise SwitchError("no more next hops: the limit of groups is reached")
+        group_id = self._hops.groups[key]
         actions = self._pipeline.next_hop(self._hops.hop(key))
         await self._ensure(
             lambda txid, modify: openflow.group_mod(group_id, actions, txid, modify=modify),
@@ -236,6 +236,9 @@ class OpenFlowDataPlane:
         keys = np.concatenate(self._hops.keys(records))
         async with self._group_lock:
             new = self._hops.add(keys)
+            if self._hops.full:
+                await self._drop_unused_groups(set(keys.tolist()))
+                new += self._hops.add(keys)
             written = 0
             try:
                 for key in new:
@@ -245,7 +248,23 @@ class OpenFlowDataPlane:
                 self._report(str(error))
             finally:
                 self._hops.forget(new[written:])
-        return self._hops.of(records)
+        groups = self._hops.of(records)
+        if without := int(
+            ((keys != NO_ROUTE) & (np.concatenate((groups.internal, groups.external)) == 0)).sum()
+        ):
+            self.refused["next_hops"] += without
+            self._report(f"{without} sessions have no rules: no more groups for their next hops")
+        return groups
+
+    async def _drop_unused_groups(self, wanted: set[int]) -> None:
+        """Makes room among the groups; the lock is held, so that nobody begins to use one meanwhile."""
+        used = {half for pair in self._ruled.values() for half in (pair >> 32, pair & 0xFFFF_FFFF)}
+        idle = [one for one, group in self._hops.groups.items() if group not in used and one not in wanted]
+        if idle:
+            txid = self._channel.next_txid()
+            data = b"".join(openflow.delete_group(self._hops.groups[one], txid) for one in idle)
+            self._insist(await self._channel.transact(data, txid), "deletion of groups")
+            self._hops.forget(idle)
 
     # -- packets -------------------------------------------------------------------------------------------
 

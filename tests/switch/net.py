@@ -56,7 +56,7 @@ def pipeline(**changed: Any) -> Pipeline:
     return Pipeline(**{**sides, "mac": mac_number(VIRTUAL_MAC), **changed})
 
 
-def next_hops(pipe: Pipeline) -> NextHops:
+def next_hops(pipe: Pipeline, limit: int = 4096) -> NextHops:
     routes = {
         "internal": [Route(IPv4Network("10.0.0.0/8"))],
         "external": [
@@ -64,7 +64,7 @@ def next_hops(pipe: Pipeline) -> NextHops:
             Route(IPv4Network("198.51.100.0/24")),
         ],
     }
-    hops = NextHops(pipe, routes)
+    hops = NextHops(pipe, routes, limit)
     hops.learn(GATEWAY_KEY, mac_number(GATEWAY_MAC))
     return hops
 
@@ -195,7 +195,7 @@ class Net:
         self.plane = OpenFlowDataPlane(
             self.channel,
             pipe,
-            next_hops(pipe),
+            next_hops(pipe, options.pop("groups", 4096)),
             AsyncMemoryPlane(self.store),
             report=self.lines.append,
             **options,

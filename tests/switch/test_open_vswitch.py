@@ -331,6 +331,20 @@ def test_what_no_rule_can_carry_stays_a_record(net: Net) -> None:
     assert len(net.store) == 2
 
 
+def test_next_hops_that_nobody_uses_make_room(net: Net) -> None:
+    net.fresh(groups=4)
+    records = random_records(8)
+    records["internal_mac"] = np.arange(1, 9)
+    net.install(records[:5])
+    assert net.plane.has_rules(records).sum() == 3  # and one group is the gateway's
+    assert net.plane.refused["next_hops"] == 2
+    assert "no more groups" in net.lines[0]
+    net.run(net.plane.delete(records[:2]))
+    net.install(records[5:])
+    assert net.plane.has_rules(records).sum() == 3
+    assert net.ovs.ofctl("dump-groups").count("group_id=") == 4
+
+
 def test_reconciling(net: Net) -> None:
     records = random_records(300)
     net.install(records)
