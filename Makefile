@@ -6,7 +6,7 @@ BIN := .venv/bin
 C_FILES = $(shell git ls-files '*.c' '*.h')
 PY_TYPED = nat_control nat_fastpath switch_agent
 
-.PHONY: help build test lint bench fuzz demo clean packages
+.PHONY: help build test lint bench fuzz demo clean packages root
 
 help:
 	@echo "make build   .venv with the extensions compiled"
@@ -29,8 +29,12 @@ $(BIN)/.built: setup.py pyproject.toml $(wildcard nat_fastpath/core/*.[ch] nat_f
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-test: build
-	$(BIN)/python -m pytest
+# Before anything is built: whoever may not run it shall hear so at once.
+root:
+	@tools/as-root.sh true
+
+test: root build
+	tools/as-root.sh $(BIN)/python -m pytest
 
 lint: build
 	$(BIN)/ruff check .
@@ -45,8 +49,8 @@ FUZZ_SECONDS ?= 60
 fuzz: build
 	$(MAKE) -C tests/fuzz run SECONDS=$(FUZZ_SECONDS)
 
-demo: build
-	$(if $(filter 0,$(shell id -u)),,sudo) $(BIN)/tandem-nat demo
+demo: root build
+	tools/as-root.sh $(BIN)/tandem-nat demo
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -35,6 +35,8 @@ if [ -n "$missing" ]; then
         printf '#!/bin/sh\nexit 101\n' | $sudo tee $policy >/dev/null
         $sudo chmod +x $policy
         trap '$sudo rm -f $policy' EXIT
+        trap 'exit 130' INT
+        trap 'exit 143' TERM HUP
     fi
     log=$(mktemp)
     $sudo apt-get update -qq >"$log" 2>&1 || { cat "$log" >&2; fail "apt-get update failed"; }
@@ -43,5 +45,6 @@ if [ -n "$missing" ]; then
     rm -f "$log"
 fi
 
+version=$(pkg-config --modversion libdpdk 2>/dev/null) || version="not known to pkg-config"
 pkg-config --atleast-version=22.11 libdpdk ||
-    fail "libdpdk is $(pkg-config --modversion libdpdk), and 22.11 at least is needed (Debian 12 has it)"
+    fail "libdpdk is $version, and 22.11 at least is needed (Debian 12 has it)"

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import struct
+import threading
 from collections.abc import Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -14,6 +17,7 @@ from nat_fastpath.dpdk._dpdk import ffi, lib
 from nat_fastpath.dpdk.kernel_interface import Interface, interface_names
 
 RX_DESCRIPTORS = TX_DESCRIPTORS = 1024
+SOL_PACKET, PACKET_STATISTICS = 263, 6  # linux/if_packet.h
 ETHERNET_OVERHEAD = 14 + 2 * 4  # header and two VLAN tags
 TPACKET_OVERHEAD = 128  # what AF_PACKET writes before a frame in its ring, rounded up
 PMDS_OF_KERNEL_PACKETS = {"net_af_packet", "net_af_xdp", "net_pcap"}
@@ -190,6 +194,9 @@ class Port:
         self.device, self.mtu = device, mtu
         self._interface: Interface | None = None
         self._port_id: int | None = None
+        self._sockets: list[socket.socket] = []
+        self._missed = 0
+        self._stats_lock = threading.Lock()
         devargs = device
         if device in interface_names():
             self._interface = Interface(
@@ -233,17 +240,19 @@ class Port:
         _check(lib.rte_eth_dev_configure(port, 1, 1, conf), what)
         rx, tx = ffi.new("uint16_t *", RX_DESCRIPTORS), ffi.new("uint16_t *", TX_DESCRIPTORS)
         _check(lib.rte_eth_dev_adjust_nb_rx_tx_desc(port, rx, tx), what)
-        socket = max(lib.rte_eth_dev_socket_id(port), 0)
+        numa = max(lib.rte_eth_dev_socket_id(port), 0)
         _check(
-            lib.rte_eth_rx_queue_setup(port, 0, rx[0], socket, ffi.NULL, pool._pool), f"{what}: receive queue"
+            lib.rte_eth_rx_queue_setup(port, 0, rx[0], numa, ffi.NULL, pool._pool), f"{what}: receive queue"
         )
-        _check(lib.rte_eth_tx_queue_setup(port, 0, tx[0], socket, ffi.NULL), f"{what}: transmit queue")
+        _check(lib.rte_eth_tx_queue_setup(port, 0, tx[0], numa, ffi.NULL), f"{what}: transmit queue")
         if mac is not None and mac != _mac(port):
             wanted = ffi.new("struct rte_ether_addr *")
             wanted.addr_bytes = list(mac)
             _check(lib.rte_eth_dev_default_mac_addr_set(port, wanted), f"{what}: MAC {mac.hex(':')}")
         _check(lib.rte_eth_dev_start(port), what)
         self.mac = _mac(port)
+        if self._interface is not None:
+            self._sockets = self._interface.packet_sockets()
 
     @property
     def port_id(self) -> int:
@@ -270,16 +279,31 @@ class Port:
         link = ffi.new("struct link *")
         _check(lib.link_get(self.port_id, link), f"device {self.device}: link")
         unknown = 0xFFFFFFFF
+        if self._interface is not None:  # the driver knows only how it was at the start
+            link.up = self._interface.is_running
         return Link(
             bool(link.up), 0 if link.speed_mbps == unknown else link.speed_mbps, bool(link.full_duplex)
         )
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the device still exists. A kernel interface that went away does not come back by its name."""
+        return self._interface is None or self._interface.is_there
 
     def stats(self) -> dict[str, int]:
         """The counters that every device has: packets, bytes, missed, errors, out of buffers."""
         stats = ffi.new("struct rte_eth_stats *")
         _check(lib.rte_eth_stats_get(self.port_id, stats), f"device {self.device}: statistics")
         names = ("ipackets", "opackets", "ibytes", "obytes", "imissed", "ierrors", "oerrors", "rx_nombuf")
-        return {name: getattr(stats, name) for name in names}
+        found: dict[str, int] = {name: getattr(stats, name) for name in names}
+        with self._stats_lock:
+            for (
+                ring
+            ) in self._sockets:  # the kernel counts what found its ring full, and forgets it when asked
+                _, dropped = struct.unpack("II", ring.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
+                self._missed += dropped
+            found["imissed"] += self._missed
+        return found
 
     def xstats(self) -> dict[str, int]:
         """The device's own counters, by its own names."""
@@ -292,6 +316,9 @@ class Port:
 
     def close(self) -> None:
         """Stops the port and puts its kernel interface back as it was. May be called twice."""
+        for ring in self._sockets:
+            ring.close()
+        self._sockets = []
         if self._port_id is not None:
             lib.rte_eth_dev_stop(self._port_id)
             lib.rte_eth_dev_close(self._port_id)

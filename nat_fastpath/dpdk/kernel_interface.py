@@ -14,6 +14,8 @@ next start does, by ``repair``.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -33,6 +35,7 @@ MERGING = {
     "rx-udp-gro-forwarding": "rx-udp-gro-forwarding",
 }
 SYSCTLS = {"forwarding": "0", "arp_ignore": "8"}  # 8: do not reply for any address
+SIOCGIFFLAGS, IFF_RUNNING = 0x8913, 0x40
 UPPER_KINDS = {"vlan", "macvlan", "macvtap", "ipvlan", "macsec"}
 
 
@@ -92,12 +95,17 @@ def _set_features(name: str, features: dict[str, bool]) -> None:
 
 
 def below_default_route() -> set[str]:
-    """The interfaces without which this host has no default route: its device, and what that stands on."""
+    """The interfaces without which this host has no default route: its devices, and what those stand on.
+
+    In any table, with any number of next hops, or as two halves.
+    """
     links = {row["ifname"]: row for row in _ip("link", "show")}
     found: set[str] = set()
-    due = {
-        row["dev"] for family in "46" for row in _ip(f"-{family}", "route", "show", "default") if "dev" in row
-    }
+    due: set[str] = set()
+    for family in "46":
+        for row in _ip(f"-{family}", "route", "show", "table", "all", "type", "unicast"):
+            if row["dst"] == "default" or row["dst"].endswith(("/0", "/1")):
+                due |= {hop["dev"] for hop in (row, *row.get("nexthops", ())) if "dev" in hop}
     while due:
         name = due.pop()
         found.add(name)
@@ -107,6 +115,30 @@ def below_default_route() -> set[str]:
         due |= {member for member, other in links.items() if other.get("master") == name}
         due -= found
     return found
+
+
+def _own(name: str) -> socket.socket:
+    """A lock on this interface that ends with the process, whatever its state directory.
+
+    Names of abstract sockets belong to the network namespace, as interfaces do.
+    """
+    lock = socket.socket(socket.AF_UNIX)
+    path = f"\0tandem-nat/{name}"
+    try:
+        lock.bind(path)
+        lock.listen()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise InterfaceError(f"device {name}: {error.strerror}") from None
+        try:
+            lock.connect(path)
+            credentials = lock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            owner = f"the NAT with process id {struct.unpack('3i', credentials)[0]}"
+        except OSError:
+            owner = "another NAT"
+        lock.close()
+        raise InterfaceError(f"device {name}: in use by {owner}") from None
+    return lock
 
 
 class Interface:
@@ -130,6 +162,15 @@ class Interface:
         self.changes: tuple[str, ...] = ()
         self._program: int | None = None
         self._journal = _journal_path(state_dir, name)
+        self._lock = _own(name)
+        try:
+            self._take(mtu, mac, addresses, force)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _take(self, mtu: int, mac: bytes | None, addresses: Sequence[IPv4Address], force: bool) -> None:
+        name = self.name
         self._refuse(addresses, force)
         [link] = _ip("link", "show", "dev", name)
         before = {
@@ -159,8 +200,6 @@ class Interface:
             owner = json.loads(self._journal.read_text())
         except (OSError, ValueError):
             owner = None
-        if owner and _start_time(owner["pid"]) == owner["start_time"]:
-            raise InterfaceError(f"device {name}: in use by the NAT with process id {owner['pid']}")
         if owner:
             _put_back(owner)
         [link] = _ip("link", "show", "dev", name)
@@ -226,6 +265,37 @@ class Interface:
         if self._journal.exists():
             _put_back(self._before)
             self._journal.unlink()
+        self._lock.close()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it still is the interface that was taken: one that is made anew under its name is another."""
+        return (self._before["ifindex"], self.name) in socket.if_nameindex()
+
+    @property
+    def is_running(self) -> bool:
+        """Up, and with a carrier."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            try:
+                answer = fcntl.ioctl(any_socket, SIOCGIFFLAGS, struct.pack("16sH14x", self.name.encode(), 0))
+            except OSError:
+                return False
+        (flags,) = struct.unpack_from("H", answer, 16)
+        return bool(flags & IFF_RUNNING)
+
+    def packet_sockets(self) -> list[socket.socket]:
+        """AF_PACKET sockets of this process that are bound to it, duplicated."""
+        found = []
+        for number in os.listdir("/proc/self/fd"):
+            try:
+                duplicate = socket.socket(fileno=os.dup(int(number)))
+            except OSError:  # no socket, or closed meanwhile
+                continue
+            if duplicate.family == socket.AF_PACKET and duplicate.getsockname()[0] == self.name:
+                found.append(duplicate)
+            else:
+                duplicate.close()
+        return found
 
 
 def _put_back(before: dict[str, Any]) -> bool:

@@ -127,6 +127,38 @@ def test_the_default_route_is_refused_without_force(host: Host) -> None:
     assert "changes" in host.borrow(force=True)
 
 
+@pytest.mark.parametrize(
+    "routes",
+    [
+        ["default nexthop via 192.0.2.2 dev port nexthop via 203.0.113.2 dev other"],
+        ["default via 192.0.2.2 table 100"],
+        ["0.0.0.0/1 via 192.0.2.2", "128.0.0.0/1 via 192.0.2.2"],
+    ],
+)
+def test_every_shape_of_default_route(host: Host, routes: list[str]) -> None:
+    host.here.ip("link", "add", "other", "type", "bridge")
+    host.here.address("other", "203.0.113.1/24")
+    host.here.address("port", "192.0.2.1/24")
+    for route in routes:
+        host.here.ip("route", "add", *route.split())
+    assert "default route" in host.borrow()["error"]
+
+
+def test_two_with_different_state_directories(host: Host, tmp_path: Path) -> None:
+    before = host.look()
+    first = host.here.start(
+        *(sys.executable, "-m", process.__name__, "borrow", json.dumps(["port", host.state, False, 60])),
+    ).ready("borrowed")
+    during = host.look()
+    said = host.run(process.borrow, "port", str(tmp_path / "other"))
+    assert said["error"] == f"device port: in use by the NAT with process id {first.pid}"
+    assert host.look() == during
+    first.popen.kill()
+    first.popen.wait()
+    host.run(process.put_back, host.state)
+    assert host.look() == before
+
+
 def test_the_default_route_through_what_stands_on_it(host: Host) -> None:
     host.here.ip("link", "add", "link", "port", "name", "upper", "type", "macvlan")
     host.here.ip("link", "set", "port", "up")
