@@ -3,21 +3,24 @@
 
 import asyncio
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address
 
 import numpy as np
 import pytest
 from scapy.layers.inet import ICMP, TCP, UDP
-from scapy.layers.l2 import ARP, Ether
+from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from nat_control.lab import Lab, until
+from nat_control.lab import Lab, LabError, leftovers, until
 from switch_agent import channel as openflow
 from switch_agent.channel import ChannelLost
 from switch_agent.codec import Error, Lost, PacketIn, PortStatus, Ready, TransactionComplete
 from switch_agent.nexthops import key
+from switch_agent.ovs import RECEIVE_BUFFER, OpenVSwitch
 from switch_agent.pipeline import Kind, Output, Rule, SetField, mac_text
 from switch_agent.plane import TAKEOVER_TXID, Reconciled, SwitchError
 from tests.switch.net import (
@@ -39,6 +42,7 @@ from tests.switch.net import (
     left,
     mac_number,
     outward,
+    pipeline,
     random_records,
     record,
 )
@@ -79,6 +83,23 @@ def translated_out(protocol: int = 17, mac: str = GATEWAY_MAC) -> bytes:
 
 def translated_in(protocol: int = 17) -> bytes:
     return left(CLIENT_MAC, ip(REMOTE, CLIENT, 63) / transport(protocol, REMOTE_PORT, INTERNAL_PORT))
+
+
+def test_a_switch_leaves_nothing_behind() -> None:
+    """Neither its receive buffers nor, after an error, its daemons."""
+    before, there_before = RECEIVE_BUFFER.read_text(), leftovers(os.getpid())
+    with Lab() as lab:
+        there = lab.namespace("switch")
+        lab.cable(there, "one", lab.namespace("end"), "eth0")
+        switch = OpenVSwitch(there, {"one": 7}, receive_buffer=4 << 20)
+        assert "7(one)" in switch.ofctl("show")
+        assert RECEIVE_BUFFER.read_text() == before
+        with pytest.raises(LabError, match="nothing is OpenFlow port"):
+            OpenVSwitch(lab.namespace("empty"), {"nothing": 1})
+        daemons = list(lab.processes)
+    assert len(daemons) == 4
+    assert not any(process.alive for process in daemons)
+    assert leftovers(os.getpid()) == there_before
 
 
 def test_the_switch_says_who_it_is(net: Net) -> None:
@@ -430,3 +451,20 @@ def test_inside_next_hops_by_address(net: Net) -> None:
     assert isinstance(event, PacketIn)
     net.run(net.plane.set_next_hop(key("internal", IPv4Address(CLIENT)), mac_number(CLIENT_MAC)))
     net.passes("outside", in_packet(), "client", translated_in())
+
+
+def test_tags_are_changed_on_the_way(net: Net) -> None:
+    """VLAN 5 inside, none outside; the agent sees and sends untagged frames."""
+    plain = pipeline()
+    net.fresh(pipeline=pipeline(internal=replace(plain.internal, vlan=5)))
+
+    def tagged(packet: Packet) -> Packet:
+        return Ether(src=packet.src, dst=packet.dst) / Dot1Q(vlan=5) / packet.payload
+
+    net.install(record())
+    net.wires["client"].send(tagged(out_packet()))
+    assert net.wires["outside"].receive() == translated_out()
+    net.wires["client"].send(tagged(outward(ip(CLIENT, REMOTE) / ICMP())))
+    event = net.run(net.expect(lambda event: isinstance(event, PacketIn)))
+    assert isinstance(event, PacketIn)
+    assert net.plane.arrived(event) == (0, bytes(outward(ip(CLIENT, REMOTE) / ICMP())))
