@@ -4,44 +4,58 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
 from nat_control.dataplane import Capabilities, Ids, Records
 from nat_fastpath.engine import FLAG_FOREIGN, Core
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 BATCH = 4096
 
 
 class CorePlane:
-    """A DataPlane around ``core``. Its commands wait for the worker, so each is given to a thread."""
+    """A DataPlane around ``core``.
 
-    def __init__(self, core: Core, name: str = "fastpath") -> None:
+    With a worker a command waits for it, and is given to a thread meanwhile; a core that belongs to the calling
+    thread (``own``) carries it out at once.
+    """
+
+    def __init__(self, core: Core, name: str = "fastpath", *, own: bool = False) -> None:
         self.core = core
+        self._own = own
         self.capabilities = Capabilities(name, core.config.max_sessions, core.config.synchronous, BATCH)
 
+    async def _call(self, command: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        if self._own:
+            return command(*arguments, **options)
+        return await asyncio.to_thread(command, *arguments, **options)
+
     async def install(self, records: Records) -> int:
-        return await asyncio.to_thread(self.core.install, records)
+        return await self._call(self.core.install, records)
 
     async def missing(self, records: Records) -> Ids:
-        held = await asyncio.to_thread(self.core.holds, records)
+        held = await self._call(self.core.holds, records)
         return np.asarray(records["id"][~held])
 
     async def update(self, records: Records) -> int:
-        return await asyncio.to_thread(self.core.update, records)
+        return await self._call(self.core.update, records)
 
     async def delete(self, records: Records) -> int:
-        return await asyncio.to_thread(self.core.delete, records)
+        return await self._call(self.core.delete, records)
 
     async def commit(self, records: Records) -> int:
-        return await asyncio.to_thread(self.core.commit, records)
+        return await self._call(self.core.commit, records)
 
     async def adopt(self) -> int:
-        return await asyncio.to_thread(self.core.adopt)
+        return await self._call(self.core.adopt)
 
     async def cede(self, instance: int, besides: Ids) -> int:
-        ceded = await asyncio.to_thread(self.core.cede, instance)
+        ceded = await self._call(self.core.cede, instance)
         if not len(besides):
             return ceded
         async for page in self.sessions():
@@ -53,7 +67,7 @@ class CorePlane:
     async def sessions(self) -> AsyncIterator[Records]:
         cursor = 0
         while True:
-            page, cursor = await asyncio.to_thread(self.core.sessions, cursor, BATCH)
+            page, cursor = await self._call(self.core.sessions, cursor, BATCH)
             yield page
             if not cursor:
                 return

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
+from nat_control.dataplane import Events
 from nat_fastpath.engine import Core
 
 EVENTS = 16384  # taken at once, in less than a millisecond
@@ -48,12 +49,32 @@ def no_more_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def monotonic() -> float:
+    """Seconds; for those who are given a clock."""
+    return time.monotonic()
+
+
+def monotonic_ns() -> int:
+    """The same, in nanoseconds: the core's time."""
+    return time.monotonic_ns()
+
+
 class ControlLoop:
     """Turns until SIGTERM or SIGINT; ``watch`` is called once per second and may end it by an exception."""
 
-    def __init__(self, core: Core, n_ports: int, watch: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        n_ports: int,
+        watch: Callable[[], None],
+        *,
+        sink: Callable[[Events], None] | None = None,
+        step: float = STEP,
+    ) -> None:
         self._core = core
         self._watch = watch
+        self._sink = sink
+        self._step = step
         self._names = (*RATES, *(f"{name}.{i}" for i in range(n_ports) for name in PORT_RATES))
         self._started = time.monotonic()
         self._before: tuple[float, Mapping[str, int]] = (self._started, core.counters())
@@ -90,6 +111,8 @@ class ControlLoop:
                 self.events_lost += first - self._next_sequence
             self._next_sequence = last + 1
             self.events += len(events)
+            if self._sink is not None:
+                self._sink(events)
         return len(events)
 
     async def _steps(self) -> None:
@@ -100,7 +123,7 @@ class ControlLoop:
             if now - self._before[0] >= RATE_PERIOD:
                 self._take_rates(now)
                 self._watch()
-            await asyncio.sleep(STEP)
+            await asyncio.sleep(self._step)
 
     def _take_rates(self, now: float) -> None:
         then, old = self._before

@@ -85,6 +85,17 @@ class Transport:
         """The plane is ready; connections are accepted from here on."""
         self._carry_out(self.protocol.plane_ready())
 
+    def fileno(self) -> int:
+        """The connection's descriptor, for whoever watches its end. Raises OSError when there is none."""
+        if self._writer is None:
+            raise OSError("no connection")
+        return int(self._writer.get_extra_info("socket").fileno())
+
+    def lose(self) -> None:
+        """The peer is known to be dead: its connection ends now, and not when the kernel notices."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
     async def stop(self) -> None:
         """Says goodbye, and connects no more; ``run`` may be cancelled then."""
         self._leaving = True

@@ -90,6 +90,7 @@ ffibuilder.cdef(
         uint64_t tx_dropped[...], checksums_filled[...]; };
     struct worker *worker_start(const struct worker_config *config, char *error, size_t error_size);
     void worker_stop(struct worker *worker);
+    const uint64_t *worker_loops(const struct worker *worker);
     void worker_read_stats(const struct worker *worker, struct worker_stats *out);
     """
 )

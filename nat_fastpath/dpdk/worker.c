@@ -303,6 +303,11 @@ void worker_stop(struct worker *worker)
     free(worker);
 }
 
+const uint64_t *worker_loops(const struct worker *worker)
+{
+    return &worker->stats.loops;
+}
+
 void worker_read_stats(const struct worker *worker, struct worker_stats *out)
 {
     const uint64_t *from = (const uint64_t *)&worker->stats;

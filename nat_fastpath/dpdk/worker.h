@@ -40,6 +40,8 @@ struct worker;
 struct worker *worker_start(const struct worker_config *config, char *error, size_t error_size);
 /* Ends the thread, gives held packets up, frees the worker. The core belongs to the caller again. */
 void worker_stop(struct worker *worker);
+/* The counter that every turn of the loop advances; it lives as long as the worker. */
+const uint64_t *worker_loops(const struct worker *worker);
 void worker_read_stats(const struct worker *worker, struct worker_stats *out);
 
 /* Takes DPDK's log instead of stderr: the last lines of it, for exceptions. */

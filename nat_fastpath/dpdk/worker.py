@@ -71,6 +71,13 @@ class Worker:
             lib.worker_stop(worker)
             self._core.detach()
 
+    @property
+    def loops_address(self) -> int:
+        """Of the ``uint64_t`` that every turn of the loop advances, while it runs: proof of life for a heartbeat."""
+        if not self.running:
+            raise RuntimeError("the worker does not run")
+        return int(ffi.cast("uintptr_t", lib.worker_loops(self._worker)))
+
     def stats(self) -> dict[str, int | float]:
         """Counters of the loop. ``busy_share`` is the part of the time since the last call that had work."""
         if not self.running:
