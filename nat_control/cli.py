@@ -134,6 +134,21 @@ def server(
 
 
 @app.command()
+def switch(config: ConfigFile) -> None:
+    """Run the NAT on an OpenFlow switch, alone or as the server's twin, until SIGTERM or Ctrl-C; no DPDK."""
+    with _user_errors():
+        loaded = load(config)
+        for line in warnings(loaded):
+            _complain(f"{config}: warning: {line}")
+        from switch_agent.agent import AgentError, serve  # os-ken takes its time to be imported
+
+        try:
+            serve(loaded)
+        except AgentError as error:
+            raise _fail(error) from None
+
+
+@app.command()
 def check(config: ConfigFile, as_json: Json = False) -> None:
     """Check a configuration: every error at once, warnings, and the memory it takes."""
     from nat_fastpath.engine import CoreError, memory_for

@@ -33,20 +33,39 @@ from nat_control.config_reader import (
     shown,
     the_cores,
 )
+from nat_control.pair_config import KEYS as PAIR_KEYS
+from nat_control.pair_config import (
+    Heartbeat,
+    Hold,
+    Peer,
+    Switch,
+    SwitchPorts,
+    Virtual,
+    check_pair,
+    read_heartbeat,
+    read_peer,
+    read_switch,
+)
 from nat_fastpath.core_config import CoreConfig, NeighbourConfig, PoolRange, PortConfig, RouteConfig
 
 __all__ = [
     "Config",
     "ConfigError",
     "Control",
+    "Heartbeat",
+    "Hold",
     "Limits",
     "Nat",
     "Neighbour",
+    "Peer",
     "Pool",
     "Port",
     "Problem",
     "Route",
+    "Switch",
+    "SwitchPorts",
     "Timeouts",
+    "Virtual",
     "Workers",
     "load",
     "parse",
@@ -168,14 +187,33 @@ class Config:
     nat: Nat
     workers: Workers
     control: Control
+    peer: Peer | None = None
+    heartbeat: Heartbeat | None = None
+    switch: Switch | None = None
+    virtual: Virtual | None = None
+
+    @property
+    def number(self) -> int:
+        """The instance in session ids (8 bits): 1 a server, 2 a switch agent."""
+        return 2 if self.switch else 1
 
 
 # Every key there is, by section. The first value says whether it must be there.
 KEYS: Mapping[str, Mapping[str, bool]] = {
-    "": {"instance": True, "ports": True, "nat": True, "workers": False, "control": False},
+    "": {
+        "instance": True,
+        "ports": True,
+        "nat": True,
+        "workers": False,
+        "control": False,
+        "peer": False,
+        "heartbeat": False,
+        "switch": False,
+        "virtual": False,
+    },
     "ports": {"internal": True, "external": True},
     "port": {
-        "device": True,
+        "device": False,  # a server needs it, a switch agent has none
         "address": True,
         "gateway": False,
         "gateway_mac": False,
@@ -199,6 +237,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
     "limits": {"sessions_per_host": False, "mappings_per_host": False, "new_sessions_per_second": False},
     "workers": {"cores": False, "idle": False},
     "control": {"socket": False},
+    **PAIR_KEYS,
 }
 
 
@@ -372,6 +411,11 @@ def parse(mapping: object, source: str = "config") -> Config:
     pool = Pool(_merged(reader, located), pool_section.get("ports", a_port_range, Pool(()).ports))
     timeouts, limits = nat.section("timeouts", "timeouts"), nat.section("limits", "limits")
     workers, control = root.section("workers", "workers"), root.section("control", "control")
+    present = {
+        name: root.section(name, name)
+        for name in ("peer", "heartbeat", "switch", "virtual")
+        if name in root.values
+    }
     config = Config(
         instance=instance,
         ports=ports,
@@ -397,8 +441,21 @@ def parse(mapping: object, source: str = "config") -> Config:
             idle=workers.get("idle", choice(IDLE_MODES), IDLE_MODES[0]),
         ),
         control=Control(control.get("socket", a_socket, Path(f"/run/tandem-nat/{instance}.sock"))),
+        peer=read_peer(present["peer"]) if "peer" in present else None,
+        heartbeat=read_heartbeat(present["heartbeat"]) if "heartbeat" in present else None,
+        switch=read_switch(present["switch"]) if "switch" in present else None,
+        virtual=Virtual(present["virtual"].get("mac", a_mac, _NO_MAC)) if "virtual" in present else None,
     )
     _check(reader, config, located)
+    check_pair(reader, config.peer, config.heartbeat, config.switch, config.virtual)
+    for side in config.ports:
+        path = f"ports.{side.name}"
+        if config.switch is None and not side.device and reader.good(f"{path}.device"):
+            reader.fault(f"{path}.device", "missing")
+        if config.switch is not None and side.device:
+            reader.fault(f"{path}.device", "a switch agent has no devices: its ports are `switch.ports`")
+        if config.virtual is not None and side.mac is not None:
+            reader.fault(f"{path}.mac", "the MAC is that of `virtual`")
     if reader.problems:
         raise ConfigError(reader.problems, source)
     return config
@@ -408,7 +465,8 @@ def _check(reader: Reader, config: Config, located: list[_Located]) -> None:
     internal, external = config.ports
     for port in config.ports:
         _check_port(reader, port)
-    if reader.good("ports.internal.device", "ports.external.device") and internal.device == external.device:
+    same_device = internal.device and internal.device == external.device
+    if reader.good("ports.internal.device", "ports.external.device") and same_device:
         reader.fault("ports.external.device", f"{external.device} is the internal port's device too")
     if reader.good("ports.internal.address", "ports.external.address"):
         inside, outside = internal.address.network, external.address.network
@@ -483,12 +541,17 @@ def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreCon
         ]
         neighbours += [NeighbourConfig(neighbour.address, i, neighbour.mac) for neighbour in port.neighbours]
     timeouts, limits, pool = config.nat.timeouts, config.nat.limits, config.nat.pool
+    if config.virtual:
+        macs = [config.virtual.mac] * len(config.ports)
+    hold = config.peer.hold if config.peer and config.peer.mode != "off" else None
+    # the ports that are not ours are the peer's
+    ports = (1, 65535) if hold else pool.ports
     return CoreConfig(
         ports=tuple(
             PortConfig(port.side, port.mac or mac, port.address.ip, port.mtu)
             for port, mac in zip(config.ports, macs, strict=True)
         ),
-        pool=tuple(PoolRange(first, last, pool.ports) for first, last in pool.ranges),
+        pool=tuple(PoolRange(first, last, ports, pool.ports) for first, last in pool.ranges),
         routes=tuple(routes),
         neighbours=tuple(neighbours),
         mapping=config.nat.mapping,
@@ -502,5 +565,10 @@ def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreCon
         tcp_established_timeout=timeouts.tcp_established,
         tcp_transitory_timeout=timeouts.tcp_transitory,
         icmp_timeout=timeouts.icmp,
+        instance=config.number,
         epoch=epoch,
+        # an agent's packets wait for their rules on the switch, with a peer or without
+        synchronous=config.switch is not None or (hold is not None and config.peer.mode == "synchronous"),  # type: ignore[union-attr]
+        hold=hold.ms / 1000 if hold else 1.0,
+        max_held=hold.packets if hold else 1024,
     )

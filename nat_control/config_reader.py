@@ -80,7 +80,7 @@ def _did_you_mean(word: object, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _text(pattern: str, what: str) -> Callable[[object], str]:
+def text_like(pattern: str, what: str) -> Callable[[object], str]:
     expression = re.compile(pattern, re.ASCII)
 
     def convert(value: object) -> str:
@@ -93,14 +93,14 @@ def _text(pattern: str, what: str) -> Callable[[object], str]:
     return convert
 
 
-an_instance = _text(r"[A-Za-z0-9._-]{1,64}", "1 to 64 of A-Z a-z 0-9 . _ -")
-a_device = _text(
+an_instance = text_like(r"[A-Za-z0-9._-]{1,64}", "1 to 64 of A-Z a-z 0-9 . _ -")
+a_device = text_like(
     r"[!-~][ -~]{0,254}", "a kernel interface or DPDK device arguments, up to 255 printable ASCII characters"
 )
 _OCTETS = r"\d{1,3}(?:\.\d{1,3}){3}"
-_ipv4 = _text(_OCTETS, "an IPv4 address, such as 198.51.100.254")
-_cidr = _text(_OCTETS + r"/\d{1,2}", "an IPv4 address and the length of its prefix, such as 10.0.0.1/24")
-_hardware = _text(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}", "a MAC, such as 02:00:00:00:00:01")
+_ipv4 = text_like(_OCTETS, "an IPv4 address, such as 198.51.100.254")
+_cidr = text_like(_OCTETS + r"/\d{1,2}", "an IPv4 address and the length of its prefix, such as 10.0.0.1/24")
+_hardware = text_like(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}", "a MAC, such as 02:00:00:00:00:01")
 
 
 def an_address(value: object) -> IPv4Address:
@@ -138,7 +138,7 @@ def a_mac(value: object) -> bytes:
 
 
 def a_socket(value: object) -> Path:
-    path = _text(r"/[!-~]+", "an absolute path without spaces")(value)
+    path = text_like(r"/[!-~]+", "an absolute path without spaces")(value)
     if len(path) > MAX_SOCKET_PATH:
         raise ValueError(f"{len(path)} bytes long, and a unix socket's path has {MAX_SOCKET_PATH} at most")
     return Path(path)
@@ -149,7 +149,7 @@ def a_port_range(value: object) -> tuple[int, int]:
     text = (
         str(value)
         if type(value) is int and 0 < value < 1 << 16
-        else _text(r"\d{1,5}(?:-\d{1,5})?", what)(value)
+        else text_like(r"\d{1,5}(?:-\d{1,5})?", what)(value)
     )
     first, _, last = text.partition("-")
     low, high = int(first), int(last or first)

@@ -79,6 +79,7 @@ class ControlLoop:
         self._started = time.monotonic()
         self._before: tuple[float, Mapping[str, int]] = (self._started, core.counters())
         self._next_sequence = 0
+        self._end: asyncio.Future[str] | None = None
         self.events = 0
         self.events_lost = 0
         self.rates: dict[str, float] = dict.fromkeys(self._names, 0.0)
@@ -92,6 +93,7 @@ class ControlLoop:
         """Runs until a signal; returns its name."""
         loop = asyncio.get_running_loop()
         end: asyncio.Future[str] = loop.create_future()
+        self._end = end
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _finish, end, signal.Signals(number).name)
         steps = asyncio.create_task(self._steps())
@@ -101,6 +103,11 @@ class ControlLoop:
             return await end
         finally:
             steps.cancel()
+
+    def end_with(self, task: asyncio.Task[None]) -> None:
+        """A part that must not end has ended: so do we, with its exception."""
+        if self._end is not None:
+            _fail(self._end, task)
 
     def drain(self) -> int:
         """Takes what events there are, one batch; returns how many."""

@@ -17,11 +17,16 @@ import numpy as np
 from nat_control import config as configuration
 from nat_control.api import Api, ApiError
 from nat_control.config import Config
-from nat_control.loop import ControlLoop, ending_cleanly, no_more_signals, start_epoch
+from nat_control.core_plane import CorePlane
+from nat_control.loop import STEP, ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
+from nat_control.pair import Pair
+from nat_control.sync import actions as do
 from nat_fastpath import engine
 from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, repair
+from nat_fastpath.watch import hold_memory
 
 BUFFERS = 16384  # packets in flight; AF_XDP receives nothing with much less
+PAIR_STEP = 0.001  # seconds: in synchronous mode a new session's first packet waits for this
 SHOWN = 256  # rows of a list that comes as one answer
 
 
@@ -31,6 +36,16 @@ class ServerError(Exception):
 
 def say(line: str) -> None:
     print(line, flush=True)
+
+
+def _say_notice(action: do.Action) -> None:
+    match action:
+        case do.StateChanged(before, after, why):
+            say(f"peer: {before.value} -> {after.value}: {why}")
+        case do.Conflicts(ids, here):
+            say(f"peer: {len(ids)} sessions contradict others {'here' if here else 'there'}")
+        case do.DigestCompared(differing) if differing:
+            say(f"peer: {len(differing)} of 256 digests differ")
 
 
 def serve(config: Config, *, force: bool = False) -> None:
@@ -73,7 +88,7 @@ class Server:
                 pool,
                 index=i,
                 mtu=port.mtu,
-                mac=port.mac,
+                mac=config.virtual.mac if config.virtual else port.mac,
                 addresses=_addresses(config, i),
                 state_dir=state,
                 force=force,
@@ -104,7 +119,27 @@ class Server:
             f", sleeps {self.worker.idle_bound_us} µs at most" if config.workers.idle == "adaptive" else ""
         )
         say(f"worker: CPU {cpu}, {config.workers.idle}{bound}")
-        self.loop = ControlLoop(self.core, len(self.ports), self._watch)
+        self.pair: Pair | None = None
+        if config.peer and config.peer.mode != "off":
+            self.pair = Pair(
+                config,
+                CorePlane(self.core),
+                epoch=core_config.epoch,
+                clock=monotonic,
+                drain=lambda: self.loop.drain(),
+                notice=_say_notice,
+                counters=[self.worker.loops_address],
+            )
+            undo.callback(self.pair.watch.close)
+            # so that our sockets close at once if we are killed, however much memory we have
+            undo.callback(hold_memory().close)
+        self.loop = ControlLoop(
+            self.core,
+            len(self.ports),
+            self._watch,
+            sink=self.pair.events if self.pair else None,
+            step=PAIR_STEP if self.pair else STEP,
+        )
 
     def run(self) -> None:
         asyncio.run(self._run())
@@ -113,10 +148,18 @@ class Server:
         answers = {"status": self.status, "stats": self.stats, "pool": self.pool_use, "ports": self.port_list}
         api = Api(answers, self.core.sessions)
         await api.start(self.config.control.socket)
+        pair = asyncio.ensure_future(self.pair.run()) if self.pair else None
+        if pair is not None:
+            pair.add_done_callback(self.loop.end_with)
         try:
             say(f"control: {self.config.control.socket}")
             say(f"ended by {await self.loop.run(ready=lambda: say('ready'))}")
         finally:
+            if pair is not None and self.pair is not None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.pair.stop(), 1)
+                pair.cancel()
+                await asyncio.wait([pair])
             await api.close()
 
     def _watch(self) -> None:

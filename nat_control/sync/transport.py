@@ -47,7 +47,7 @@ class Transport:
         plane: DataPlane,
         *,
         clock: Callable[[], float],
-        drain: Callable[[], None],
+        drain: Callable[[], object],
         notice: Callable[[do.Action], None],
         listen: tuple[str, int] | None = None,
         connect: tuple[str, int] | None = None,

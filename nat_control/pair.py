@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One half of a pair: sync and heartbeat put together, as the server and the switch agent both need them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from nat_control.config import Config
+from nat_control.dataplane import NO_RECORDS, Changes, DataPlane, Events, changes
+from nat_control.sync import actions as do
+from nat_control.sync.actions import Limits, Mode, State
+from nat_control.sync.codec import PoolRange
+from nat_control.sync.protocol import Protocol
+from nat_control.sync.transport import Transport
+from nat_fastpath.engine import FLAG_FOREIGN
+from nat_fastpath.watch import Watch
+
+DIGEST_PERIOD = 2.0  # seconds; what a return waits for at most once nothing is under way
+ACTIVITY_SHARE = 8  # the owner of a session hears of its traffic so many times per timeout
+ACTIVITY_PERIOD = 5.0  # seconds at least
+
+
+def pools(config: Config) -> tuple[PoolRange, ...]:
+    """What this instance hands out, as Hello tells it."""
+    return tuple(
+        PoolRange(int(first), int(last), *config.nat.pool.ports) for first, last in config.nat.pool.ranges
+    )
+
+
+def heartbeat_key(config: Config) -> bytes:
+    """The configured key; without one both sides derive the same, which keeps strays out and nobody else."""
+    assert config.heartbeat
+    assert config.virtual
+    return (
+        config.heartbeat.key
+        or hashlib.blake2b(config.virtual.mac, digest_size=16, key=b"tandem-nat").digest()
+    )
+
+
+class Pair:
+    """``drain`` takes the plane's events and gives them to ``events``; ``notice`` is told what happens."""
+
+    def __init__(
+        self,
+        config: Config,
+        plane: DataPlane,
+        *,
+        epoch: int,
+        clock: Callable[[], float],
+        drain: Callable[[], object],
+        notice: Callable[[do.Action], None],
+        counters: Sequence[int] = (),
+    ) -> None:
+        assert config.peer
+        assert config.heartbeat
+        peer, heartbeat = config.peer, config.heartbeat
+        self._plane = plane
+        self._notice = notice
+        self._timeouts = config.nat.timeouts
+        self.protocol = Protocol(
+            config.number, pools(config), Mode(peer.mode), epoch=epoch, limits=Limits(digest=DIGEST_PERIOD)
+        )
+        self.transport = Transport(
+            self.protocol,
+            plane,
+            clock=clock,
+            drain=drain,
+            notice=self._noticed,
+            listen=peer.listen,
+            connect=peer.connect,
+        )
+        self.watch = Watch(
+            heartbeat.listen,
+            heartbeat.connect,
+            heartbeat_key(config),
+            instance=config.number,
+            epoch=epoch,
+            interval_ms=heartbeat.interval_ms,
+            misses=heartbeat.misses,
+            counters=counters,
+        )
+
+    @property
+    def state(self) -> State:
+        return self.protocol.state
+
+    def events(self, events: Events) -> None:
+        """What our own plane did."""
+        self.transport.events(changes(events))
+
+    def _noticed(self, action: do.Action) -> None:
+        if isinstance(action, do.StateChanged):
+            # A descriptor must be out of the watch before the transport closes it.
+            operational = action.after is State.OPERATIONAL
+            self.watch.watch_tcp(self.transport.fileno() if operational else None)
+        self._notice(action)
+
+    async def run(self) -> None:
+        """Until cancelled: the sync channel, the heartbeat, and what the peer must hear of our traffic."""
+        with self.watch:
+            self.transport.ready()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.transport.run())
+                tasks.create_task(self._tell_activity())
+
+    async def stop(self) -> None:
+        """We leave on purpose: the peer hears it before anything is closed."""
+        with contextlib.suppress(ValueError):
+            self.watch.disarm()
+            self.watch.leave()
+        await self.transport.stop()
+
+    async def _tell_activity(self) -> None:
+        """The owner ages a session, but only the carrier sees its packets."""
+        shortest = min(self._timeouts.udp, self._timeouts.icmp, self._timeouts.tcp_transitory)
+        period = max(shortest / ACTIVITY_SHARE, ACTIVITY_PERIOD)
+        while True:
+            await asyncio.sleep(period)
+            if self.state is not State.OPERATIONAL:
+                continue
+            async for page in self._plane.sessions():
+                foreign = page["flags"] & FLAG_FOREIGN != 0
+                active = page[foreign & (page["idle_ms"] < np.uint32(period * 1000))]
+                if len(active):
+                    self.transport.events(Changes(NO_RECORDS, active, NO_RECORDS))

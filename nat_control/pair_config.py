@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sections of the configuration that make a NAT half of a pair: peer, heartbeat, switch, virtual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+
+from nat_control.config_reader import Reader, Section, choice, integer, shown, text_like
+
+MODES = ("off", "asynchronous", "synchronous")
+PARTITIONS = ("all_peer",)
+ON_LIMIT = ("drop",)
+BARRIERS = ("trusted",)
+MAX_OPENFLOW_PORT = 65279
+
+Address = tuple[str, int]  # host and port
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Bounds of output commit: packets that wait for the peer, how long (ms), and what happens then."""
+
+    packets: int = 1024
+    ms: int = 50
+    on_limit: str = ON_LIMIT[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The sync channel; one side listens, the other connects."""
+
+    listen: Address | None
+    connect: Address | None
+    mode: str = "synchronous"
+    partition: str = PARTITIONS[0]
+    hold: Hold = Hold()
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """``connect`` is the peer's address, learned from its heartbeats where it is None; ``key`` has 16 bytes."""
+
+    listen: Address
+    connect: Address | None
+    interval_ms: float = 2.0
+    misses: int = 3
+    key: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchPorts:
+    """OpenFlow port numbers; 0: there is no server."""
+
+    internal: int
+    external: int
+    server_internal: int = 0
+    server_external: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """``openflow`` and ``takeover`` are where the switch connects to, twice: ADDRESS:PORT or unix:PATH."""
+
+    openflow: str
+    takeover: str
+    datapath_id: int
+    ports: SwitchPorts
+    barrier: str = BARRIERS[0]
+    max_flows: int = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Virtual:
+    """What both halves are known by."""
+
+    mac: bytes
+
+
+KEYS: Mapping[str, Mapping[str, bool]] = {
+    "peer": {"listen": False, "connect": False, "mode": False, "partition": False, "hold": False},
+    "hold": {"packets": False, "ms": False, "on_limit": False},
+    "heartbeat": {"listen": True, "connect": False, "interval_ms": False, "misses": False, "key": False},
+    "switch": {
+        "openflow": True,
+        "takeover": False,
+        "datapath_id": True,
+        "barrier": False,
+        "max_flows": False,
+        "ports": True,
+    },
+    "switch_ports": {
+        "internal": True,
+        "external": True,
+        "server_internal": False,
+        "server_external": False,
+    },
+    "virtual": {"mac": True},
+}
+
+_listener = text_like(r"\d{1,3}(?:\.\d{1,3}){3}:\d{1,5}", "ADDRESS:PORT, such as 127.0.0.1:7000")
+_openflow = text_like(
+    r"\d{1,3}(?:\.\d{1,3}){3}:\d{1,5}|unix:/[!-~]{1,100}",
+    "ADDRESS:PORT or unix:/PATH, such as 127.0.0.1:6653",
+)
+_hexadecimal = text_like(r"[0-9A-Fa-f]{1,16}", "1 to 16 hexadecimal digits")
+_key = text_like(r"[0-9A-Fa-f]{32}", "32 hexadecimal digits, such as openssl rand -hex 16 gives")
+
+
+def _address(value: object) -> Address:
+    host, _, port = _listener(value).rpartition(":")
+    if not 1 <= int(port) <= 65535:
+        raise ValueError(f"{shown(value)} is not allowed: a port is from 1 to 65535")
+    return str(IPv4Address(host)), int(port)
+
+
+def _place(value: object) -> str:
+    text = _openflow(value)
+    if not text.startswith("unix:"):
+        host, port = _address(text)
+        return f"{host}:{port}"
+    return text
+
+
+def _interval(value: object) -> float:
+    if type(value) not in (int, float) or not 0.1 <= value <= 10_000:  # type: ignore[operator]
+        raise ValueError(f"{shown(value)} is no number of milliseconds from 0.1 to 10000")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _other_place(place: str) -> str:
+    """Beside the first: the next port, or a path that begins like it."""
+    if place.startswith("unix:"):
+        return f"{place}-takeover"
+    host, _, port = place.rpartition(":")
+    return f"{host}:{int(port) % 65535 + 1}"
+
+
+def read_peer(section: Section) -> Peer:
+    hold = section.section("hold", "hold")
+    listen, connect = section.get("listen", _address, None), section.get("connect", _address, None)
+    if ("listen" in section.values) == ("connect" in section.values):
+        section.reader.fault(section.at, "exactly one of `listen` and `connect` is needed")
+    return Peer(
+        listen=listen,
+        connect=connect,
+        mode=section.get("mode", choice(MODES), "synchronous"),
+        partition=section.get("partition", choice(PARTITIONS), PARTITIONS[0]),
+        hold=Hold(
+            packets=hold.get("packets", integer(1, 16384), 1024),
+            ms=hold.get("ms", integer(1, 10_000), 50),
+            on_limit=hold.get("on_limit", choice(ON_LIMIT), ON_LIMIT[0]),
+        ),
+    )
+
+
+def read_heartbeat(section: Section) -> Heartbeat:
+    return Heartbeat(
+        listen=section.get("listen", _address, ("127.0.0.1", 7001)),
+        connect=section.get("connect", _address, None),
+        interval_ms=section.get("interval_ms", _interval, 2.0),
+        misses=section.get("misses", integer(1, 1000), 3),
+        key=section.get("key", lambda value: bytes.fromhex(_key(value)), None),
+    )
+
+
+def read_switch(section: Section) -> Switch:
+    ports = section.section("ports", "switch_ports")
+    openflow = section.get("openflow", _place, "127.0.0.1:6653")
+    number = integer(1, MAX_OPENFLOW_PORT)
+    return Switch(
+        openflow=openflow,
+        takeover=section.get("takeover", _place, _other_place(openflow)),
+        datapath_id=section.get("datapath_id", lambda value: int(_hexadecimal(value), 16), 0),
+        barrier=section.get("barrier", choice(BARRIERS), BARRIERS[0]),
+        max_flows=section.get("max_flows", integer(2, 10_000_000), 100_000),
+        ports=SwitchPorts(*(ports.get(key, number, 0) for key in KEYS["switch_ports"])),
+    )
+
+
+def check_pair(
+    reader: Reader,
+    peer: Peer | None,
+    heartbeat: Heartbeat | None,
+    switch: Switch | None,
+    virtual: Virtual | None,
+) -> None:
+    """What must hold among these sections."""
+    active = peer is not None and peer.mode != "off"
+    if active and heartbeat is None:
+        reader.fault("heartbeat", "missing: a peer needs it to learn of the other's death")
+    if heartbeat is not None and peer is None:
+        reader.fault("peer", "missing: a heartbeat is for the peer")
+    if active and heartbeat and peer and peer.connect and heartbeat.connect is None:
+        reader.fault(
+            "heartbeat.connect", "missing: who connects to the peer says where its heartbeat listens"
+        )
+    if (active or switch) and virtual is None:
+        reader.fault("virtual", "missing: both halves of a pair have one MAC")
+    if switch is None:
+        return
+    ports = switch.ports
+    if active and not (ports.server_internal and ports.server_external):
+        reader.fault("switch.ports", "server_internal and server_external are needed for the peer")
+    given = [
+        port
+        for port in (ports.internal, ports.external, ports.server_internal, ports.server_external)
+        if port
+    ]
+    if len(set(given)) < len(given) and reader.good("switch.ports"):
+        reader.fault("switch.ports", "one port has two uses")
+    if switch.takeover == switch.openflow:
+        reader.fault(
+            "switch.takeover", "must be another place than `openflow`: it is a connection of its own"
+        )

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tandem-nat switch`: the NAT on the switch, alone or as half of a pair.
+
+The agent's core keeps every session and decides like the server's; the switch gets rules for them. While the server
+carries, the wide forward rules stand above those rules. When the server dies, a C thread has deleted them already
+(see nat_fastpath.watch) before anything here is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
+from importlib.metadata import version
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+import numpy as np
+
+from nat_control import config as configuration
+from nat_control.api import Api, ApiError
+from nat_control.config import Config
+from nat_control.core_plane import CorePlane
+from nat_control.dataplane import Events, Records, changes
+from nat_control.loop import (
+    ControlLoop,
+    ending_cleanly,
+    monotonic,
+    monotonic_ns,
+    no_more_signals,
+    start_epoch,
+)
+from nat_control.pair import Pair
+from nat_control.sync import actions as do
+from nat_control.sync.actions import State
+from nat_fastpath.engine import NEIGHBOUR_STATES, VERDICT_NAMES, Core, CoreError, Result, Verdict
+from switch_agent.channel import Channel, ChannelLost
+from switch_agent.codec import Lost, PacketIn, Ready
+from switch_agent.nexthops import NextHops, Route, key
+from switch_agent.pipeline import Pipeline, Side
+from switch_agent.plane import OpenFlowDataPlane, SwitchError
+
+STEP = 0.005  # seconds between two looks at the core: ARP, ageing, events
+KNOWN = {NEIGHBOUR_STATES.index(name) for name in ("reachable", "probe", "static")}
+
+
+def say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+class AgentError(Exception):
+    """The agent cannot start, or could not go on; one line."""
+
+
+def serve(config: Config) -> None:
+    """Runs until SIGTERM or SIGINT. Raises AgentError."""
+    if config.switch is None:
+        raise AgentError("the configuration has no section `switch`: see docs/switch.md")
+    with ending_cleanly():
+        try:
+            say(f"ended by {asyncio.run(Agent(config).run())}")
+        except (CoreError, ApiError) as error:
+            raise AgentError(str(error)) from None
+        except OSError as error:
+            raise AgentError(f"{config.switch.openflow}: {error.strerror}") from None
+        finally:
+            no_more_signals()
+
+
+def pipeline_of(config: Config) -> Pipeline:
+    """The switch's table for this configuration."""
+    assert config.switch
+    assert config.virtual
+    internal, external = config.ports
+    ports = config.switch.ports
+    own = ((internal.address.ip, internal.address.ip),)
+    outside = ((external.address.ip, external.address.ip), *config.nat.pool.ranges)
+    return Pipeline(
+        internal=Side(ports.internal, ports.server_internal, 0, own),
+        external=Side(ports.external, ports.server_external, 0, outside),
+        mac=int.from_bytes(config.virtual.mac, "big"),
+    )
+
+
+def next_hops_of(config: Config, pipeline: Pipeline) -> NextHops:
+    routes: dict[str, list[Route]] = {}
+    for port in config.ports:
+        found = [Route(port.address.network), *(Route(r.prefix, r.gateway) for r in port.routes)]
+        if port.gateway:
+            found.append(Route(IPv4Network("0.0.0.0/0"), port.gateway))
+        routes[port.side] = found
+    return NextHops(pipeline, dict(routes))
+
+
+class AgentPlane(OpenFlowDataPlane):
+    """Sessions that the agent itself opens: their packets leave after the switch has their rules (output commit)."""
+
+    async def commit(self, records: Records) -> int:
+        records = records[~np.isin(records["id"], await self.missing(records))]
+        try:
+            await self._offload(records)
+        except (ChannelLost, SwitchError) as error:
+            self._report(f"rules of {len(records)} new sessions: {error}")
+        return await super().commit(records)
+
+
+class Agent:
+    """One switch, one core, and perhaps a peer."""
+
+    def __init__(self, config: Config) -> None:
+        assert config.switch
+        assert config.virtual
+        self.config = config
+        self.epoch = start_epoch()
+        self.core = Core(configuration.to_core(config, [], epoch=self.epoch))
+        self.store = CorePlane(self.core, "agent", own=True)
+        self.channel = Channel(config.switch.datapath_id)
+        self.takeover_channel = Channel(config.switch.datapath_id)
+        pipeline = pipeline_of(config)
+        self.plane = AgentPlane(
+            self.channel,
+            pipeline,
+            next_hops_of(config, pipeline),
+            self.store,
+            max_flows=config.switch.max_flows,
+            report=say,
+        )
+        self.loop = ControlLoop(self.core, 2, self._every_second, sink=self._events, step=STEP)
+        self.pair: Pair | None = None
+        if config.peer and config.peer.mode != "off":
+            self.pair = Pair(
+                config,
+                self.plane,
+                epoch=self.epoch,
+                clock=monotonic,
+                drain=self._drain,
+                notice=self._notice,
+            )
+        self.ready = False  # the switch is connected and prepared
+        self.forwarding = False  # the server carries
+        self.counts: Counter[str] = Counter()
+        self.last_takeover: dict[str, Any] = {}
+        self._macs: dict[int, int] = {}
+        self._work: asyncio.Queue[Callable[[], Awaitable[object]]] = asyncio.Queue()
+        self._returning = False
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    async def run(self) -> str:
+        """Until a signal; returns its name."""
+        assert self.config.switch
+        api = Api({"status": self.status, "stats": self.stats}, self.core.sessions)
+        await api.start(self.config.control.socket)
+        try:
+            await self.channel.listen(self.config.switch.openflow)
+            await self.takeover_channel.listen(self.config.switch.takeover)
+            say(
+                f"tandem-nat {version('tandem-nat')}: instance {self.config.instance}, waiting for switch "
+                f"{self.config.switch.datapath_id:016x} at {self.config.switch.openflow}"
+            )
+            tasks = [self._switch_events(), self._takeover_events(), self._packets(), self._operations()]
+            if self.pair is not None:
+                asyncio.get_running_loop().add_reader(self.pair.watch.eventfd, self._fired)
+                tasks.append(self.pair.run())
+            running = [asyncio.ensure_future(task) for task in tasks]
+            loop = asyncio.ensure_future(self.loop.run(ready=lambda: say("ready")))
+            done, _ = await asyncio.wait([loop, *running], return_when=asyncio.FIRST_COMPLETED)
+            if loop not in done:
+                for task in done:
+                    task.result()  # its exception ends us
+            if self.pair is not None:
+                asyncio.get_running_loop().remove_reader(self.pair.watch.eventfd)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.pair.stop(), 2)
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running)
+            return await loop
+        finally:
+            await api.close()
+            await self.channel.close()
+            await self.takeover_channel.close()
+
+    def _every_second(self) -> None:
+        """Nothing is watched here: a lost switch is an event."""
+
+    # -- the core's events ---------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        self.loop.drain()
+
+    def _events(self, events: Events) -> None:
+        found = changes(events)
+        if self.pair is not None:
+            self.pair.events(events)
+        elif len(found.opened):
+            self._work.put_nowait(partial(self.plane.commit, found.opened))
+        if len(found.closed):
+            self._work.put_nowait(partial(self.plane.withdraw, found.closed))
+
+    async def _operations(self) -> None:
+        """What changes the switch, one after the other."""
+        while True:
+            await (await self._work.get())()
+            self._send_held()
+
+    # -- packets -------------------------------------------------------------------------------------------
+
+    def _send(self, result: Result) -> None:
+        if result.verdict in (Verdict.FORWARD, Verdict.REPLY):
+            self.counts["packet_outs"] += 1
+            self.plane.packet_out(result.frame, result.port)
+
+    def _send_held(self) -> None:
+        for result in self.core.take():
+            self._send(result)
+        if not self.forwarding:  # what we asked while the server carries would be dropped, and answered to it
+            for port, frame in self.core.outbox():
+                self.plane.packet_out(frame, port)
+
+    async def _packets(self) -> None:
+        """Time for the core: ARP, ageing, held packets; and what it has learned of next hops."""
+        turn = 0
+        while True:
+            for _ in range(4):
+                if not self.core.poll(monotonic_ns()):
+                    break
+            self._send_held()
+            turn += 1
+            if self.ready and turn % 20 == 0:
+                await self._tell_next_hops()
+            await asyncio.sleep(STEP)
+
+    async def _tell_next_hops(self) -> None:
+        """A MAC that is not known any more stays what it was: the server may see what we do not."""
+        for row in self.core.neighbours():
+            if not row["address"] or int(row["state"]) not in KNOWN:
+                continue
+            side = self.config.ports[int(row["port"])].side
+            hop, mac = key(side, IPv4Address(int(row["address"]))), int(row["mac"])
+            if self._macs.get(hop) == mac:
+                continue
+            with contextlib.suppress(ChannelLost, SwitchError):
+                await self.plane.set_next_hop(hop, mac)
+                self._macs[hop] = mac
+
+    # -- the switch ----------------------------------------------------------------------------------------
+
+    async def _switch_events(self) -> None:
+        while True:
+            frames: list[tuple[int, bytes]] = []
+            for event in await self.channel.events():
+                if isinstance(event, PacketIn):
+                    arrived = self.plane.arrived(event)
+                    if arrived is not None:
+                        frames.append(arrived)
+                elif isinstance(event, Ready):
+                    say(f"switch {event.datapath_id:016x} is connected")
+                    self._work.put_nowait(self._prepare)
+                elif isinstance(event, Lost):
+                    say(f"the switch is lost: {event.reason}")
+                    self.ready = False
+            if frames:
+                self.counts["packet_ins"] += len(frames)
+                for result in self.core.burst(frames, monotonic_ns()):
+                    self._send(result)
+                self._send_held()
+                self.loop.drain()
+
+    async def _prepare(self) -> None:
+        try:
+            await self.plane.prepare()
+            self._macs.clear()
+            found = await self.plane.reconcile()
+        except (ChannelLost, SwitchError) as error:
+            say(f"the switch cannot be prepared: {error}")
+            return
+        self.ready = True
+        say(
+            f"the switch is ready: {found.right} rules right, {found.restored} restored, {found.deleted} deleted"
+        )
+        self.core.announce()
+        self._arm()
+
+    async def _takeover_events(self) -> None:
+        """The connection that only the watch writes on."""
+        while True:
+            for event in await self.takeover_channel.events():
+                if isinstance(event, Ready):
+                    self._arm()
+
+    # -- the pair ------------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """The watch may take over once the server carries and both connections stand."""
+        if self.pair is None or not (self.forwarding and self.ready and self.takeover_channel.connected):
+            return
+        self.pair.watch.arm(self.plane.prepared_takeover(), self.takeover_channel.fileno())
+
+    def _fired(self) -> None:
+        assert self.pair is not None
+        os.read(self.pair.watch.eventfd, 8)
+        reason = self.pair.watch.fired
+        if reason is None:
+            return
+        times = self.pair.watch.times
+        self.last_takeover = {"reason": reason, **times}
+        if times["written"] is not None and self.forwarding:
+            say(
+                f"the server is dead ({reason}); written {(times['written'] - (times['detected'] or 0)) / 1e3:.0f} µs later"
+            )
+        self.pair.transport.lose()
+
+    def _notice(self, action: do.Action) -> None:
+        match action:
+            case do.StateChanged(before, after, why):
+                say(f"peer: {before.value} -> {after.value}: {why}")
+                if after is not State.OPERATIONAL and before is State.OPERATIONAL:
+                    self._work.put_nowait(self._carry)
+            case do.DigestCompared(differing):
+                if differing:
+                    say(f"peer: {len(differing)} of 256 digests differ")
+                elif not self.forwarding and not self._returning:
+                    self._returning = True
+                    self._work.put_nowait(self._give_back)
+            case do.Conflicts(ids, here):
+                say(f"peer: {len(ids)} sessions contradict others {'here' if here else 'there'}")
+
+    async def _carry(self) -> None:
+        """The switch carries. The watch may have seen to that already; then this changes nothing."""
+        assert self.pair is not None
+        self._returning = False
+        self.forwarding = False
+        self.pair.watch.disarm()
+        try:
+            await self.plane.delete_static_peer_rules()
+        except (ChannelLost, SwitchError) as error:
+            say(f"takeover: {error}")
+        self.counts["takeovers"] += 1
+        say("the switch carries")
+        self.core.announce()
+
+    async def _give_back(self) -> None:
+        """Both hold the same sessions: the server carries again."""
+        assert self.pair is not None
+        self._returning = False
+        if self.pair.state is not State.OPERATIONAL or not self.ready:
+            return
+        try:
+            await self.plane.install_static_peer_rules()
+        except (ChannelLost, SwitchError) as error:
+            say(f"return: {error}")
+            return
+        self.forwarding = True
+        self._arm()
+        say("the server carries")
+
+    # -- show ----------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        counters = self.core.counters()
+        return {
+            "instance": self.config.instance,
+            "version": version("tandem-nat"),
+            "pid": os.getpid(),
+            "uptime": round(self.loop.uptime, 3),
+            "switch": "ready" if self.ready else "not connected",
+            "carrier": "server" if self.forwarding else "switch",
+            "peer": self.pair.state.value if self.pair else "none",
+            "offloaded": self.plane.offloaded,
+            **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
+            "takeover": self.last_takeover,
+            "counts": dict(self.counts),
+            "refused": dict(self.plane.refused),
+            "watch": self.pair.watch.stats() if self.pair else {},
+        }
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "verdicts": dict(zip(VERDICT_NAMES, self.core.verdicts().tolist(), strict=True)),
+            "counters": self.core.counters(),
+        }

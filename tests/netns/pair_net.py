@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""client - Open vSwitch with the agent - outside, and the server NAT on two more ports of the switch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import yaml
+
+from nat_control.lab import Lab, Process, until
+from switch_agent.ovs import OpenVSwitch
+
+CLIENT, NAT_INSIDE, ROUTER, OUTSIDE = "10.0.0.10", "10.0.0.1", "198.51.100.254", "203.0.113.1"
+AGENT, SERVER = "192.168.77.1", "192.168.77.2"  # the link between the two
+VIRTUAL_MAC = "02:00:5e:00:01:01"
+CLI = [sys.executable, "-m", "nat_control.cli"]
+DEVICES = {"client": 1, "outside": 2, "inner": 3, "outer": 4}
+
+
+class PairNet:
+    """All of it, started on demand."""
+
+    def __init__(self, lab: Lab, mode: str = "synchronous", interval_ms: float = 2, misses: int = 10) -> None:
+        self.lab = lab
+        self.switch = lab.namespace("switch")
+        self.client, self.outside, self.nat = (lab.namespace(name) for name in ("client", "outside", "nat"))
+        for device, end, there in (
+            ("client", self.client, "eth0"),
+            ("outside", self.outside, "eth0"),
+            ("inner", self.nat, "nat-in"),
+            ("outer", self.nat, "nat-out"),
+        ):
+            lab.cable(end, there, self.switch, device)
+        lab.cable(self.nat, "sync", self.switch, "sync")
+        self.client.address("eth0", f"{CLIENT}/24")
+        self.client.route("default", NAT_INSIDE)
+        self.outside.address("eth0", f"{ROUTER}/24")
+        self.outside.address("lo", f"{OUTSIDE}/32")
+        self.switch.address("sync", f"{AGENT}/24")
+        self.nat.address("sync", f"{SERVER}/24")
+        self.ovs = OpenVSwitch(
+            self.switch,
+            DEVICES,
+            ("tcp:127.0.0.1:6653", "tcp:127.0.0.1:6654"),
+            receive_buffer=64 << 20,
+        )
+        # what the client's and the outside's kernels leave to hardware does not pass a userspace switch
+        for end, device in ((self.client, "eth0"), (self.outside, "eth0")):
+            end.run("ethtool", "-K", device, "tx", "off", "tso", "off", "gso", "off")
+        beats = {"interval_ms": interval_ms, "misses": misses}
+        hold = {"packets": 1024, "ms": 500, "on_limit": "drop"}
+        self.agent_config = self._write(
+            "agent",
+            "32768-65535",
+            {},
+            peer={"listen": f"{AGENT}:7000", "mode": mode, "partition": "all_peer", "hold": hold},
+            heartbeat={"listen": f"{AGENT}:7001", **beats},
+            switch={
+                "openflow": "127.0.0.1:6653",
+                "datapath_id": "1",
+                "ports": {"internal": 1, "external": 2, "server_internal": 3, "server_external": 4},
+            },
+        )
+        self.server_config = self._write(
+            "server",
+            "1024-32767",
+            {"internal": "nat-in", "external": "nat-out"},
+            peer={"connect": f"{AGENT}:7000", "mode": mode, "partition": "all_peer", "hold": hold},
+            heartbeat={"listen": f"{SERVER}:7001", "connect": f"{AGENT}:7001", **beats},
+        )
+
+    def _write(self, name: str, ports: str, devices: dict[str, str], **more: Any) -> str:
+        sides: dict[str, Any] = {
+            "internal": {"address": f"{NAT_INSIDE}/24"},
+            "external": {"address": "198.51.100.1/24", "gateway": ROUTER},
+        }
+        for side, device in devices.items():
+            sides[side]["device"] = device
+        content = {
+            "instance": name,
+            "ports": sides,
+            "nat": {
+                "pool": {"addresses": "198.51.100.10-198.51.100.13", "ports": ports},
+                "max_sessions": 20_000,
+            },
+            "virtual": {"mac": VIRTUAL_MAC},
+            "control": {"socket": str(self.lab.directory / f"{name}.sock")},
+            **more,
+        }
+        path = self.lab.directory / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    def start_agent(self) -> Process:
+        self.agent = self.switch.start(*CLI, "switch", self.agent_config, name="agent")
+        self.agent.ready("the switch is ready", timeout=30)
+        return self.agent
+
+    def start_server(self) -> Process:
+        self.server = self.nat.start(*CLI, "server", self.server_config, name="server")
+        return self.server.ready("\nready", timeout=30)
+
+    def show(self, name: str, what: str = "status") -> Any:
+        socket = str(self.lab.directory / f"{name}.sock")
+        return json.loads(self.nat.run(*CLI, "show", what, "--socket", socket, "--json"))
+
+    def carrier(self, who: str, timeout: float = 20) -> None:
+        """Waits until ``who`` carries the traffic."""
+        until(f"the {who} carries", lambda: self.show("agent")["carrier"] == who, timeout, 0.05)

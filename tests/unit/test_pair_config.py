@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sections that make a NAT half of a pair."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from nat_control import config as c
+from tests.unit.test_config import GOOD, SCHEMA_CHECK, problems
+
+PAIR = {
+    "peer": {"connect": "127.0.0.1:7000"},
+    "heartbeat": {"listen": "127.0.0.1:7002", "connect": "127.0.0.1:7001"},
+    "virtual": {"mac": "02:00:5e:00:01:01"},
+}
+SWITCH = {
+    "peer": {"listen": "127.0.0.1:7000", "mode": "asynchronous", "hold": {"packets": 9, "ms": 7}},
+    "heartbeat": {"listen": "127.0.0.1:7001", "interval_ms": 2.5, "misses": 4, "key": "0f" * 16},
+    "virtual": {"mac": "02:00:5e:00:01:01"},
+    "switch": {
+        "openflow": "127.0.0.1:6653",
+        "datapath_id": "0000000000000001",
+        "ports": {"internal": 1, "external": 2, "server_internal": 3, "server_external": 4},
+    },
+}
+
+
+def with_sections(sections: dict[str, Any], *, devices: bool) -> dict[str, Any]:
+    document = copy.deepcopy({**GOOD, **sections})
+    if not devices:
+        for port in document["ports"].values():
+            del port["device"]
+    return document
+
+
+def test_both_halves_of_a_pair() -> None:
+    for document in (with_sections(PAIR, devices=True), with_sections(SWITCH, devices=False)):
+        SCHEMA_CHECK.validate(document)
+    server = c.parse(with_sections(PAIR, devices=True))
+    assert (server.number, server.peer.connect, server.peer.mode) == (1, ("127.0.0.1", 7000), "synchronous")
+    core = c.to_core(server, [bytes(6)] * 2)
+    assert (core.instance, core.synchronous, core.hold) == (1, True, 0.05)
+    assert {port.mac for port in core.ports} == {bytes.fromhex("02005e000101")}
+    assert (core.pool[0].ports, core.pool[0].own) == ((1, 65535), (1024, 65535))
+    agent = c.parse(with_sections(SWITCH, devices=False))
+    assert agent.number == 2
+    assert agent.switch.takeover == "127.0.0.1:6654"
+    assert agent.switch.datapath_id == 1
+    assert agent.heartbeat.key == b"\x0f" * 16
+    core = c.to_core(agent, [])
+    assert (core.instance, core.synchronous, core.hold, core.max_held) == (2, True, 0.007, 9)
+    unix = {**SWITCH["switch"], "openflow": "unix:/run/br0.controller"}
+    document = with_sections({**SWITCH, "switch": unix}, devices=False)
+    assert c.parse(document).switch.takeover == "unix:/run/br0.controller-takeover"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where", "message"),
+    [
+        ("peer.listen", "127.0.0.1:7000", "peer", "exactly one of"),
+        ("peer.connect", "127.0.0.1:70000", "peer.connect", "from 1 to 65535"),
+        ("peer.connect", "localhost:7000", "peer.connect", "ADDRESS:PORT"),
+        ("peer.partition", "all_local", "peer.partition", "none of: all_peer"),
+        ("peer.hold", {"ms": 0}, "peer.hold.ms", "from 1 to 10000"),
+        ("heartbeat", ..., "heartbeat", "missing"),
+        ("heartbeat.connect", ..., "heartbeat.connect", "where its heartbeat listens"),
+        ("heartbeat.interval_ms", 0, "heartbeat.interval_ms", "milliseconds"),
+        ("heartbeat.key", "secret", "heartbeat.key", "32 hexadecimal"),
+        ("peer", ..., "peer", "missing"),
+        ("virtual", ..., "virtual", "one MAC"),
+        ("ports.internal.mac", "02:00:00:00:00:09", "ports.internal.mac", "`virtual`"),
+        ("switch", SWITCH["switch"], "ports.internal.device", "no devices"),
+    ],
+)
+def test_halves_that_do_not_fit(path: str, value: object, where: str, message: str) -> None:
+    document = with_sections(PAIR, devices=True)
+    *parents, last = path.split(".")
+    place = document
+    for parent in parents:
+        place = place[parent]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    assert message in problems(document)[where]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "where", "message"),
+    [
+        ("ports", {**SWITCH["switch"]["ports"], "external": 1}, "switch.ports", "two uses"),
+        ("ports", {"internal": 1, "external": 2}, "switch.ports", "needed for the peer"),
+        ("takeover", "127.0.0.1:6653", "switch.takeover", "another place"),
+        ("openflow", "tcp:here", "switch.openflow", "ADDRESS:PORT or unix:/PATH"),
+        ("datapath_id", 1, "switch.datapath_id", "quotes"),
+        ("barrier", "probe", "switch.barrier", "trusted"),
+    ],
+)
+def test_switches_that_do_not_fit(key: str, value: object, where: str, message: str) -> None:
+    document = with_sections({**SWITCH, "switch": {**SWITCH["switch"], key: value}}, devices=False)
+    assert message in problems(document)[where]
