@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pair on a real Open vSwitch: the server dies in several ways, and what runs through it goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from nat_control.lab import Lab, until
+from tests.netns.pair_net import CLIENT, OUTSIDE, PairNet
+
+FILE_BYTES = 64 << 20
+
+
+@pytest.fixture
+def net() -> Iterator[PairNet]:
+    with Lab() as lab:
+        net = PairNet(lab)
+        net.start_agent()
+        yield net
+
+
+def pings(net: PairNet, count: int = 5) -> int:
+    """How many of them were answered."""
+    said = net.client.attempt("ping", "-q", "-i", "0.1", "-W", "1", "-c", str(count), OUTSIDE).stdout
+    return int(said.split(" received")[0].split(", ")[-1])
+
+
+def test_agent_alone(net: PairNet) -> None:
+    """New flows by packet-in, then rules; answers ping and ARP for what is ours."""
+    assert net.show("agent")["carrier"] == "switch"
+    assert pings(net) == 5
+    assert net.client.attempt("ping", "-c", "1", "-W", "1", "10.0.0.1").returncode == 0
+    net.outside.start("iperf3", "-s", "-B", OUTSIDE, "--forceflush", name="iperf3").ready("Server listening")
+    done = net.client.attempt("iperf3", "-c", OUTSIDE, "-t", "1", "--json")
+    assert json.loads(done.stdout)["end"]["sum_received"]["bytes"] > 1 << 20
+    assert any("tcp,in_port=1" in flow and "10.0.0.10" in flow for flow in net.ovs.flows())
+
+
+def test_kill_under_traffic_and_return(net: PairNet) -> None:
+    net.start_server()
+    net.carrier("server")
+    net.outside.start("iperf3", "-s", "-B", OUTSIDE, "--forceflush", name="tcp").ready("Server listening")
+    net.outside.start("iperf3", "-s", "-B", OUTSIDE, "--forceflush", "-p", "5202", name="udp").ready(
+        "Server listening"
+    )
+    stream = ["-u", "-l", "100", "-b", "800k", "-t", "9"]  # 1000 packets per second
+    udp = net.client.start("iperf3", "-c", OUTSIDE, "-p", "5202", *stream, "--json", name="stream")
+    tcp = net.client.start("iperf3", "-c", OUTSIDE, "-t", "9", "--json", name="download")
+    until("both streams run", lambda: net.show("server")["sessions"] >= 4)
+    known = {row["id"]: row for row in net.show("agent", "sessions")["sessions"]}
+    assert known, "the switch holds what the server has opened"
+
+    net.server.popen.kill()
+    net.server.popen.wait()
+    net.carrier("switch")
+    takeover = net.show("agent")["takeover"]
+    assert takeover["reason"] in ("TCP end", "silence")
+    assert takeover["written"] >= takeover["detected"]
+    assert {row["id"] for row in net.show("agent", "sessions")["sessions"]} >= set(known), "sessions are lost"
+    # somebody new, whose neighbour table knows nothing of us
+    net.client.ip("neigh", "flush", "all")
+    assert pings(net) == 5
+
+    net.start_server()
+    net.carrier("server")
+    for process in (udp, tcp):
+        assert process.wait(30) == 0, process.output
+    lost = json.loads(udp.output)["end"]["sum"]["lost_packets"]
+    assert lost < 1000, f"{lost} packets of 9000 lost: more than a second's worth"
+    assert json.loads(tcp.output)["end"]["sum_received"]["bytes"] > 1 << 20
+    assert pings(net) == 5
+    assert net.server.alive
+    assert net.agent.alive
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGTERM])
+def test_hung_or_ended(net: PairNet, how: signal.Signals) -> None:
+    net.start_server()
+    net.carrier("server")
+    assert pings(net) == 5
+    net.server.signal(how)
+    net.carrier("switch")
+    assert pings(net) == 5
+    if how is signal.SIGSTOP:
+        assert net.show("agent")["takeover"]["reason"] == "silence"
+        # it comes back to itself: until the return its packets are fenced off, then it carries again
+        net.server.signal(signal.SIGCONT)
+        net.carrier("server")
+        assert pings(net) == 5
+
+
+def test_agent_killed_and_back(net: PairNet) -> None:
+    """The server goes on; the agent finds its rules again."""
+    net.start_server()
+    net.carrier("server")
+    assert pings(net) == 5
+    net.agent.popen.kill()
+    net.agent.popen.wait()
+    assert pings(net) == 5
+    net.start_agent()
+    net.carrier("server")
+    assert pings(net) == 5
+    assert CLIENT in json.dumps(net.show("agent", "sessions"))
