@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import os
@@ -23,7 +24,7 @@ from nat_control.dataplane import Records
 from nat_control.lab import Lab, Namespace, until
 from nat_fastpath.engine import RECORD
 from switch_agent.channel import Channel
-from switch_agent.codec import Event
+from switch_agent.codec import Event, PacketIn
 from switch_agent.nexthops import NextHops, Route, key
 from switch_agent.ovs import OpenVSwitch
 from switch_agent.pipeline import Pipeline, Side
@@ -184,6 +185,10 @@ class Net:
         self.lines: list[str] = []
         self.fresh()
 
+    def _purged(self) -> bool:
+        self.ovs.appctl("revalidator/purge")
+        return "actions:" not in self.ovs.appctl("dpctl/dump-flows")
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(asyncio.wait_for(work, 30))
 
@@ -202,8 +207,9 @@ class Net:
         )
         self.run(self.plane.wipe())
         self.run(self.plane.prepare())
-        # What the datapath has cached of the rules before is of no interest here.
-        self.ovs.appctl("revalidator/purge")
+        # What the datapath has cached of the rules before is of no interest here. One purge may miss some.
+        until("the datapath has forgotten the rules before", self._purged)
+        self.run(self.drop_events())
         for wire in self.wires.values():
             wire.clear()
         return self.plane
@@ -214,6 +220,22 @@ class Net:
             for event in await (channel or self.channel).events():
                 if wanted(event):
                     return event
+
+    async def drop_events(self) -> None:
+        """What has come so far, of the test before."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                await asyncio.wait_for(self.channel.events(), 0.01)
+
+    def asked(self, side: int, frame: bytes) -> PacketIn:
+        """Waits until exactly this frame reaches the agent from this side; others are dropped."""
+        event = self.run(
+            self.expect(
+                lambda event: isinstance(event, PacketIn) and self.plane.arrived(event) == (side, frame)
+            )
+        )
+        assert isinstance(event, PacketIn)
+        return event
 
     def install(self, records: Records) -> int:
         async def batches() -> int:

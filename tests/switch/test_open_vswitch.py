@@ -18,7 +18,7 @@ from scapy.packet import Packet, Raw
 from nat_control.lab import Lab, LabError, leftovers, until
 from switch_agent import channel as openflow
 from switch_agent.channel import ChannelLost
-from switch_agent.codec import Error, Lost, PacketIn, PortStatus, Ready, TransactionComplete
+from switch_agent.codec import Error, Lost, PortStatus, Ready, TransactionComplete
 from switch_agent.nexthops import key
 from switch_agent.ovs import RECEIVE_BUFFER, OpenVSwitch
 from switch_agent.pipeline import Kind, Output, Rule, SetField, mac_text
@@ -171,9 +171,8 @@ def test_an_unknown_next_hop_asks_the_agent(net: Net) -> None:
     net.run(net.plane.set_next_hop(GATEWAY_KEY, None))
     net.install(record())
     net.wires["client"].send(out_packet())
-    event = net.run(net.expect(lambda event: isinstance(event, PacketIn)))
-    assert isinstance(event, PacketIn)
-    assert Ether(event.frame)[UDP].sport == EXTERNAL_PORT
+    packet = ip(EXTERNAL, REMOTE, 63) / transport(17, EXTERNAL_PORT, REMOTE_PORT)
+    net.asked(0, bytes(outward(packet)))
 
 
 def test_with_the_server_in_front_the_rules_wait_until_the_takeover(net: Net) -> None:
@@ -241,11 +240,9 @@ def test_what_the_agent_has_to_see_reaches_it(net: Net) -> None:
     ]
     for device, packet, cookie in cases:
         sent = net.wires[device].send(packet)
-        event = net.run(net.expect(lambda event: isinstance(event, PacketIn)))
-        assert isinstance(event, PacketIn)
+        event = net.asked(DEVICES[device] - 1, sent)
         # Open vSwitch names no rule with a packet whose TTL ended; the reason does.
         assert event.cookie == cookie or event.reason == 2, packet.summary()
-        assert net.plane.arrived(event) == (DEVICES[device] - 1, sent), packet.summary()
 
 
 def test_a_packet_of_the_agent_leaves(net: Net) -> None:
@@ -447,8 +444,7 @@ def test_inside_next_hops_by_address(net: Net) -> None:
     """Without a MAC in the record the host itself is the next hop, and is asked for by the agent."""
     net.install(record(internal_mac=0))
     net.wires["outside"].send(in_packet())
-    event = net.run(net.expect(lambda event: isinstance(event, PacketIn)))
-    assert isinstance(event, PacketIn)
+    net.asked(1, bytes(inward(ip(REMOTE, CLIENT, 63) / transport(17, REMOTE_PORT, INTERNAL_PORT))))
     net.run(net.plane.set_next_hop(key("internal", IPv4Address(CLIENT)), mac_number(CLIENT_MAC)))
     net.passes("outside", in_packet(), "client", translated_in())
 
@@ -465,6 +461,4 @@ def test_tags_are_changed_on_the_way(net: Net) -> None:
     net.wires["client"].send(tagged(out_packet()))
     assert net.wires["outside"].receive() == translated_out()
     net.wires["client"].send(tagged(outward(ip(CLIENT, REMOTE) / ICMP())))
-    event = net.run(net.expect(lambda event: isinstance(event, PacketIn)))
-    assert isinstance(event, PacketIn)
-    assert net.plane.arrived(event) == (0, bytes(outward(ip(CLIENT, REMOTE) / ICMP())))
+    net.asked(0, bytes(outward(ip(CLIENT, REMOTE) / ICMP())))
