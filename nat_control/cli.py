@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version as package_version
@@ -18,6 +19,8 @@ from rich.table import Table
 from nat_control import api
 from nat_control.config import Config, ConfigError, load, to_core, warnings
 
+# typer brings a click of its own, or the installed one
+UsageError: Any = typer.BadParameter.__base__
 FAILED, USAGE, NOT_RUNNING, INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = (
     "Exit codes: 0 good, 1 failed, 2 usage or configuration, 3 no server is running or it cannot be reached."
@@ -451,7 +454,35 @@ def demo(
 
 
 def main() -> None:
-    app()
+    code = _main()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would complain about it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or FAILED
+    sys.exit(code)
+
+
+def _main() -> int:
+    try:
+        return app(standalone_mode=False) or 0
+    except UsageError as error:
+        lines = error.format_message().strip().splitlines()
+        if len(lines) > 1:  # the help of a command that was given nothing
+            print(*lines, sep="\n", file=sys.stderr)
+        else:
+            where = error.ctx.command_path if error.ctx else "tandem-nat"
+            what = lines[0].rstrip(".") if lines else "a command is missing"
+            _complain(f"{what}; see `{where} --help`")
+        return USAGE
+    except typer.Abort:
+        return INTERRUPTED
+    except BrokenPipeError:
+        return FAILED
+    except OSError as error:
+        _complain(f"{error.filename or 'standard output'}: {error.strerror}")
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from nat_fastpath.engine import Core
 EVENTS = 16384  # taken at once, in less than a millisecond
 STEP = 0.02  # seconds between two looks at the events: 65 536 fit the ring, so 3 million per second do
 RATE_PERIOD = 1.0  # seconds over which rates are taken
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RATES = ("sessions_opened", "sessions_closed")
 PORT_RATES = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes")
 
@@ -31,21 +32,22 @@ def start_epoch() -> int:
 
 @contextlib.contextmanager
 def ending_cleanly() -> Iterator[None]:
-    """SIGTERM raises SystemExit in here, so that a start that is interrupted undoes what it did."""
+    """SIGTERM and SIGHUP raise SystemExit in here, so that a start that is interrupted undoes what it did."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(0)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def no_more_signals() -> None:
     """From here on we end anyway, and a second signal must not keep us from doing it cleanly."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -60,7 +62,7 @@ def monotonic_ns() -> int:
 
 
 class ControlLoop:
-    """Turns until SIGTERM or SIGINT; ``watch`` is called once per second and may end it by an exception."""
+    """Turns until SIGTERM, SIGINT or SIGHUP; ``watch`` is called once per second and may end it by an exception."""
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class ControlLoop:
         loop = asyncio.get_running_loop()
         end: asyncio.Future[str] = loop.create_future()
         self._end = end
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ENDING:
             loop.add_signal_handler(number, _finish, end, signal.Signals(number).name)
         steps = asyncio.create_task(self._steps())
         steps.add_done_callback(lambda task: _fail(end, task))

@@ -35,7 +35,9 @@ class ServerError(Exception):
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    """What the server tells; it goes on when nobody can hear it."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def _say_notice(action: do.Action) -> None:
@@ -115,6 +117,7 @@ class Server:
         undo.callback(self.worker.stop)
         self.worker_stats = self.worker.stats()
         self.worker_stalled = False
+        self.links = [True] * len(self.ports)
         bound = (
             f", sleeps {self.worker.idle_bound_us} µs at most" if config.workers.idle == "adaptive" else ""
         )
@@ -168,6 +171,12 @@ class Server:
         if stalled and not self.worker_stalled:
             say("the worker has not moved for a second: nothing is forwarded")
         self.worker_stalled = stalled
+        for i, port in enumerate(self.ports):
+            if not port.is_there:
+                raise ServerError(f"device {port.device} is gone: nothing is carried any more")
+            if (up := port.link().up) != self.links[i]:
+                say(f"{self.config.ports[i].name}: {port.device} is {'up' if up else 'down'}")
+                self.links[i] = up
 
     # -- what can be shown; called from threads ------------------------------------------------------------
 

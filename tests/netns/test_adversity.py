@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A log that nobody reads, a terminal that is closed, links that go down, devices that go away."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from nat_control.demo import SERVER, server_command
+from nat_control.lab import Lab, until
+from tests.netns.test_server import Net
+
+
+@pytest.fixture
+def bare() -> Iterator[Net]:
+    with Lab() as lab:
+        yield Net(lab)
+
+
+def shell(net: Net, redirection: str) -> list[str]:
+    return ["sh", "-c", f"exec {' '.join(server_command(net.write()))} {redirection}"]
+
+
+def answers(net: Net) -> bool:
+    return net.client.attempt("ping", "-q", "-c", "1", "-W", "1", SERVER).returncode == 0
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(bare: Net) -> None:
+    before = bare.state()
+    server = bare.nat.start(*shell(bare, "> /dev/full 2>&1"), name="server")
+    until("packets are carried", lambda: answers(bare), 30)
+    server.signal(signal.SIGTERM)
+    server.wait(5)
+    assert bare.state() == before
+
+
+def test_a_closed_terminal_ends_it_cleanly(bare: Net) -> None:
+    before = bare.state()
+    server = bare.begin(bare.write())
+    server.signal(signal.SIGHUP)
+    assert server.wait(5) == 0
+    assert bare.state() == before
+    assert "ended by SIGHUP" in server.output
+
+
+def test_a_link_that_goes_down_is_told(bare: Net) -> None:
+    server = bare.begin(bare.write())
+    assert answers(bare)
+    bare.outside.ip("link", "set", "eth0", "down")
+    server.ready("external: nat-out is down")
+    bare.outside.ip("link", "set", "eth0", "up")
+    server.ready("external: nat-out is up")
+
+
+def test_a_device_that_goes_away_ends_it(bare: Net) -> None:
+    server = bare.begin(bare.write())
+    bare.nat.ip("link", "delete", "nat-out")
+    assert server.wait(10) == 1
+    assert "device nat-out is gone" in server.output
+    assert "Traceback" not in server.output
