@@ -372,7 +372,7 @@ def show_pool(config: ConfigOption = None, socket: SocketOption = None, as_json:
     ]
     _table("pool", ("", ""), rows)
     used = [(use["address"], use["hosts"], use["mappings"]) for use in pool["in_use"]]
-    _table(f"addresses in use: {pool['in_use_total']}", ("address", "hosts", "mappings of these hosts"), used)
+    _table(f"addresses in use: {pool['in_use_total']}", ("address", "hosts at home here", "mappings"), used)
 
 
 @show.command("ports")
@@ -447,7 +447,10 @@ def demo(
             if stop:
                 removed = end_kept()
                 print(f"ended, and removed {', '.join(removed)}" if removed else "there is no kept demo")
-            elif not run(report, keep=keep):
+                return
+            if report is not None:
+                report.open("a").close()  # whether it can be written is known now, and not after the demo
+            if not run(report, keep=keep):
                 raise typer.Exit(FAILED)
         except (LabError, OSError) as error:
             raise _fail(error) from None

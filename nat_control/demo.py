@@ -342,16 +342,16 @@ def picture(demo: Demo) -> Group:
         f"  {status.get('sessions', 0)} sessions, {status.get('mappings', 0)} mappings, "
         f"worker {status.get('worker', {}).get('busy_share', 0):.0%} busy",
     )
-    flows = Table(box=None, header_style="dim", padding=(0, 2))
+    flows = Table(box=None, header_style="dim", padding=(0, 1))
     for title in ("", "inside", "is outside", "talks to", "packets"):
-        flows.add_column(title, justify="right" if title == "packets" else "left")
-    for row in sorted(demo.view.flows, key=lambda row: row["idle"])[:6]:
+        flows.add_column(title, justify="right" if title == "packets" else "left", no_wrap=True)
+    for row in sorted(demo.view.flows, key=lambda row: row["idle"])[:4]:
         packets = str(row["packets_out"] + row["packets_in"])
         flows.add_row(row["protocol"], row["internal"], row["external"], row["remote"], packets)
     return Group(
         Panel(drawing, title="topology and rates", title_align="left"),
-        Panel(flows, title="translations", title_align="left", height=9),
-        summary(demo.checks),
+        Panel(flows, title="translations", title_align="left", height=7),
+        summary(demo.checks[-9:]),  # all of it fits a terminal of 80 x 24
     )
 
 
@@ -359,7 +359,9 @@ def summary(checks: list[Check]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 1))
     marks = {None: Text("…", "yellow"), True: Text("✔", "green"), False: Text("✘", "bold red")}
     for check in checks:
-        table.add_row(marks[check.ok], check.name, Text(check.detail, "dim"))
+        table.add_row(
+            marks[check.ok], check.name, Text(check.detail, "dim", no_wrap=True, overflow="ellipsis")
+        )
     return table
 
 

@@ -324,6 +324,8 @@ def end_kept() -> list[str]:
 
     Its processes are asked first, so that the NAT puts its interfaces back.
     """
+    if os.geteuid() and _namespaces(KEPT):
+        raise LabError("a kept demo is root's: try again with sudo")
     pids = [int(pid) for name in _namespaces(KEPT) for pid in _ip("netns", "pids", name).split()]
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):

@@ -220,9 +220,12 @@ class Server:
 
     def pool_use(self) -> dict[str, Any]:
         pool, hosts = self.config.nat.pool, self.core.hosts()
-        addresses, index = np.unique(hosts["external_addr"], return_inverse=True)
-        mappings = np.bincount(index, hosts["mappings"], len(addresses)).astype(int)
-        users = np.bincount(index, minlength=len(addresses))
+        # from the sessions: a host may have mappings on other addresses than its home
+        addresses, mappings = np.unique(self._external_endpoints() >> np.uint64(32), return_counts=True)
+        home = np.sort(hosts["external_addr"])
+        users = np.asarray(np.searchsorted(home, addresses, "right")) - np.asarray(
+            np.searchsorted(home, addresses, "left")
+        )
         first, last = pool.ports
         counters, verdicts = self.core.counters(), self.core.verdicts()
         return {
@@ -234,13 +237,23 @@ class Server:
             "unpaired": counters["unpaired"],
             "refused": int(verdicts[engine.Verdict["DROP_NO_PORT"]]),
             "in_use": [
-                {"address": _dotted(address), "hosts": n, "mappings": m}
-                for address, n, m in list(zip(addresses, users.tolist(), mappings.tolist(), strict=True))[
-                    :SHOWN
-                ]
+                {"address": _dotted(addresses[i]), "hosts": int(users[i]), "mappings": int(mappings[i])}
+                for i in range(min(len(addresses), SHOWN))
             ],
             "in_use_total": len(addresses),
         }
+
+    def _external_endpoints(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """Those in use, each once: address << 32 | protocol << 16 | port."""
+        found, cursor = [np.zeros(0, np.uint64)], 0
+        while True:
+            page, cursor = self.core.sessions(cursor)
+            address, protocol, port = (
+                page[name].astype(np.uint64) for name in ("external_addr", "protocol", "external_port")
+            )
+            found.append(np.unique(address << np.uint64(32) | protocol << np.uint64(16) | port))
+            if not cursor:
+                return np.unique(np.concatenate(found))
 
     def port_list(self) -> dict[str, Any]:
         neighbours = self.core.neighbours()
