@@ -204,6 +204,7 @@ def test_outside_nobody_sees_an_inside_address(net: Net) -> None:
 
 def test_show_as_text_and_as_json(net: Net) -> None:
     net.ping()
+    net.name_look_up()
     assert "instance test" in net.show("status")
     assert json.loads(net.show("status", "--json"))["instance"] == "test"
     assert json.loads(net.show("stats", "--json"))["verdicts"]["forward"] > 0
