@@ -423,6 +423,8 @@ def translate(
             summary = run(source, target, loaded)
         except (CaptureError, OSError) as error:
             raise _fail(error) from None
+    if summary["cut"]:
+        _complain(summary["cut"])
     if as_json:
         return _print_json(summary)
     _table(f"{source}: packets by verdict", ("verdict", "packets"), list(summary["verdicts"].items()))

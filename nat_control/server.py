@@ -52,6 +52,8 @@ def _say_notice(action: do.Action) -> None:
 
 def serve(config: Config, *, force: bool = False) -> None:
     """Runs until SIGTERM or SIGINT. Raises ServerError; whatever was done by then is undone."""
+    if config.switch:
+        raise ServerError("this configuration is a switch agent's: tandem-nat switch runs it")
     with contextlib.ExitStack() as undo, ending_cleanly():
         try:
             Server(config, undo, force=force).run()

@@ -47,17 +47,20 @@ class Packet(NamedTuple):
     length: int
 
 
-def read_pcap(path: Path) -> Iterator[Packet]:
-    """The packets of a classic pcap file, either endian, micro- or nanoseconds. Raises CaptureError."""
+def read_pcap(path: Path, cut: list[str] | None = None) -> Iterator[Packet]:
+    """The packets of a classic pcap file, either endian, micro- or nanoseconds. Raises CaptureError.
+
+    A capture that was interrupted ends in the middle of a packet: what is whole is read, and ``cut`` gets one line.
+    """
     try:
         stream = path.open("rb")
     except OSError as error:
         raise CaptureError(f"{path}: {error.strerror}") from None
     with stream:
-        yield from _packets(path, stream)
+        yield from _packets(path, stream, [] if cut is None else cut)
 
 
-def _packets(path: Path, stream: BinaryIO) -> Iterator[Packet]:
+def _packets(path: Path, stream: BinaryIO, cut: list[str]) -> Iterator[Packet]:
     head = stream.read(24)
     if head[:4] == PCAPNG:
         raise CaptureError(f"{path}: this is pcapng; make it pcap: editcap -F pcap {path} NEW.pcap")
@@ -72,13 +75,15 @@ def _packets(path: Path, stream: BinaryIO) -> Iterator[Packet]:
     while part := stream.read(header.size):
         number += 1
         if len(part) < header.size:
-            raise CaptureError(f"{path}: the file ends in the header of packet {number}")
+            cut.append(f"{path}: the file ends in the header of packet {number}")
+            return
         seconds, fraction, captured, length = header.unpack(part)
         if captured > FRAME_BYTES:
             raise CaptureError(f"{path}: packet {number} claims {captured} bytes; the file is damaged")
         frame = stream.read(captured)
         if len(frame) < captured:
-            raise CaptureError(f"{path}: the file ends in packet {number}")
+            cut.append(f"{path}: the file ends in packet {number}")
+            return
         yield Packet(seconds * SECOND + fraction * unit, frame, length)
 
 
@@ -183,7 +188,8 @@ def _survey(source: Path) -> tuple[int, set[int]]:
 def translate(source: Path, target: Path, config: Config) -> dict[str, Any]:
     """Sends ``source`` through a core, and writes what the NAT would send to ``target``.
 
-    Returns ``packets``, ``truncated`` (shorter than on the wire), ``written``, ``sessions`` (opened),
+    Returns ``packets``, ``truncated`` (shorter than on the wire), ``cut`` (a line, where the file ends in the
+    middle of a packet), ``written``, ``sessions`` (opened),
     ``seconds`` (that the capture spans), ``verdicts`` (packets by verdict, zeros left out) and ``counters``.
     Raises CaptureError, OSError when ``target`` cannot be written, and CoreError.
     """
@@ -194,15 +200,18 @@ def translate(source: Path, target: Path, config: Config) -> dict[str, Any]:
     core_config = replace(
         _with_all_neighbours(config, to_core(config, macs), addresses),
         max_sessions=min(config.nat.max_sessions, max(packets, 64)),  # memory for no more than can be
+        synchronous=False,  # there is no peer to wait for
         seed=1,  # the same capture is translated in the same way every time
     )
     core = Core(core_config)
+    macs = [port.mac for port in core_config.ports]
     truncated = 0
+    cut: list[str] = []
     start = settled = now = None
     with target.open("wb") as stream:
         out = PcapWriter(stream)
         sides = _Sides(config)
-        for packet in read_pcap(source):
+        for packet in read_pcap(source, cut):
             truncated += len(packet.frame) < packet.length
             if start is None or now is None or settled is None:
                 start = settled = now = packet.time_ns
@@ -227,6 +236,7 @@ def translate(source: Path, target: Path, config: Config) -> dict[str, Any]:
     return {
         "packets": packets,
         "truncated": truncated,
+        "cut": cut[0] if cut else None,
         "written": out.packets,
         "sessions": counters["sessions_opened"],
         "seconds": ((now or 0) - (start or 0)) / SECOND,

@@ -188,8 +188,6 @@ def test_other_link_types_are_refused(tmp_path: Path) -> None:
         (lambda data: b"", "no pcap file"),
         (lambda data: b"hello, world, this is no capture", "no pcap file"),
         (lambda data: data[:20], "no pcap file"),
-        (lambda data: data[:30], "the file ends in the header of packet 1"),
-        (lambda data: data[:-1], "the file ends in packet 1"),
         (lambda data: data[:32] + b"\xff\xff\xff\x7f" + data[36:], "packet 1 claims 2147483647 bytes"),
     ],
 )
@@ -200,6 +198,19 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: object, message: str)
         translate(source, tmp_path / "out.pcap", config())
     assert str(caught.value).startswith(str(source))
     assert not (tmp_path / "out.pcap").exists()
+
+
+@pytest.mark.parametrize(
+    ("left", "message"), [(2, "ends in the header of packet 2"), (1, "ends in packet 2")]
+)
+def test_a_capture_that_was_cut_off_is_read_up_to_there(tmp_path: Path, left: int, message: str) -> None:
+    source = write(tmp_path / "in.pcap", [(0, outbound()), (1, outbound())])
+    whole = source.read_bytes()
+    size = (len(whole) - 24) // 2  # of a packet with its header
+    source.write_bytes(whole[: len(whole) - (1 if left == 1 else size - 5)])
+    summary = translate(source, tmp_path / "out.pcap", config())
+    assert (summary["packets"], summary["written"]) == (1, 1)
+    assert message in summary["cut"]
 
 
 def test_the_capture_is_never_overwritten(tmp_path: Path) -> None:
