@@ -316,7 +316,9 @@ def _state_dir(config: Config) -> Path:
     try:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ServerError(f"{state}: {error.strerror}; set control.socket or TANDEM_NAT_STATE") from None
+        raise ServerError(
+            f"{state}: {error.strerror}; a server needs root, or set control.socket or TANDEM_NAT_STATE"
+        ) from None
     return state
 
 
