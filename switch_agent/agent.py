@@ -275,16 +275,20 @@ class Agent:
         try:
             await self.plane.prepare()
             self._macs.clear()
-            found = await self.plane.reconcile()
+            # An agent that knows no session yet must not take the rules of those that the switch carries on.
+            if self.core.counters()["sessions"]:
+                await self._reconcile()
         except (ChannelLost, SwitchError) as error:
             say(f"the switch cannot be prepared: {error}")
             return
         self.ready = True
-        say(
-            f"the switch is ready: {found.right} rules right, {found.restored} restored, {found.deleted} deleted"
-        )
+        say("the switch is ready")
         self.core.announce()
         self._arm()
+
+    async def _reconcile(self) -> None:
+        found = await self.plane.reconcile()
+        say(f"rules: {found.right} right, {found.restored} restored, {found.deleted} deleted")
 
     async def _takeover_events(self) -> None:
         """The connection that only the watch writes on."""
@@ -351,6 +355,7 @@ class Agent:
         if self.pair.state is not State.OPERATIONAL or not self.ready:
             return
         try:
+            await self._reconcile()
             await self.plane.install_static_peer_rules()
         except (ChannelLost, SwitchError) as error:
             say(f"return: {error}")

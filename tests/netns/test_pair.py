@@ -105,3 +105,15 @@ def test_agent_killed_and_back(net: PairNet) -> None:
     net.carrier("server")
     assert pings(net) == 5
     assert CLIENT in json.dumps(net.show("agent", "sessions"))
+
+
+def test_agent_back_while_the_switch_carries(net: PairNet) -> None:
+    """Nobody has the records any more, but what the switch knows it goes on with."""
+    net.outside.start("iperf3", "-s", "-B", OUTSIDE, "--forceflush", name="tcp").ready("Server listening")
+    tcp = net.client.start("iperf3", "-c", OUTSIDE, "-t", "6", "--json", name="download")
+    until("it has its rules", lambda: net.show("agent")["offloaded"] >= 2)
+    net.agent.popen.kill()
+    net.agent.popen.wait()
+    net.start_agent()
+    assert tcp.wait(30) == 0, tcp.output
+    assert json.loads(tcp.output)["end"]["sum_received"]["bytes"] > 1 << 20
