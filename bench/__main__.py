@@ -31,7 +31,7 @@ def main() -> None:
         "parse + MAC swap",
         "ratio",
         "new session",
-        "bytes/session",
+        "bytes per session",  # of words, so that it wraps and is not cut where the line is short
     ):
         table.add_column(column, justify="right")
     results = []
