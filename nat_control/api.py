@@ -3,8 +3,8 @@
 
 A request is one line, ``{"show": "sessions", "filter": {"internal": "10.0.0.0/24"}, "limit": 100}``. Sessions
 come as pages, ``{"rows": [...]}`` lines and then ``{"end": {"rows": n, "cursor": c}}``; ``cursor`` in a next
-request goes on from there, 0 means that there is no more. Everything else is one line, ``{"status": {...}}``.
-A mistake is answered with ``{"error": "one line"}``.
+request goes on from there, 0 means that there is no more. Without a ``limit``, or with 0, all are sent. Everything
+else is one line, ``{"status": {...}}``. A mistake is answered with ``{"error": "one line"}``.
 """
 
 from __future__ import annotations
@@ -245,8 +245,7 @@ class Api:
 
     async def _stream(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         matches = parse_filter(request.get("filter", {}))
-        limit = request.get("limit")
-        left = int(_number("limit", limit, 0, 2**32)) if limit is not None else 2**32
+        left = int(_number("limit", request.get("limit", 0), 0, 2**32)) or 2**32  # 0: all
         cursor = int(_number("cursor", request.get("cursor", 0), 0, 2**63))
         sent = 0
         while left:
@@ -337,7 +336,9 @@ def ask(path: Path, request: Mapping[str, Any], timeout: float = 30) -> Iterator
         connection.settimeout(timeout)
         try:
             connection.connect(str(path))
-            connection.sendall(json.dumps(request).encode() + b"\n")
+            # A server that refuses us has closed already, perhaps; why, can be read all the same.
+            with contextlib.suppress(BrokenPipeError):
+                connection.sendall(json.dumps(request).encode() + b"\n")
             with connection.makefile("rb") as lines:
                 for line in lines:
                     answer = json.loads(line)

@@ -244,6 +244,38 @@ def test_too_many_clients_are_told_so(path: Path) -> None:
     talk(path, records(1), conversation)
 
 
+def test_a_refusal_is_read_even_if_the_server_has_closed_before_we_ask(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+
+        class Late(socket.socket):
+            """Connects, and is refused before it can send."""
+
+            def connect(self, address: object) -> None:
+                super().connect(address)
+                refusing, _ = listener.accept()
+                refusing.sendall(b'{"error":"too many clients"}\n')
+                refusing.close()
+
+        monkeypatch.setattr(api.socket, "socket", Late)
+        with pytest.raises(api.ApiError, match="too many clients"):
+            list(api.ask(path, {"show": "status"}))
+
+
+@pytest.mark.parametrize("limit", [{}, {"limit": 0}, {"limit": "0"}])
+def test_no_limit_and_a_limit_of_nought_are_all(path: Path, limit: dict) -> None:
+    def conversation() -> None:
+        rows, end = show(path, **limit)
+        assert len(rows) == 5000
+        assert end == {"rows": 5000, "cursor": 0}
+
+    talk(path, records(5000), conversation)
+
+
 def test_a_million_sessions_leave_the_loop_responsive(path: Path) -> None:
     """A second operator is answered many times while the first one reads a million rows."""
     table = records(1_000_000)
