@@ -9,9 +9,12 @@ that captures made elsewhere can be used. The file format is that of libpcap (dr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shutil
 import struct
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,6 +31,7 @@ MAGICS = {  # as the bytes stand in the file: byte order, nanoseconds per unit o
 }
 PCAPNG = bytes.fromhex("0a0d0d0a")
 ETHERNET = 1
+HEADER_BYTES = 24
 FRAME_BYTES = 262144  # libpcap's own limit
 OUT_MAGIC, OUT_SNAPLEN = 0xA1B23C4D, 262144
 SETTLE_NS = 1_000_000_000  # of the capture's time between two sweeps for aged sessions
@@ -47,44 +51,89 @@ class Packet(NamedTuple):
     length: int
 
 
-def read_pcap(path: Path, cut: list[str] | None = None) -> Iterator[Packet]:
-    """The packets of a classic pcap file, either endian, micro- or nanoseconds. Raises CaptureError.
+class Capture:
+    """A classic pcap file, either endian, micro- or nanoseconds; iterating gives its packets, from the first.
 
-    A capture that was interrupted ends in the middle of a packet: what is whole is read, and ``cut`` gets one line.
+    A pipe can be read only once, and is copied into a temporary file. A capture that was interrupted ends in the
+    middle of a packet: what is whole is read, and then ``cut`` says so in one line. Raises CaptureError.
     """
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise CaptureError(f"{path}: {error.strerror}") from None
-    with stream:
-        yield from _packets(path, stream, [] if cut is None else cut)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cut: str | None = None
+        with self._naming(), contextlib.ExitStack() as stack:
+            self._stream = stack.enter_context(_rereadable(path))
+            self._order, self._unit = self._read_header()
+            stack.pop_all()
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.close()
+
+    def __iter__(self) -> Iterator[Packet]:
+        header = struct.Struct(f"{self._order}IIII")
+        self._stream.seek(HEADER_BYTES)
+        number, self.cut = 0, None
+        while part := self._read(header.size):
+            number += 1
+            if len(part) < header.size:
+                self.cut = f"{self.path}: the file ends in the header of packet {number}"
+                return
+            seconds, fraction, captured, length = header.unpack(part)
+            if captured > FRAME_BYTES:
+                raise CaptureError(
+                    f"{self.path}: packet {number} claims {captured} bytes; the file is damaged"
+                )
+            frame = self._read(captured)
+            if len(frame) < captured:
+                self.cut = f"{self.path}: the file ends in packet {number}"
+                return
+            yield Packet(seconds * SECOND + fraction * self._unit, frame, length)
+
+    def _read_header(self) -> tuple[str, int]:
+        path, head = self.path, self._stream.read(HEADER_BYTES)
+        if head[:4] == PCAPNG:
+            raise CaptureError(f"{path}: this is pcapng; make it pcap: editcap -F pcap {path} NEW.pcap")
+        if head[:4] not in MAGICS or len(head) < HEADER_BYTES:
+            raise CaptureError(f"{path}: no pcap file (magic {head[:4].hex() or 'missing'})")
+        order, unit = MAGICS[head[:4]]
+        (link,) = struct.unpack(f"{order}I", head[20:])
+        if link & 0x0FFFFFFF != ETHERNET:  # the bits above tell of frame check sequences
+            raise CaptureError(
+                f"{path}: link type {link & 0x0FFFFFFF}, and only Ethernet (1) can be translated"
+            )
+        return order, unit
+
+    def _read(self, size: int) -> bytes:
+        with self._naming():
+            return self._stream.read(size)
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CaptureError(f"{self.path}: {error.strerror}") from None
 
 
-def _packets(path: Path, stream: BinaryIO, cut: list[str]) -> Iterator[Packet]:
-    head = stream.read(24)
-    if head[:4] == PCAPNG:
-        raise CaptureError(f"{path}: this is pcapng; make it pcap: editcap -F pcap {path} NEW.pcap")
-    if head[:4] not in MAGICS or len(head) < 24:
-        raise CaptureError(f"{path}: no pcap file (magic {head[:4].hex() or 'missing'})")
-    order, unit = MAGICS[head[:4]]
-    (link,) = struct.unpack(f"{order}I", head[20:])
-    if link & 0x0FFFFFFF != ETHERNET:  # the bits above tell of frame check sequences
-        raise CaptureError(f"{path}: link type {link & 0x0FFFFFFF}, and only Ethernet (1) can be translated")
-    header = struct.Struct(f"{order}IIII")
-    number = 0
-    while part := stream.read(header.size):
-        number += 1
-        if len(part) < header.size:
-            cut.append(f"{path}: the file ends in the header of packet {number}")
-            return
-        seconds, fraction, captured, length = header.unpack(part)
-        if captured > FRAME_BYTES:
-            raise CaptureError(f"{path}: packet {number} claims {captured} bytes; the file is damaged")
-        frame = stream.read(captured)
-        if len(frame) < captured:
-            cut.append(f"{path}: the file ends in packet {number}")
-            return
-        yield Packet(seconds * SECOND + fraction * unit, frame, length)
+def _rereadable(path: Path) -> BinaryIO:
+    stream = path.open("rb")
+    if stream.seekable():
+        return stream
+    with stream, contextlib.ExitStack() as stack:
+        copy: BinaryIO = stack.enter_context(tempfile.TemporaryFile())
+        shutil.copyfileobj(stream, copy)
+        copy.seek(0)
+        stack.pop_all()
+    return copy
+
+
+def read_pcap(path: Path) -> Iterator[Packet]:
+    """The packets of a capture, once. Raises CaptureError."""
+    with Capture(path) as capture:
+        yield from capture
 
 
 class PcapWriter:
@@ -171,11 +220,11 @@ def _with_all_neighbours(config: Config, core: CoreConfig, addresses: set[int]) 
     )
 
 
-def _survey(source: Path) -> tuple[int, set[int]]:
+def _survey(capture: Capture) -> tuple[int, set[int]]:
     """How many packets there are, and which IPv4 addresses."""
     packets = 0
     addresses: set[int] = set()
-    for packet in read_pcap(source):
+    for packet in capture:
         packets += 1
         if packet.frame[12:14] == IPV4 and len(packet.frame) >= 34:
             addresses.update(struct.unpack_from("!II", packet.frame, 26))
@@ -191,52 +240,57 @@ def translate(source: Path, target: Path, config: Config) -> dict[str, Any]:
     Returns ``packets``, ``truncated`` (shorter than on the wire), ``cut`` (a line, where the file ends in the
     middle of a packet), ``written``, ``sessions`` (opened),
     ``seconds`` (that the capture spans), ``verdicts`` (packets by verdict, zeros left out) and ``counters``.
-    Raises CaptureError, OSError when ``target`` cannot be written, and CoreError.
+    Raises CaptureError, also when ``target`` cannot be written, and CoreError.
     """
     if target.exists() and source.exists() and target.samefile(source):
         raise CaptureError(f"{target}: is the capture itself; write to another file")
-    packets, addresses = _survey(source)
-    macs = [port.mac or made_up_mac(port.name.encode()) for port in config.ports]
-    core_config = replace(
-        _with_all_neighbours(config, to_core(config, macs), addresses),
-        max_sessions=min(config.nat.max_sessions, max(packets, 64)),  # memory for no more than can be
-        synchronous=False,  # there is no peer to wait for
-        seed=1,  # the same capture is translated in the same way every time
-    )
-    core = Core(core_config)
-    macs = [port.mac for port in core_config.ports]
+    with Capture(source) as capture:
+        packets, addresses = _survey(capture)
+        macs = [port.mac or made_up_mac(port.name.encode()) for port in config.ports]
+        core_config = replace(
+            _with_all_neighbours(config, to_core(config, macs), addresses),
+            max_sessions=min(config.nat.max_sessions, max(packets, 64)),  # memory for no more than can be
+            synchronous=False,  # there is no peer to wait for
+            seed=1,  # the same capture is translated in the same way every time
+        )
+        macs = [port.mac for port in core_config.ports]
+        with contextlib.closing(Core(core_config)) as core:
+            try:
+                with target.open("wb") as stream:
+                    summary = _send(capture, core, _Sides(config), macs, PcapWriter(stream))
+            except OSError as error:  # the capture's own are CaptureErrors
+                raise CaptureError(f"{target}: {error.strerror}") from None
+    return {"packets": packets, "cut": capture.cut, **summary}
+
+
+def _send(
+    capture: Capture, core: Core, sides: _Sides, macs: Sequence[bytes], out: PcapWriter
+) -> dict[str, Any]:
     truncated = 0
-    cut: list[str] = []
     start = settled = now = None
-    with target.open("wb") as stream:
-        out = PcapWriter(stream)
-        sides = _Sides(config)
-        for packet in read_pcap(source, cut):
-            truncated += len(packet.frame) < packet.length
-            if start is None or now is None or settled is None:
-                start = settled = now = packet.time_ns
-            now = max(now, packet.time_ns)  # packets of several CPUs may stand in the wrong order
-            if now - settled >= SETTLE_NS:
-                core.settle(now - start + SECOND)
-                settled = now
-            core.poll(now - start + SECOND)
-            port = sides.port(packet.frame)
-            frame = packet.frame
-            if len(frame) >= 14 and not frame[0] & 1:  # multicast stays what it is
-                frame = macs[port] + frame[6:]
-            results = core.burst([(port, frame)], now - start + SECOND) + core.take()
-            for result in results:
-                if result.frame:
-                    out.write(packet.time_ns, result.frame)
-            core.events()
-            core.outbox()  # ARP that nobody is there to answer
+    for packet in capture:
+        truncated += len(packet.frame) < packet.length
+        if start is None or now is None or settled is None:
+            start = settled = now = packet.time_ns
+        now = max(now, packet.time_ns)  # packets of several CPUs may stand in the wrong order
+        if now - settled >= SETTLE_NS:
+            core.settle(now - start + SECOND)
+            settled = now
+        core.poll(now - start + SECOND)
+        port = sides.port(packet.frame)
+        frame = packet.frame
+        if len(frame) >= 14 and not frame[0] & 1:  # multicast stays what it is
+            frame = macs[port] + frame[6:]
+        results = core.burst([(port, frame)], now - start + SECOND) + core.take()
+        for result in results:
+            if result.frame:
+                out.write(packet.time_ns, result.frame)
+        core.events()
+        core.outbox()  # ARP that nobody is there to answer
     verdicts = core.verdicts().tolist()
     counters = core.counters()
-    core.close()
     return {
-        "packets": packets,
         "truncated": truncated,
-        "cut": cut[0] if cut else None,
         "written": out.packets,
         "sessions": counters["sessions_opened"],
         "seconds": ((now or 0) - (start or 0)) / SECOND,

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captures through the core: file formats, sides, next hops and the summary; read back by scapy."""
 
+import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,24 @@ def test_a_capture_that_was_cut_off_is_read_up_to_there(tmp_path: Path, left: in
     summary = translate(source, tmp_path / "out.pcap", config())
     assert (summary["packets"], summary["written"]) == (1, 1)
     assert message in summary["cut"]
+
+
+def test_a_capture_that_comes_through_a_pipe(tmp_path: Path) -> None:
+    """It is read twice, and a pipe gives it once."""
+    whole = write(tmp_path / "in.pcap", [(0, outbound()), (1, outbound(2))]).read_bytes()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(whole))
+    writer.start()
+    summary = translate(pipe, tmp_path / "out.pcap", config())
+    writer.join()
+    assert (summary["packets"], summary["written"]) == (2, 2)
+
+
+def test_a_target_that_is_full_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.pcap", [(0, outbound())])
+    with pytest.raises(CaptureError, match=r"^/dev/full: No space left on device$"):
+        translate(source, Path("/dev/full"), config())
 
 
 def test_the_capture_is_never_overwritten(tmp_path: Path) -> None:
