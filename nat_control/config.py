@@ -361,16 +361,23 @@ def _merged(reader: Reader, located: list[_Located]) -> tuple[tuple[IPv4Address,
     return tuple((IPv4Address(first), IPv4Address(last)) for first, last in ranges)
 
 
-def _check_pool(reader: Reader, located: list[_Located], pool: Pool, ports: Sequence[Port]) -> None:
+def _known_ports(config: Config) -> tuple[int, int]:
+    """Of each pool address; those that are not ours are the peer's, now or when it comes."""
+    paired = config.peer is not None and config.peer.mode != "off"
+    return (1, 65535) if paired or config.switch else config.nat.pool.ports
+
+
+def _check_pool(reader: Reader, located: list[_Located], config: Config) -> None:
+    pool, (low, high) = config.nat.pool, _known_ports(config)
     at = "nat.pool.addresses"
     if reader.good(at) and len(pool.ranges) > MAX_RANGES:
         reader.fault(at, f"{len(pool.ranges)} separate ranges, and {MAX_RANGES} at most are possible")
     if pool.n_addresses > MAX_POOL_ADDRESSES:
         reader.fault(at, f"{pool.n_addresses} addresses, and {MAX_POOL_ADDRESSES} at most are possible")
-    elif pool.n_addresses * 3 * (pool.ports[1] - pool.ports[0] + 1) > MAX_POOL_TRIPLES:
-        reader.fault(at, f"{pool.n_addresses} addresses with these ports are too many: fewer than 2^31 in "
-                     "addresses x 3 protocols x ports are possible")  # fmt: skip
-    internal, external = ports
+    elif pool.n_addresses * 3 * (high - low + 1) > MAX_POOL_TRIPLES:
+        reader.fault(at, f"{pool.n_addresses} addresses with the ports {low}-{high} are too many: fewer than "
+                     "2^31 in addresses x 3 protocols x ports are possible")  # fmt: skip
+    internal, external = config.ports
     forbidden: list[tuple[IPv4Address, str]] = []
     if reader.good("ports.external.address"):
         subnet = external.address.network
@@ -477,7 +484,7 @@ def _check(reader: Reader, config: Config, located: list[_Located]) -> None:
         reader.fault(
             "ports", f"{routes} routes with subnets and gateways, and {MAX_ROUTES} at most are possible"
         )
-    _check_pool(reader, located, config.nat.pool, config.ports)
+    _check_pool(reader, located, config)
 
 
 def load(path: str | Path) -> Config:
@@ -543,15 +550,14 @@ def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreCon
     timeouts, limits, pool = config.nat.timeouts, config.nat.limits, config.nat.pool
     if config.virtual:
         macs = [config.virtual.mac] * len(config.ports)
-    hold = config.peer.hold if config.peer and config.peer.mode != "off" else None
-    # the ports that are not ours are the peer's
-    ports = (1, 65535) if hold else pool.ports
+    peer = config.peer if config.peer and config.peer.mode != "off" else None
+    hold = peer.hold if peer else None
     return CoreConfig(
         ports=tuple(
             PortConfig(port.side, port.mac or mac, port.address.ip, port.mtu)
             for port, mac in zip(config.ports, macs, strict=True)
         ),
-        pool=tuple(PoolRange(first, last, ports, pool.ports) for first, last in pool.ranges),
+        pool=tuple(PoolRange(first, last, _known_ports(config), pool.ports) for first, last in pool.ranges),
         routes=tuple(routes),
         neighbours=tuple(neighbours),
         mapping=config.nat.mapping,
@@ -568,7 +574,7 @@ def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreCon
         instance=config.number,
         epoch=epoch,
         # an agent's packets wait for their rules on the switch, with a peer or without
-        synchronous=config.switch is not None or (hold is not None and config.peer.mode == "synchronous"),  # type: ignore[union-attr]
+        synchronous=config.switch is not None or (peer is not None and peer.mode == "synchronous"),
         hold=hold.ms / 1000 if hold else 1.0,
         max_held=hold.packets if hold else 1024,
     )

@@ -276,7 +276,7 @@ class Section:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: no key twice, and a MAC or a date stays the text that it looks like."""
+    """YAML as people mean it: no key twice, and a MAC, a date or `off` stays the text that it looks like."""
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -294,13 +294,18 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-# YAML 1.1 reads 10:20:30:40:50:10 as a number to the base of 60, and 010 as eight.
+# YAML 1.1 reads 10:20:30:40:50:10 as a number to the base of 60, 010 as eight, and off as false.
 _Loader.yaml_implicit_resolvers = {
     first: [
-        (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith((":bool", ":int", ":float", ":timestamp"))
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), [*"-+0123456789"]
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
-from nat_control.config_reader import Reader, Section, choice, integer, shown, text_like
+from nat_control.config_reader import MAX_SOCKET_PATH, Reader, Section, choice, integer, shown, text_like
 
 MODES = ("off", "asynchronous", "synchronous")
 PARTITIONS = ("all_peer",)
@@ -132,20 +132,25 @@ def _interval(value: object) -> float:
 def _other_place(place: str) -> str:
     """Beside the first: the next port, or a path that begins like it."""
     if place.startswith("unix:"):
+        if len(f"{place}-takeover") - len("unix:") > MAX_SOCKET_PATH:
+            raise ValueError(f"missing: `openflow` with -takeover has more than {MAX_SOCKET_PATH} bytes")
         return f"{place}-takeover"
     host, _, port = place.rpartition(":")
-    return f"{host}:{int(port) % 65535 + 1}"
+    if int(port) == 65535:
+        raise ValueError("missing: there is no port after the 65535 of `openflow`")
+    return f"{host}:{int(port) + 1}"
 
 
 def read_peer(section: Section) -> Peer:
     hold = section.section("hold", "hold")
-    listen, connect = section.get("listen", _address, None), section.get("connect", _address, None)
-    if ("listen" in section.values) == ("connect" in section.values):
+    mode = section.get("mode", choice(MODES), "synchronous")
+    given = ("listen" in section.values) + ("connect" in section.values)
+    if (given == 2 or (given == 0 and mode != "off")) and section.reader.good(section.at):
         section.reader.fault(section.at, "exactly one of `listen` and `connect` is needed")
     return Peer(
-        listen=listen,
-        connect=connect,
-        mode=section.get("mode", choice(MODES), "synchronous"),
+        listen=section.get("listen", _address, None),
+        connect=section.get("connect", _address, None),
+        mode=mode,
         partition=section.get("partition", choice(PARTITIONS), PARTITIONS[0]),
         hold=Hold(
             packets=hold.get("packets", integer(1, 16384), 1024),
@@ -168,10 +173,16 @@ def read_heartbeat(section: Section) -> Heartbeat:
 def read_switch(section: Section) -> Switch:
     ports = section.section("ports", "switch_ports")
     openflow = section.get("openflow", _place, "127.0.0.1:6653")
+    takeover = section.get("takeover", _place, "")
+    if "takeover" not in section.values:
+        try:
+            takeover = _other_place(openflow)
+        except ValueError as error:
+            section.reader.fault(section.path("takeover"), str(error))
     number = integer(1, MAX_OPENFLOW_PORT)
     return Switch(
         openflow=openflow,
-        takeover=section.get("takeover", _place, _other_place(openflow)),
+        takeover=takeover,
         datapath_id=section.get("datapath_id", lambda value: int(_hexadecimal(value), 16), 0),
         barrier=section.get("barrier", choice(BARRIERS), BARRIERS[0]),
         max_flows=section.get("max_flows", integer(2, 10_000_000), 100_000),
@@ -186,13 +197,14 @@ def check_pair(
     switch: Switch | None,
     virtual: Virtual | None,
 ) -> None:
-    """What must hold among these sections."""
-    active = peer is not None and peer.mode != "off"
+    """What must hold among these sections; one that could not be read has no consequences for the others."""
+    active = peer is not None and peer.mode != "off" and reader.good("peer.mode")
     if active and heartbeat is None:
         reader.fault("heartbeat", "missing: a peer needs it to learn of the other's death")
     if heartbeat is not None and peer is None:
         reader.fault("peer", "missing: a heartbeat is for the peer")
-    if active and heartbeat and peer and peer.connect and heartbeat.connect is None:
+    lacking = active and peer and peer.connect and heartbeat and heartbeat.connect is None
+    if lacking and reader.good("heartbeat.connect"):
         reader.fault(
             "heartbeat.connect", "missing: who connects to the peer says where its heartbeat listens"
         )
@@ -201,7 +213,8 @@ def check_pair(
     if switch is None:
         return
     ports = switch.ports
-    if active and not (ports.server_internal and ports.server_external):
+    lacking = active and not (ports.server_internal and ports.server_external)
+    if lacking and reader.good("switch.ports.server_internal", "switch.ports.server_external"):
         reader.fault("switch.ports", "server_internal and server_external are needed for the peer")
     given = [
         port
@@ -210,7 +223,7 @@ def check_pair(
     ]
     if len(set(given)) < len(given) and reader.good("switch.ports"):
         reader.fault("switch.ports", "one port has two uses")
-    if switch.takeover == switch.openflow:
+    if switch.takeover == switch.openflow and reader.good("switch.takeover", "switch.openflow"):
         reader.fault(
             "switch.takeover", "must be another place than `openflow`: it is a connection of its own"
         )

@@ -399,6 +399,15 @@ def test_macs_and_dates_need_no_quotes(tmp_path: Path) -> None:
     assert config.ports[0].mac == bytes.fromhex("102030405010")
 
 
+def test_off_needs_no_quotes(tmp_path: Path) -> None:
+    """YAML 1.1 takes it for false."""
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(GOOD) + "peer: {mode: off}\n")
+    peer = c.load(path).peer
+    assert peer is not None
+    assert peer.mode == "off"
+
+
 def test_merge_keys_and_anchors(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     lines = yaml.safe_dump(changed("nat.timeouts", {"udp": 400})).replace("timeouts:", "timeouts: &t")
@@ -530,6 +539,9 @@ PATHS = [
     *(f"nat.{key}" for key in c.KEYS["nat"]),
     *(f"nat.{kind}.{key}" for kind in ("pool", "timeouts", "limits") for key in c.KEYS[kind]),
     *(f"{kind}.{key}" for kind in ("workers", "control") for key in c.KEYS[kind]),
+    *(f"{kind}.{key}" for kind in ("peer", "heartbeat", "switch", "virtual") for key in c.KEYS[kind]),
+    *(f"peer.hold.{key}" for key in c.KEYS["hold"]),
+    *(f"switch.ports.{key}" for key in c.KEYS["switch_ports"]),
 ]
 
 

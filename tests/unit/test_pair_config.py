@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
 
 from nat_control import config as c
-from tests.unit.test_config import GOOD, SCHEMA_CHECK, problems
+from nat_control import pair_config
+from tests.unit.test_config import GOOD, ROOT, SCHEMA, SCHEMA_CHECK, problems
 
 PAIR = {
     "peer": {"connect": "127.0.0.1:7000"},
@@ -57,6 +59,109 @@ def test_both_halves_of_a_pair() -> None:
     assert c.parse(document).switch.takeover == "unix:/run/br0.controller-takeover"
 
 
+def test_the_examples_are_one_pair() -> None:
+    server, agent = (c.load(ROOT / f"examples/pair-{side}.yaml") for side in ("server", "switch"))
+    assert (server.number, agent.number) == (1, 2)
+    assert server.peer.connect == agent.peer.listen == ("127.0.0.1", 7000)
+    assert server.heartbeat.connect == agent.heartbeat.listen == ("127.0.0.1", 7001)
+    assert server.virtual == agent.virtual
+    assert server.nat.pool.ranges == agent.nat.pool.ranges
+    assert (server.nat.pool.ports, agent.nat.pool.ports) == ((1024, 32767), (32768, 65535))
+    assert [port.address for port in server.ports] == [port.address for port in agent.ports]
+
+
+def test_a_switch_without_a_peer() -> None:
+    alone = {
+        "virtual": SWITCH["virtual"],
+        "switch": {**SWITCH["switch"], "ports": {"internal": 1, "external": 2}},
+    }
+    config = c.parse(with_sections(alone, devices=False))
+    assert config.switch.ports == c.SwitchPorts(1, 2, 0, 0)
+    core = c.to_core(config, [])
+    assert (core.instance, core.synchronous, core.hold) == (2, True, 1.0)
+    assert (core.pool[0].ports, core.pool[0].own) == ((1, 65535), (1024, 65535))
+
+
+def test_a_peer_that_is_off_needs_nothing_and_changes_nothing() -> None:
+    document = with_sections({"peer": {"mode": "off"}}, devices=True)
+    SCHEMA_CHECK.validate(document)
+    macs = [b"\x02\0\0\0\0\x01"] * 2
+    assert c.to_core(c.parse(document), macs) == c.to_core(c.parse(GOOD), macs)
+
+
+def test_a_server_that_does_not_wait() -> None:
+    peer = {**PAIR["peer"], "mode": "asynchronous"}
+    core = c.to_core(c.parse(with_sections({**PAIR, "peer": peer}, devices=True)), [])
+    assert (core.synchronous, core.max_held) == (False, 1024)
+
+
+def test_a_pool_is_counted_with_the_ports_of_the_peer() -> None:
+    pool = {"addresses": "20.0.0.0/18", "ports": "1024-2047"}
+    alone = with_sections({"nat": {"pool": pool}}, devices=True)
+    assert problems(alone) == {}
+    assert "1-65535 are too many" in problems({**alone, **PAIR})["nat.pool.addresses"]
+
+
+def test_defaults_and_choices_are_those_of_the_schema() -> None:
+    kinds = {
+        c.Hold: SCHEMA["$defs"]["hold"],
+        c.Peer: SCHEMA["properties"]["peer"],
+        c.Heartbeat: SCHEMA["properties"]["heartbeat"],
+        c.Switch: SCHEMA["properties"]["switch"],
+    }
+    for kind, schema in kinds.items():
+        values = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+        for name, part in schema["properties"].items():
+            if "default" in part:
+                assert values[name] == part["default"], name
+    assert SCHEMA["properties"]["peer"]["properties"]["mode"]["enum"] == list(pair_config.MODES)
+    assert SCHEMA["properties"]["peer"]["properties"]["partition"]["enum"] == list(pair_config.PARTITIONS)
+    assert SCHEMA["$defs"]["hold"]["properties"]["on_limit"]["enum"] == list(pair_config.ON_LIMIT)
+    assert SCHEMA["properties"]["switch"]["properties"]["barrier"]["enum"] == list(pair_config.BARRIERS)
+    for part in SCHEMA["$defs"]["switch_ports"]["properties"].values():
+        assert part["maximum"] == pair_config.MAX_OPENFLOW_PORT
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("peer", 5),
+        ("peer.mode", "sometimes"),
+        ("peer.listen", "here"),
+        ("heartbeat", 5),
+        ("heartbeat.listen", "here"),
+        ("heartbeat.connect", "there"),
+        ("switch", 5),
+        ("switch.openflow", "here"),
+        ("switch.takeover", "here"),
+        ("switch.ports", 5),
+        ("switch.ports.server_internal", "a"),
+        ("virtual", 5),
+        ("virtual.mac", "x"),
+    ],
+)
+def test_what_cannot_be_read_is_one_error(path: str, value: object) -> None:
+    document = with_sections(SWITCH, devices=False)
+    *parents, last = path.split(".")
+    place = document
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    with pytest.raises(c.ConfigError) as caught:
+        c.parse(document)
+    assert [problem.path for problem in caught.value.errors] == [path]
+    assert not SCHEMA_CHECK.is_valid(document)
+
+
+@pytest.mark.parametrize(
+    "peer", [{}, {"mode": "asynchronous"}, {"listen": "127.0.0.1:1", "connect": "127.0.0.1:2"}]
+)
+def test_the_schema_wants_exactly_one_of_listen_and_connect_too(peer: dict[str, str]) -> None:
+    document = with_sections({**PAIR, "peer": peer}, devices=True)
+    assert "exactly one of" in problems(document)["peer"]
+    assert not SCHEMA_CHECK.is_valid(document)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "where", "message"),
     [
@@ -94,6 +199,8 @@ def test_halves_that_do_not_fit(path: str, value: object, where: str, message: s
         ("ports", {**SWITCH["switch"]["ports"], "external": 1}, "switch.ports", "two uses"),
         ("ports", {"internal": 1, "external": 2}, "switch.ports", "needed for the peer"),
         ("takeover", "127.0.0.1:6653", "switch.takeover", "another place"),
+        ("openflow", "127.0.0.1:65535", "switch.takeover", "no port after"),
+        ("openflow", "unix:/" + "x" * 100, "switch.takeover", "more than 107 bytes"),
         ("openflow", "tcp:here", "switch.openflow", "ADDRESS:PORT or unix:/PATH"),
         ("datapath_id", 1, "switch.datapath_id", "quotes"),
         ("barrier", "probe", "switch.barrier", "trusted"),
