@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from nat_control import api
 from nat_control.config import Config, ConfigError, load, to_core, warnings
@@ -28,7 +29,17 @@ EXIT_CODES = (
 RUN = Path("/run/tandem-nat")
 ANY_MAC = bytes.fromhex("020000000001")
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise typer.Exit from None  # who reads has seen enough, as `head` does; typer would end with 1
+
+
 app = typer.Typer(
+    cls=_Commands,
     help=f"Tandem NAT: a source NAT with a DPDK fast path.\n\n{EXIT_CODES}",
     no_args_is_help=True,
     add_completion=False,
@@ -37,13 +48,18 @@ app = typer.Typer(
 show = typer.Typer(help="What a running server knows.", no_args_is_help=True)
 app.add_typer(show, name="show")
 
+# readable=False: who opens a file says what is wrong with it, and ends with the code for that
 ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="Configuration (YAML).", show_default=False)
+    Path,
+    typer.Argument(metavar="CONFIG", help="Configuration (YAML).", show_default=False, readable=False),
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("-c", "--config", help="Configuration that names the server's socket.")
+    Path | None,
+    typer.Option("-c", "--config", help="Configuration that names the server's socket.", readable=False),
 ]
-SocketOption = Annotated[Path | None, typer.Option("--socket", help="The server's socket itself.")]
+SocketOption = Annotated[
+    Path | None, typer.Option("--socket", help="The server's socket itself.", readable=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
@@ -66,15 +82,41 @@ def _user_errors() -> Iterator[None]:
 
 
 def _complain(*lines: str) -> None:
-    for line in lines:
-        print(f"tandem-nat: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # whoever cannot be told is not told
+        for line in lines:
+            print(f"tandem-nat: {line}", file=sys.stderr)
+
+
+def _words(error: OSError) -> str:
+    return ": ".join(map(str, filter(None, (error.filename, error.strerror)))) or repr(error)
 
 
 def _fail(error: Exception | str) -> typer.Exit:
-    if isinstance(error, OSError):
-        error = f"{error.filename}: {error.strerror}"
-    _complain(str(error))
+    _complain(_words(error) if isinstance(error, OSError) else str(error))
     return typer.Exit(FAILED)
+
+
+def _flush(stream: TextIO) -> OSError | None:
+    """What could not be written is given up, or Python would try it again at its end, and complain."""
+    try:
+        stream.flush()
+    except OSError as error:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def _log_may_be_lost() -> Iterator[None]:
+    """For what goes on, and ends well, when nobody can read what it says."""
+    try:
+        yield
+    except BrokenPipeError as error:  # not that of the log
+        raise _fail(error) from None
+    finally:
+        _flush(sys.stdout)
 
 
 def _print_json(value: Any) -> None:
@@ -122,7 +164,9 @@ def server(
     ] = False,
 ) -> None:
     """Run the NAT until SIGTERM or Ctrl-C; interfaces are put back as they were."""
-    with _user_errors():
+    if os.geteuid():
+        raise _fail("a server needs root, for raw sockets and to change interfaces: try again with sudo")
+    with _user_errors(), _log_may_be_lost():
         loaded = load(config)
         for line in warnings(loaded):
             _complain(f"{config}: warning: {line}")
@@ -139,7 +183,7 @@ def server(
 @app.command()
 def switch(config: ConfigFile) -> None:
     """Run the NAT on an OpenFlow switch, alone or as the server's twin, until SIGTERM or Ctrl-C; no DPDK."""
-    with _user_errors():
+    with _user_errors(), _log_may_be_lost():
         loaded = load(config)
         for line in warnings(loaded):
             _complain(f"{config}: warning: {line}")
@@ -168,7 +212,7 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
         raise typer.Exit(USAGE) from None
     except CoreError as error:
         raise _fail(f"{config}: {error}") from None
-    advice = warnings(loaded)
+    advice = (*warnings(loaded), *_about_this_machine(loaded))
     if as_json:
         _print_json({"ok": True, "instance": loaded.instance, "warnings": list(advice), "memory": memory})
         return
@@ -176,6 +220,13 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
         print(f"{config}: warning: {line}")
     total, sessions = memory["total"], loaded.nat.max_sessions
     print(f"{config}: good; {sessions} sessions take {total / 2**20:.0f} MiB, {total // sessions} bytes each")
+
+
+def _about_this_machine(config: Config) -> Iterator[str]:
+    """What is right in itself, and wrong here; a configuration may be checked elsewhere, so these are warnings."""
+    cpus = os.cpu_count() or 1
+    if not config.switch and (missing := [str(cpu) for cpu in config.workers.cores if cpu >= cpus]):
+        yield f"workers.cores: there is no CPU {', '.join(missing)} here, only 0 to {cpus - 1}: no server can start"
 
 
 @app.command()
@@ -297,10 +348,9 @@ def show_sessions(
     request: dict[str, Any] = {
         "show": "sessions",
         "filter": {key: value for key, value in wanted.items() if value is not None},
+        "limit": limit,
         "cursor": cursor,
     }
-    if limit:
-        request["limit"] = limit
     with _user_errors():
         answers = api.ask(_socket(config, socket), request)
         (_sessions_as_json if as_json else _sessions_as_text)(answers)
@@ -311,7 +361,7 @@ def _sessions_as_json(answers: Iterator[dict[str, Any]]) -> None:
     before = '{"sessions": [\n'
     for answer in answers:
         for row in answer.get("rows", ()):
-            sys.stdout.write(before + json.dumps(row))
+            print(before + json.dumps(row), end="")
             before = ",\n"
         if "end" in answer:
             start = before if before != ",\n" else "\n"
@@ -406,11 +456,18 @@ def show_ports(config: ConfigOption = None, socket: SocketOption = None, as_json
 
 @app.command()
 def translate(
-    source: Annotated[Path, typer.Argument(metavar="IN.pcap", show_default=False, help="Capture to read.")],
-    target: Annotated[
-        Path, typer.Argument(metavar="OUT.pcap", show_default=False, help="What the NAT sends.")
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN.pcap", show_default=False, help="Capture to read.", readable=False),
     ],
-    config: Annotated[Path, typer.Option("-c", "--config", help="Configuration (YAML).", show_default=False)],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="OUT.pcap", show_default=False, help="What the NAT sends.", readable=False),
+    ],
+    config: Annotated[
+        Path,
+        typer.Option("-c", "--config", help="Configuration (YAML).", show_default=False, readable=False),
+    ],
     as_json: Json = False,
 ) -> None:
     """Send a capture through the NAT's core, and count the packets by verdict."""
@@ -428,14 +485,16 @@ def translate(
     if as_json:
         return _print_json(summary)
     _table(f"{source}: packets by verdict", ("verdict", "packets"), list(summary["verdicts"].items()))
-    facts = [(name, summary[name]) for name in ("packets", "truncated", "written", "sessions", "seconds")]
+    names = ("packets", "truncated", "written", "sessions", "seconds")
+    facts = [(name, summary[name]) for name in names]
+    facts.insert(1, ("cut off at the end", int(bool(summary["cut"]))))
     _table(f"written to {target}", ("", ""), facts)
 
 
 @app.command()
 def demo(
     report: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the checks there.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the checks there.", readable=False)
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave it running; --stop ends it.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End what --keep left.")] = False,
@@ -450,8 +509,6 @@ def demo(
                 removed = end_kept()
                 print(f"ended, and removed {', '.join(removed)}" if removed else "there is no kept demo")
                 return
-            if report is not None:
-                report.open("a").close()  # whether it can be written is known now, and not after the demo
             if not run(report, keep=keep):
                 raise typer.Exit(FAILED)
         except (LabError, OSError) as error:
@@ -459,13 +516,15 @@ def demo(
 
 
 def main() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     code = _main()
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # Python would complain about it once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    error = _flush(sys.stdout)
+    if error and not isinstance(error, BrokenPipeError):
+        _complain(f"standard output: {error.strerror}")
         code = code or FAILED
+    _flush(sys.stderr)
     sys.exit(code)
 
 
@@ -473,20 +532,17 @@ def _main() -> int:
     try:
         return app(standalone_mode=False) or 0
     except UsageError as error:
-        lines = error.format_message().strip().splitlines()
-        if len(lines) > 1:  # the help of a command that was given nothing
-            print(*lines, sep="\n", file=sys.stderr)
-        else:
-            where = error.ctx.command_path if error.ctx else "tandem-nat"
-            what = lines[0].rstrip(".") if lines else "a command is missing"
-            _complain(f"{what}; see `{where} --help`")
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            return USAGE
+        where = error.ctx.command_path if error.ctx else "tandem-nat"
+        what = " ".join(error.format_message().split()).rstrip(".")
+        _complain(f"{what or 'a command is missing'}; see `{where} --help`")
         return USAGE
     except typer.Abort:
         return INTERRUPTED
-    except BrokenPipeError:
-        return FAILED
     except OSError as error:
-        _complain(f"{error.filename or 'standard output'}: {error.strerror}")
+        _complain(_words(error) if error.filename else f"standard output: {error.strerror}")
         return FAILED
 
 

@@ -33,6 +33,10 @@ POOL = ("198.51.100.10", "198.51.100.13")
 SERVER, SECOND_SERVER = "203.0.113.1", "203.0.113.2"
 NAME = "www.tandem.example"
 FILE_MIB = 64
+DRAWN, CHECKS = (
+    11,
+    12,
+)  # lines of the picture besides flows and checks; checks that there are while it is seen
 TOOLS = {  # and the Debian packages that have them
     "ip": "iproute2",
     "ethtool": "ethtool",
@@ -330,7 +334,11 @@ def _gbits(rates: dict[str, float], name: str) -> str:
     return f"{8 * rates.get(name, 0.0) / 1e6:8.1f} Mbit/s"
 
 
-def picture(demo: Demo) -> Group:
+def picture(demo: Demo, height: int) -> Group:
+    """What fits ``height`` lines of 80 columns: the latest flows, each end with its port, and the latest checks."""
+    room = height - DRAWN
+    n_flows = min(10, max(4, room - CHECKS))
+    n_checks = max(1, room - n_flows)
     status = demo.view.status
     rates = status.get("rates", {})
     drawing = Text.assemble(
@@ -345,23 +353,22 @@ def picture(demo: Demo) -> Group:
     flows = Table(box=None, header_style="dim", padding=(0, 1))
     for title in ("", "inside", "is outside", "talks to", "packets"):
         flows.add_column(title, justify="right" if title == "packets" else "left", no_wrap=True)
-    for row in sorted(demo.view.flows, key=lambda row: row["idle"])[:4]:
+    for row in sorted(demo.view.flows, key=lambda row: row["idle"])[:n_flows]:
         packets = str(row["packets_out"] + row["packets_in"])
         flows.add_row(row["protocol"], row["internal"], row["external"], row["remote"], packets)
     return Group(
         Panel(drawing, title="topology and rates", title_align="left"),
-        Panel(flows, title="translations", title_align="left", height=7),
-        summary(demo.checks[-9:]),  # all of it fits a terminal of 80 x 24
+        Panel(flows, title="translations", title_align="left", height=n_flows + 3),
+        summary(demo.checks[-n_checks:], wrap=False),
     )
 
 
-def summary(checks: list[Check]) -> Table:
+def summary(checks: list[Check], *, wrap: bool = True) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 1))
     marks = {None: Text("…", "yellow"), True: Text("✔", "green"), False: Text("✘", "bold red")}
     for check in checks:
-        table.add_row(
-            marks[check.ok], check.name, Text(check.detail, "dim", no_wrap=True, overflow="ellipsis")
-        )
+        detail = Text(check.detail, "dim", no_wrap=not wrap, overflow="fold" if wrap else "ellipsis")
+        table.add_row(marks[check.ok], Text(check.name, no_wrap=True), detail)
     return table
 
 
@@ -382,8 +389,11 @@ End it with: tandem-nat demo --stop"""
 def run(report: Path | None, *, keep: bool = False) -> bool:
     """Runs the demo; returns whether everything held. ``report`` gets the checks as JSON.
 
-    Raises LabError where it cannot even begin: no root, or a program is missing.
+    Raises LabError where it cannot even begin: no root, or a program is missing; OSError where ``report`` cannot be
+    written.
     """
+    if report is not None:
+        _can_be_written(report)
     if missing := missing_tools():
         packages = " ".join(TOOLS[tool] for tool in missing)
         raise LabError(f"{', '.join(missing)} not installed: apt install {packages}")
@@ -392,13 +402,13 @@ def run(report: Path | None, *, keep: bool = False) -> bool:
 
     def tell(check: Check) -> None:
         if not live:
-            print(line_of(check), flush=True)
+            _say(line_of(check))
 
     with Lab(kept=keep) as lab:
         demo = Demo(lab, tell)
         if live:
             with live:
-                live.get_renderable = lambda: picture(demo)  # type: ignore[method-assign]
+                live.get_renderable = lambda: picture(demo, console.height)  # type: ignore[method-assign]
                 demo.run()
         else:
             demo.run()
@@ -406,10 +416,25 @@ def run(report: Path | None, *, keep: bool = False) -> bool:
         lab.kept = keep and good  # a broken one is not worth keeping
     if lab.kept:
         names = {"client": demo.client.full_name, "outside": demo.outside.full_name}
-        print(KEPT.format(socket=demo.socket, server=SERVER, log=demo.server.log, **names))
+        _say(KEPT.format(socket=demo.socket, server=SERVER, log=demo.server.log, **names))
     else:
         demo.check("nothing is left over", lambda: _nothing_left(demo))
     return _conclude(demo, console, report)
+
+
+def _say(line: str) -> None:
+    """The demo goes on to its end, and cleans up, when nobody reads: its exit code tells what held."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, flush=True)
+
+
+def _can_be_written(path: Path) -> None:
+    """Now, and not after the whole demo. Raises OSError."""
+    new = not path.exists()
+    with path.open("a"):
+        pass
+    if new:
+        path.unlink()
 
 
 def _nothing_left(demo: Demo) -> str:
@@ -424,7 +449,7 @@ def _conclude(demo: Demo, console: Console, report: Path | None) -> bool:
     if console.is_terminal:
         console.print(summary(demo.checks))
     proven = sum(bool(check.ok) for check in demo.checks)
-    print(f"{proven} of {len(demo.checks)} checks held" + ("" if good else ": the demo FAILED"))
+    _say(f"{proven} of {len(demo.checks)} checks held" + ("" if good else ": the demo FAILED"))
     if report:
         checks = [{"name": check.name, "ok": bool(check.ok), "detail": check.detail} for check in demo.checks]
         report.write_text(json.dumps({"checks": checks}, indent=2) + "\n")

@@ -51,7 +51,7 @@ def _say_notice(action: do.Action) -> None:
 
 
 def serve(config: Config, *, force: bool = False) -> None:
-    """Runs until SIGTERM or SIGINT. Raises ServerError; whatever was done by then is undone."""
+    """Runs until SIGTERM, SIGINT or SIGHUP. Raises ServerError; whatever was done by then is undone."""
     if config.switch:
         raise ServerError("this configuration is a switch agent's: tandem-nat switch runs it")
     with contextlib.ExitStack() as undo, ending_cleanly():
@@ -121,7 +121,9 @@ class Server:
         self.worker_stalled = False
         self.links = [True] * len(self.ports)
         bound = (
-            f", sleeps {self.worker.idle_bound_us} µs at most" if config.workers.idle == "adaptive" else ""
+            f", asks for sleeps of {self.worker.idle_bound_us} µs at most"  # to which the kernel adds
+            if config.workers.idle == "adaptive"
+            else ""
         )
         say(f"worker: CPU {cpu}, {config.workers.idle}{bound}")
         self.pair: Pair | None = None

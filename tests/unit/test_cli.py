@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -128,8 +129,45 @@ def test_show_without_a_server(config: Path, what: str) -> None:
         ["translate", "a", "b"],
     ],
 )
-def test_wrong_usage(arguments: list[str]) -> None:
-    command(*arguments, code=2)
+def test_wrong_usage_is_one_line(arguments: list[str]) -> None:
+    (line,) = command(*arguments, code=2).stderr.splitlines()
+    assert line.startswith("tandem-nat: ")
+    assert line.endswith(" --help`")
+
+
+def as_nobody(*arguments: object, code: int) -> str:
+    """The command of a user without rights, other than to read Python where it is; its only line."""
+    reading = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    drop = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *reading]
+    done = subprocess.run(
+        [*(() if os.geteuid() else drop), *CLI, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_what_needs_root_says_so_first(tmp_path: Path) -> None:
+    path = tmp_path / "nat.yaml"
+    state = tmp_path / "state"
+    path.write_text(yaml.safe_dump({**GOOD, "control": {"socket": str(state / "nat.sock")}}))
+    assert as_nobody("server", path, code=1).startswith("tandem-nat: a server needs root")
+    assert not state.exists()
+    assert "need root: try again with sudo" in as_nobody("demo", code=1)
+
+
+@pytest.mark.parametrize("option", ["--socket", "-c"])
+def test_a_socket_that_is_not_ours_cannot_be_reached(operator: Path, config: Path, option: str) -> None:
+    if os.geteuid():
+        operator.chmod(0)
+    answer = as_nobody("show", "status", option, operator if option == "--socket" else config, code=3)
+    assert (
+        answer == f"tandem-nat: {operator}: permission denied; the socket is its owner's (root's): use sudo"
+    )
 
 
 def test_help_names_the_exit_codes() -> None:
@@ -191,6 +229,81 @@ def test_a_pipe_that_ends_early_is_no_error_message(operator: Path) -> None:
     assert errors == ""
 
 
+WITHOUT_A_READER = (["check", "CONFIG"], ["version"], ["show", "stats"], ["show", "sessions", "--limit", "0"])
+
+
+@pytest.mark.parametrize("arguments", WITHOUT_A_READER)
+def test_a_reader_that_has_seen_enough_is_no_failure(
+    arguments: list[str], operator: Path, config: Path
+) -> None:
+    """Whether it closed the pipe before, between or after our lines."""
+    options = ["--socket", str(operator)] if arguments[0] == "show" else []
+    words = [str(config) if word == "CONFIG" else word for word in arguments]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*CLI, *words, *options], stdout=writing, stderr=subprocess.PIPE, timeout=30)
+    os.close(writing)
+    assert done.returncode == 0
+    assert b"Broken" not in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", WITHOUT_A_READER)
+def test_an_output_that_cannot_be_written_is_one_line(
+    arguments: list[str], operator: Path, config: Path
+) -> None:
+    options = ["--socket", str(operator)] if arguments[0] == "show" else []
+    words = [str(config) if word == "CONFIG" else word for word in arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*CLI, *words, *options], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30
+        )
+    assert done.returncode == 1
+    assert done.stderr == "tandem-nat: standard output: No space left on device\n"
+
+
+def test_streams_that_are_closed(config: Path, bad: Path) -> None:
+    for path, code in ((config, 0), (bad, 2)):
+        done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *CLI, "check", path], timeout=30)
+        assert done.returncode == code
+
+
+def test_check_knows_the_cpus_of_this_machine(tmp_path: Path) -> None:
+    path = tmp_path / "nat.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "workers": {"cores": [1000]}}))
+    assert "warning: workers.cores: there is no CPU 1000 here" in command("check", path).stdout
+    path.write_text(yaml.safe_dump({**GOOD, "workers": {"cores": [0]}}))
+    assert "warning" not in command("check", path).stdout
+
+
+def test_a_report_that_cannot_be_written_is_known_before_the_demo(tmp_path: Path) -> None:
+    done = command("demo", "--json", tmp_path / "none" / "x.json", code=1)
+    assert done.stderr == f"tandem-nat: {tmp_path / 'none' / 'x.json'}: No such file or directory\n"
+    assert done.stdout == ""
+
+
+def test_translate_says_where_the_capture_was_cut(config: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.pcap", [(0, outbound()), (1, outbound())])
+    source.write_bytes(source.read_bytes()[:-1])
+    done = command("translate", source, tmp_path / "out.pcap", "-c", config)
+    assert done.stderr == f"tandem-nat: {source}: the file ends in packet 2\n"
+    assert "cut" in done.stdout
+    answer = json.loads(command("translate", source, tmp_path / "out.pcap", "-c", config, "--json").stdout)
+    assert (answer["packets"], answer["cut"]) == (1, f"{source}: the file ends in packet 2")
+
+
+def test_translate_reads_what_it_is_piped(config: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.pcap", [(0, outbound())])
+    done = subprocess.run(
+        [*CLI, "translate", "/dev/stdin", tmp_path / "out.pcap", "-c", config, "--json"],
+        input=source.read_bytes(),
+        capture_output=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["written"] == 1
+
+
 def test_translate_prints_a_summary(config: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.pcap", [(0, outbound()), (1, b"short")])
     said = command("translate", source, tmp_path / "out.pcap", "-c", config).stdout
@@ -206,6 +319,7 @@ def test_translate_names_what_it_cannot_read_or_write(config: Path, tmp_path: Pa
         ((tmp_path / "none.pcap", tmp_path / "out.pcap"), tmp_path / "none.pcap"),
         ((config, tmp_path / "out.pcap"), config),
         ((source, tmp_path / "no" / "out.pcap"), tmp_path / "no" / "out.pcap"),
+        ((source, "/dev/full"), "/dev/full"),
     ):
         (line,) = command("translate", *arguments, "-c", config, code=1).stderr.strip().splitlines()
         assert line.startswith(f"tandem-nat: {named}: ")
