@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -27,12 +28,38 @@ def answers(net: Net) -> bool:
     return net.client.attempt("ping", "-q", "-c", "1", "-W", "1", SERVER).returncode == 0
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(bare: Net) -> None:
+@pytest.mark.parametrize("redirection", ["> /dev/full 2>&1", ">&- 2>&-"])
+def test_a_log_that_cannot_be_written_stops_nothing(bare: Net, redirection: str) -> None:
     before = bare.state()
-    server = bare.nat.start(*shell(bare, "> /dev/full 2>&1"), name="server")
+    server = bare.nat.start(*shell(bare, redirection), name="server")
     until("packets are carried", lambda: answers(bare), 30)
     server.signal(signal.SIGTERM)
-    server.wait(5)
+    assert server.wait(5) == 0
+    assert bare.state() == before
+
+
+@pytest.mark.parametrize("lines", [1, 20])
+def test_a_reader_of_the_log_that_goes_away_stops_nothing(bare: Net, lines: int) -> None:
+    """During the start, or when it runs."""
+    before = bare.state()
+    server = subprocess.Popen(
+        bare.nat.command(*server_command(bare.write())), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert server.stdout is not None
+    assert server.stderr is not None
+    try:
+        for _ in range(lines):
+            if server.stdout.readline() == b"ready\n":
+                break
+        server.stdout.close()
+        until("packets are carried", lambda: answers(bare), 30)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(5) == 0
+        assert server.stderr.read() == b""
+    finally:
+        server.kill()
+        server.stderr.close()
+        server.wait()
     assert bare.state() == before
 
 
@@ -42,6 +69,7 @@ def test_a_closed_terminal_ends_it_cleanly(bare: Net) -> None:
     server.signal(signal.SIGHUP)
     assert server.wait(5) == 0
     assert bare.state() == before
+    assert not bare.socket.exists()
     assert "ended by SIGHUP" in server.output
 
 

@@ -327,6 +327,17 @@ def test_an_exhausted_pool_lets_nothing_out_untranslated(bare: Net) -> None:
     bare.download()
 
 
+def test_show_pool_counts_mappings_where_they_are(bare: Net) -> None:
+    """One host, more mappings than its address has ports: the others are at the second one."""
+    bare.begin(bare.write(pool={"addresses": ["198.51.100.10-198.51.100.11"], "ports": "2000-2063"}))
+    assert bare.python("client", MANY, SERVER, name="many").wait(20) == 0
+    pool = json.loads(bare.show("pool", "--json"))
+    assert [use["mappings"] for use in pool["in_use"]] == [64, 64]
+    assert sorted(use["hosts"] for use in pool["in_use"]) == [0, 1]
+    assert (pool["used"], pool["in_use_total"]) == (128, 2)
+    assert pool["unpaired"] == 64
+
+
 # -- start and end ----------------------------------------------------------------------------------------
 
 
@@ -369,12 +380,13 @@ def test_kill_9_hinders_nothing(bare: Net) -> None:
     assert bare.state() == before
 
 
-def test_a_signal_during_the_start_undoes_it(bare: Net) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_the_start_undoes_it(bare: Net, number: signal.Signals) -> None:
     before = bare.state()
     config = bare.write()
     server = bare.nat.start(*server_command(config), name="server")
     server.ready("\ninternal:", timeout=30)
-    server.signal(signal.SIGTERM)
+    server.signal(number)
     assert server.wait(5) == 0
     assert not bare.socket.exists()
     assert bare.state() == before
