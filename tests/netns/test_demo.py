@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo, as an operator runs it."""
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from nat_control import demo, lab
 
@@ -93,6 +95,47 @@ def test_a_broken_translation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not held["clean end"]
 
 
+@pytest.mark.parametrize(("width", "height", "flows"), [(80, 24, 4), (120, 40, 10), (80, 12, 4)])
+def test_the_picture_fits_the_terminal_and_shows_every_port(width: int, height: int, flows: int) -> None:
+    shown = demo.Demo(lab.Lab(), lambda check: None)
+    shown.view.flows = [
+        {
+            "protocol": "icmp",
+            "internal": f"10.0.0.10:{50000 + i}",
+            "external": f"198.51.100.10:{60000 + i}",
+            "remote": "203.0.113.2:65535",
+            "packets_out": 10_000_000,
+            "packets_in": 0,
+            "idle": i,
+        }
+        for i in range(20)
+    ]
+    shown.checks = [demo.Check(f"{i} only the pool's addresses are used", True, "x" * 200) for i in range(12)]
+    console = Console(width=width, height=height, file=io.StringIO(), record=True)
+    console.print(demo.picture(shown, height))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(f"198.51.100.10:{60000 + i} " in line for i in range(20) for line in lines) == flows
+    assert "11 only the pool's addresses are used" in lines[-1]
+    assert len(lines) < max(height, 16)
+
+
+def test_a_reader_that_goes_away_does_not_end_the_demo(tmp_path: Path) -> None:
+    report = tmp_path / "demo.json"
+    process = subprocess.Popen(
+        [*DEMO, "--json", str(report)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(90) == 0
+    assert errors == ""
+    assert all(check["ok"] for check in json.loads(report.read_text())["checks"])
+
+
 def test_a_kept_demo_stays_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the set-up alone, and under another name, for an operator may keep one right now."""
     monkeypatch.setattr(lab, "KEPT", f"keeping{os.getpid()}")
@@ -105,6 +148,13 @@ def test_a_kept_demo_stays_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(lab.LabError, match="a kept demo exists already"):
             lab.Lab(kept=True).__enter__()
         lab.sweep()
+        assert process.alive
+        os.seteuid(65534)
+        try:
+            with pytest.raises(lab.LabError, match="a kept demo is root's: try again with sudo"):
+                lab.end_kept()
+        finally:
+            os.seteuid(0)
         assert process.alive
     finally:
         removed = lab.end_kept()
