@@ -1,59 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench [core]``: measures; the last line is JSON with ``--json``."""
+"""``python -m bench [core | failover]``: measures; the last line is JSON with ``--json``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench import core
+from bench import core, failover
+from nat_control.lab import LabError
+
+# What `make bench-failover` measures: the figures that a release states.
+CASES = [
+    failover.Case("kill", rate, 1, known, 25) for rate in (1000, 10_000) for known in (0, 1000, 10_000)
+] + [failover.Case(how, 1000, 1, 0, 10) for how in ("stop", "failback", "planned", "link")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measurements beside their floors.")
-    parser.add_argument("what", nargs="?", default="core", choices=["core"])
-    parser.add_argument("--sessions", type=int, nargs="*", default=list(core.SESSIONS))
-    parser.add_argument("--direction", choices=["out", "in", "both"], default="both")
-    parser.add_argument("--mapping", choices=["independent", "dependent"], default="independent")
-    parser.add_argument("--rounds", type=int, default=61, help="of 16384 packets each")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    what = parser.add_subparsers(dest="what")
+    of_core = what.add_parser("core", help="ns per packet of established sessions")
+    of_core.add_argument("--sessions", type=int, nargs="*", default=list(core.SESSIONS))
+    of_core.add_argument("--direction", choices=["out", "in", "both"], default="both")
+    of_core.add_argument("--mapping", choices=["independent", "dependent"], default="independent")
+    of_core.add_argument("--rounds", type=int, default=61, help="of 16384 packets each")
+    of_failover = what.add_parser("failover", help="packets and sessions lost when the server ends (root)")
+    of_failover.add_argument("--how", choices=failover.HOWS, default="kill")
+    of_failover.add_argument("--rate", type=int, default=1000, help="packets per second")
+    of_failover.add_argument("--flows", type=int, default=1, help="of the stream")
+    of_failover.add_argument("--known", type=int, default=0, help="sessions besides")
+    of_failover.add_argument("--trials", type=int, default=5)
+    of_failover.add_argument("--mode", choices=["synchronous", "asynchronous"], default="synchronous")
+    of_failover.add_argument("--all", action="store_true", help="every case that a release states")
+    of_latency = what.add_parser("newflow", help="latency that a new flow's first packet takes more (root)")
+    of_latency.add_argument("--flows", type=int, default=500)
+    for one in (of_core, of_failover, of_latency):
+        one.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(sys.argv[1:] or ["core"])
+    try:
+        {"core": _core, "failover": _failover, "newflow": _newflow}[arguments.what or "core"](arguments)
+    except LabError as error:
+        sys.exit(f"bench: {error}")
 
-    table = Table(title=f"core: ns per packet, {arguments.direction}, endpoint-{arguments.mapping} mapping")
-    for column in (
-        "sessions",
-        "NAT",
-        "min",
-        "max",
-        "parse + MAC swap",
-        "ratio",
-        "new session",
-        "bytes per session",  # of words, so that it wraps and is not cut where the line is short
-    ):
-        table.add_column(column, justify="right")
-    results = []
-    for sessions in arguments.sessions:
-        result = core.measure(
+
+def _print(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """A column for each key of the first row."""
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return " / ".join(f"{one:.4g}" for one in value.values())
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
+
+
+def _core(arguments: argparse.Namespace) -> None:
+    results = [
+        core.measure(
             sessions, direction=arguments.direction, mapping=arguments.mapping, rounds=arguments.rounds
         )
-        results.append(result)
-        nat, floor = result["nat_ns"], result["floor_ns"]
-        table.add_row(
-            f"{sessions:,}",
-            *(f"{nat[key]:.1f}" for key in ("median", "min", "max")),
-            f"{floor['median']:.1f}",
-            f"{result['ratio']:.1f}",
-            f"{result['new_session_ns']:.0f}",
-            f"{result['bytes_per_session']:.0f}",
-        )
-    if not arguments.json:
-        Console().print(table)
+        for sessions in arguments.sessions
+    ]
+    if arguments.json:
+        for result in results:
+            print(json.dumps(core.summary(result)))
         return
-    for result in results:
-        print(json.dumps(core.summary(result)))
+    rows = [
+        {
+            "sessions": result["sessions"],
+            **{
+                name: f"{result['nat_ns'][key]:.1f}"
+                for name, key in (("NAT", "median"), ("min", "min"), ("max", "max"))
+            },
+            "parse + MAC swap": f"{result['floor_ns']['median']:.1f}",
+            "ratio": f"{result['ratio']:.1f}",
+            "new session": f"{result['new_session_ns']:.0f}",
+            "bytes per session": f"{result['bytes_per_session']:.0f}",
+        }
+        for result in results
+    ]
+    _print(f"core: ns per packet, {arguments.direction}, endpoint-{arguments.mapping} mapping", rows)
+
+
+def _failover(arguments: argparse.Namespace) -> None:
+    cases = CASES
+    if not arguments.all:
+        cases = [
+            failover.Case(
+                arguments.how,
+                arguments.rate,
+                arguments.flows,
+                arguments.known,
+                arguments.trials,
+                arguments.mode,
+            )
+        ]
+    results = []
+    for case in cases:
+        results.append(failover.measure(case, lambda line: print(line, file=sys.stderr, flush=True)))
+        if arguments.json:
+            print(json.dumps(results[-1]), flush=True)
+    if not arguments.json:
+        _print("failover: minimum / median / maximum, ms from the server's end", results)
+
+
+def _newflow(arguments: argparse.Namespace) -> None:
+    results = [
+        failover.new_flow_latency(mode, arguments.flows) for mode in ("off", "asynchronous", "synchronous")
+    ]
+    if arguments.json:
+        for result in results:
+            print(json.dumps(result))
+    else:
+        _print("new flows: ms that the first packet takes more than the second", results)
 
 
 if __name__ == "__main__":

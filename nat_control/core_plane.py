@@ -9,13 +9,14 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-from nat_control.dataplane import Capabilities, Ids, Records
-from nat_fastpath.engine import FLAG_FOREIGN, Core
+from nat_control.dataplane import Capabilities, Ids, NextHops, Records
+from nat_fastpath.engine import FLAG_FOREIGN, NEIGHBOUR_STATES, Core
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 BATCH = 4096
+KNOWN = [NEIGHBOUR_STATES.index(name) for name in ("reachable", "probe", "static")]
 
 
 class CorePlane:
@@ -63,6 +64,13 @@ class CorePlane:
             ours["flags"] &= 0xFF ^ FLAG_FOREIGN
             ceded -= await self.install(ours)
         return ceded
+
+    async def next_hops(self) -> NextHops:
+        found = await self._call(self.core.neighbours)
+        return np.asarray(found[(found["address"] != 0) & np.isin(found["state"], KNOWN)])
+
+    async def learn(self, next_hops: NextHops) -> int:
+        return await self._call(self.core.learn, next_hops)
 
     async def sessions(self) -> AsyncIterator[Records]:
         cursor = 0

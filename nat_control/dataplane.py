@@ -13,14 +13,17 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from nat_fastpath.engine import EVENT_CLOSE, EVENT_OPEN, EVENT_UPDATE, FLAG_FOREIGN, RECORD
+from nat_fastpath.engine import EVENT_CLOSE, EVENT_OPEN, EVENT_UPDATE, FLAG_FOREIGN, NEIGHBOUR, RECORD
 
 Records = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype RECORD
+NextHops = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype NEIGHBOUR
 Events = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype EVENT
 Ids = np.ndarray[Any, np.dtype[np.uint64]]  # shape (n,), RECORD["id"]
 
 NO_RECORDS: Records = np.empty(0, RECORD)
 NO_RECORDS.flags.writeable = False
+NO_NEXT_HOPS: NextHops = np.empty(0, NEIGHBOUR)
+NO_NEXT_HOPS.flags.writeable = False
 NO_IDS: Ids = np.empty(0, np.uint64)
 NO_IDS.flags.writeable = False
 
@@ -74,6 +77,12 @@ class DataPlane(Protocol):
 
     async def cede(self, instance: int, besides: Ids) -> int:
         """The peer is back: sessions with its instance number in their id are its own again, but not ``besides``."""
+
+    async def next_hops(self) -> NextHops:
+        """Those with an address whose MAC is known."""
+
+    async def learn(self, next_hops: NextHops) -> int:
+        """What the peer knows: the later confirmation of a MAC counts. Returns how many were news."""
 
     def sessions(self) -> AsyncIterator[Records]:
         """All sessions in pages; those that open or close meanwhile may be in it or not."""

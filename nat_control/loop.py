@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from types import FrameType
 
 from nat_control.dataplane import Events
@@ -91,8 +91,8 @@ class ControlLoop:
         """Seconds since the start."""
         return time.monotonic() - self._started
 
-    async def run(self, ready: Callable[[], None]) -> str:
-        """Runs until a signal; returns its name."""
+    async def run(self, ready: Callable[[], None], leave: Callable[[], Awaitable[None]] | None = None) -> str:
+        """Runs until a signal, and on until ``leave`` is done; returns the signal's name."""
         loop = asyncio.get_running_loop()
         end: asyncio.Future[str] = loop.create_future()
         self._end = end
@@ -102,7 +102,10 @@ class ControlLoop:
         steps.add_done_callback(lambda task: _fail(end, task))
         try:
             ready()
-            return await end
+            name = await end
+            if leave is not None:
+                await leave()
+            return name
         finally:
             steps.cancel()
 

@@ -7,11 +7,12 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from nat_control.config import Config
-from nat_control.dataplane import NO_RECORDS, Changes, DataPlane, Events, changes
+from nat_control.dataplane import NO_NEXT_HOPS, NO_RECORDS, Changes, DataPlane, Events, NextHops, changes
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Limits, Mode, State
 from nat_control.sync.codec import PoolRange
@@ -23,6 +24,8 @@ from nat_fastpath.watch import Watch
 DIGEST_PERIOD = 2.0  # seconds; what a return waits for at most once nothing is under way
 ACTIVITY_SHARE = 8  # the owner of a session hears of its traffic so many times per timeout
 ACTIVITY_PERIOD = 5.0  # seconds at least
+NEXT_HOPS_PERIOD = 0.25  # seconds between two looks at next hops
+HAND_OVER = 2.0  # seconds that the peer has to take the traffic
 
 
 def pools(config: Config) -> tuple[PoolRange, ...]:
@@ -85,6 +88,8 @@ class Pair:
             counters=counters,
         )
 
+        self._peer_carries = asyncio.Event()
+
     @property
     def state(self) -> State:
         return self.protocol.state
@@ -98,6 +103,8 @@ class Pair:
             # A descriptor must be out of the watch before the transport closes it.
             operational = action.after is State.OPERATIONAL
             self.watch.watch_tcp(self.transport.fileno() if operational else None)
+        elif isinstance(action, do.PeerCarries):
+            self._peer_carries.set()
         self._notice(action)
 
     async def run(self) -> None:
@@ -107,6 +114,19 @@ class Pair:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.transport.run())
                 tasks.create_task(self._tell_activity())
+                tasks.create_task(self._tell_next_hops())
+
+    async def hand_over(self) -> bool:
+        """Asks the peer to carry the traffic; whether it does. Packets must be forwarded until this returns."""
+        if self.state is not State.OPERATIONAL:
+            return False
+        self._peer_carries.clear()
+        self.transport.hand_over()
+        try:
+            await asyncio.wait_for(self._peer_carries.wait(), HAND_OVER)
+        except TimeoutError:
+            return False
+        return True
 
     async def stop(self) -> None:
         """We leave on purpose: the peer hears it before anything is closed."""
@@ -115,10 +135,30 @@ class Pair:
             self.watch.leave()
         await self.transport.stop()
 
+    async def _tell_next_hops(self) -> None:
+        """All to a new peer, then what is news or was confirmed anew: who stands by cannot ask for itself."""
+        told, peer = NO_NEXT_HOPS, None
+        while True:
+            await asyncio.sleep(NEXT_HOPS_PERIOD)
+            if self.protocol.peer is None:
+                continue
+            known = await self._plane.next_hops()
+            if peer is not self.protocol.peer:
+                told, peer = NO_NEXT_HOPS, self.protocol.peer
+            fresh = known[(known["confirmed_ms"] < 4000 * NEXT_HOPS_PERIOD) | _is_news(told, known)]
+            if len(fresh):
+                self.transport.next_hops(fresh)
+            told = known
+
+    @property
+    def activity_period(self) -> float:
+        """Seconds between two looks at what was carried."""
+        shortest = min(self._timeouts.udp, self._timeouts.icmp, self._timeouts.tcp_transitory)
+        return max(shortest / ACTIVITY_SHARE, ACTIVITY_PERIOD)
+
     async def _tell_activity(self) -> None:
         """The owner ages a session, but only the carrier sees its packets."""
-        shortest = min(self._timeouts.udp, self._timeouts.icmp, self._timeouts.tcp_transitory)
-        period = max(shortest / ACTIVITY_SHARE, ACTIVITY_PERIOD)
+        period = self.activity_period
         while True:
             await asyncio.sleep(period)
             if self.state is not State.OPERATIONAL:
@@ -128,3 +168,10 @@ class Pair:
                 active = page[foreign & (page["idle_ms"] < np.uint32(period * 1000))]
                 if len(active):
                     self.transport.events(Changes(NO_RECORDS, active, NO_RECORDS))
+
+
+def _is_news(told: NextHops, known: NextHops) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which of ``known`` were not told with this MAC; shape (n,)."""
+    fields = ["port", "address", "mac"]
+    before = set(told[fields].tolist())
+    return np.array([row not in before for row in known[fields].tolist()], np.bool_)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
+from pathlib import Path
 
 from nat_control.config_reader import MAX_SOCKET_PATH, Reader, Section, choice, integer, shown, text_like
 
@@ -61,7 +62,10 @@ class SwitchPorts:
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """``openflow`` and ``takeover`` are where the switch connects to, twice: ADDRESS:PORT or unix:PATH."""
+    """``openflow`` and ``takeover`` are where the switch connects to, twice: ADDRESS:PORT or unix:PATH.
+
+    ``ovs`` is the run directory, or control socket, of an Open vSwitch that the agent may manage.
+    """
 
     openflow: str
     takeover: str
@@ -69,6 +73,7 @@ class Switch:
     ports: SwitchPorts
     barrier: str = BARRIERS[0]
     max_flows: int = 100_000
+    ovs: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "datapath_id": True,
         "barrier": False,
         "max_flows": False,
+        "ovs": False,
         "ports": True,
     },
     "switch_ports": {
@@ -104,6 +110,7 @@ _openflow = text_like(
     r"\d{1,3}(?:\.\d{1,3}){3}:\d{1,5}|unix:/[!-~]{1,100}",
     "ADDRESS:PORT or unix:/PATH, such as 127.0.0.1:6653",
 )
+_path = text_like(r"/[!-~]{1,100}", "an absolute path, such as /var/run/openvswitch")
 _hexadecimal = text_like(r"[0-9A-Fa-f]{1,16}", "1 to 16 hexadecimal digits")
 _key = text_like(r"[0-9A-Fa-f]{32}", "32 hexadecimal digits, such as openssl rand -hex 16 gives")
 
@@ -186,6 +193,7 @@ def read_switch(section: Section) -> Switch:
         datapath_id=section.get("datapath_id", lambda value: int(_hexadecimal(value), 16), 0),
         barrier=section.get("barrier", choice(BARRIERS), BARRIERS[0]),
         max_flows=section.get("max_flows", integer(2, 10_000_000), 100_000),
+        ovs=section.get("ovs", lambda value: Path(_path(value)), None),
         ports=SwitchPorts(*(ports.get(key, number, 0) for key in KEYS["switch_ports"])),
     )
 

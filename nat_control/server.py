@@ -48,6 +48,8 @@ def _say_notice(action: do.Action) -> None:
             say(f"peer: {len(ids)} sessions contradict others {'here' if here else 'there'}")
         case do.DigestCompared(differing) if differing:
             say(f"peer: {len(differing)} of 256 digests differ")
+        case do.Carry():
+            say("peer: it does not carry the traffic any more")
 
 
 def serve(config: Config, *, force: bool = False) -> None:
@@ -160,7 +162,7 @@ class Server:
             pair.add_done_callback(self.loop.end_with)
         try:
             say(f"control: {self.config.control.socket}")
-            say(f"ended by {await self.loop.run(ready=lambda: say('ready'))}")
+            say(f"ended by {await self.loop.run(ready=lambda: say('ready'), leave=self._leave)}")
         finally:
             if pair is not None and self.pair is not None:
                 with contextlib.suppress(TimeoutError):
@@ -168,6 +170,11 @@ class Server:
                 pair.cancel()
                 await asyncio.wait([pair])
             await api.close()
+
+    async def _leave(self) -> None:
+        """A planned end: the peer has the traffic before we stop forwarding."""
+        if self.pair is not None and await self.pair.hand_over():
+            say("the peer carries")
 
     def _watch(self) -> None:
         before, self.worker_stats = self.worker_stats, self.worker.stats()

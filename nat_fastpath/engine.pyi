@@ -100,6 +100,9 @@ class Core:
     def holds(self, records: np.ndarray[Any, np.dtype[np.void]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Whether each is held under its 5-tuple and id; shape (n,)."""
     def neighbours(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
+    def learn(self, neighbours: np.ndarray[Any, np.dtype[np.void]]) -> int:
+        """Next hops that the peer knows, dtype NEIGHBOUR: the later confirmation counts. One with ``mac`` 0 is
+        asked for. Returns how many were news."""
     def hosts(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
     def verdicts(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
         """Packets by verdict; shape (len(Verdict),)."""

@@ -27,6 +27,7 @@ cdef extern from "engine_tables.h" nogil:
         NAT_SESSION_PENDING, NAT_SESSION_FOREIGN, NAT_SESSION_INBOUND, NAT_SESSION_OFFLOAD
         NAT_CMD_SESSIONS, NAT_CMD_INSTALL, NAT_CMD_DELETE, NAT_CMD_COMMIT, NAT_CMD_FIND
         NAT_CMD_NEIGHBOURS, NAT_CMD_HOSTS, NAT_CMD_ADOPT, NAT_CMD_CEDE, NAT_CMD_UPDATE, NAT_CMD_CHECK
+        NAT_CMD_LEARN
         N_COUNTER_ROWS, N_RECORD_ROWS, N_EVENT_ROWS, N_NEIGHBOUR_ROWS, N_HOST_ROWS
 
     struct name_row:
@@ -605,6 +606,10 @@ cdef class Core:
     def neighbours(self):
         """The next hops, dtype NEIGHBOUR."""
         return self._all(NAT_CMD_NEIGHBOURS, NEIGHBOUR)
+
+    def learn(self, neighbours):
+        """Next hops that the peer knows, dtype NEIGHBOUR: the later confirmation counts; returns how many were news."""
+        return self._command(NAT_CMD_LEARN, np.array(neighbours, NEIGHBOUR, copy=True, ndmin=1), 0)[0]
 
     def hosts(self):
         """The inside hosts that have a session, dtype HOST."""

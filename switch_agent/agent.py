@@ -33,18 +33,21 @@ from nat_control.loop import (
     no_more_signals,
     start_epoch,
 )
-from nat_control.pair import Pair
+from nat_control.pair import ACTIVITY_PERIOD, Pair
 from nat_control.sync import actions as do
 from nat_control.sync.actions import State
-from nat_fastpath.engine import NEIGHBOUR_STATES, VERDICT_NAMES, Core, CoreError, Result, Verdict
+from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result, Verdict
+from switch_agent import ovs_control
 from switch_agent.channel import Channel, ChannelLost
-from switch_agent.codec import Lost, PacketIn, Ready
+from switch_agent.codec import Lost, PacketIn, PortDescription, PortStatus, Ready
 from switch_agent.nexthops import NextHops, Route, key
-from switch_agent.pipeline import Pipeline, Side
+from switch_agent.pipeline import Kind, Pipeline, Side
 from switch_agent.plane import OpenFlowDataPlane, SwitchError
 
 STEP = 0.005  # seconds between two looks at the core: ARP, ageing, events
-KNOWN = {NEIGHBOUR_STATES.index(name) for name in ("reachable", "probe", "static")}
+DRAIN = 0.03  # seconds that the server has to send what it has, at a planned hand-over
+GRACE = 0.25  # seconds that the server of an earlier agent has to show that it lives
+GONE = 1  # OFPPR_DELETE
 
 
 def say(line: str) -> None:
@@ -147,6 +150,9 @@ class Agent:
         self._macs: dict[int, int] = {}
         self._work: asyncio.Queue[Callable[[], Awaitable[object]]] = asyncio.Queue()
         self._returning = False
+        self._kept = False  # the peer has handed the traffic over, and does not want it back
+        self._reconciled = False  # rules and sessions were compared since the peer came
+        self._down: set[int] = set()  # ports to the server without a link
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -163,6 +169,7 @@ class Agent:
                 f"{self.config.switch.datapath_id:016x} at {self.config.switch.openflow}"
             )
             tasks = [self._switch_events(), self._takeover_events(), self._packets(), self._operations()]
+            tasks.append(self._activity())
             if self.pair is not None:
                 asyncio.get_running_loop().add_reader(self.pair.watch.eventfd, self._fired)
                 tasks.append(self.pair.run())
@@ -237,9 +244,7 @@ class Agent:
 
     async def _tell_next_hops(self) -> None:
         """A MAC that is not known any more stays what it was: the server may see what we do not."""
-        for row in self.core.neighbours():
-            if not row["address"] or int(row["state"]) not in KNOWN:
-                continue
+        for row in await self.store.next_hops():
             side = self.config.ports[int(row["port"])].side
             hop, mac = key(side, IPv4Address(int(row["address"]))), int(row["mac"])
             if self._macs.get(hop) == mac:
@@ -248,6 +253,25 @@ class Agent:
                 await self.plane.set_next_hop(hop, mac)
                 self._macs[hop] = mac
 
+    def _ask_for(self, port: int, address: int) -> None:
+        """A session's rule has no MAC for its next hop: the packet is lost, the next ones need not be."""
+        self.counts["without_next_hop"] += 1
+        wanted = np.zeros(1, NEIGHBOUR)
+        wanted["port"], wanted["address"] = port, address
+        self.core.learn(wanted)
+
+    async def _activity(self) -> None:
+        """While the switch carries, only its counters tell which sessions live."""
+        period = self.pair.activity_period if self.pair else ACTIVITY_PERIOD
+        while True:
+            await asyncio.sleep(period)
+            if self.ready and not self.forwarding:
+                self._work.put_nowait(self._refresh)
+
+    async def _refresh(self) -> None:
+        with contextlib.suppress(ChannelLost):
+            await self.plane.refresh()
+
     # -- the switch ----------------------------------------------------------------------------------------
 
     async def _switch_events(self) -> None:
@@ -255,12 +279,18 @@ class Agent:
             frames: list[tuple[int, bytes]] = []
             for event in await self.channel.events():
                 if isinstance(event, PacketIn):
-                    arrived = self.plane.arrived(event)
-                    if arrived is not None:
+                    if (hop := self.plane.without_next_hop(event)) is not None:
+                        self._ask_for(*hop)
+                    elif (arrived := self.plane.arrived(event)) is not None:
                         frames.append(arrived)
                 elif isinstance(event, Ready):
                     say(f"switch {event.datapath_id:016x} is connected")
+                    self._down.clear()
+                    for port in event.ports:
+                        self._link(port, port.up)
                     self._work.put_nowait(self._prepare)
+                elif isinstance(event, PortStatus):
+                    self._link(event.port, event.port.up and event.reason != GONE)
                 elif isinstance(event, Lost):
                     say(f"the switch is lost: {event.reason}")
                     self.ready = False
@@ -278,6 +308,7 @@ class Agent:
             # An agent that knows no session yet must not take the rules of those that the switch carries on.
             if self.core.counters()["sessions"]:
                 await self._reconcile()
+            self.forwarding = await self.plane.forwards()
         except (ChannelLost, SwitchError) as error:
             say(f"the switch cannot be prepared: {error}")
             return
@@ -285,6 +316,26 @@ class Agent:
         say("the switch is ready")
         self.core.announce()
         self._arm()
+        if self.forwarding:
+            asyncio.get_running_loop().call_later(GRACE, self._is_anybody_there)
+
+    def _is_anybody_there(self) -> None:
+        """The switch forwards to the server as an earlier agent, or connection, has left it: is it alive?"""
+        if self.pair is None or not self.pair.watch.stats()["alive"]:
+            self._work.put_nowait(partial(self._carry, "the switch forwards to a server that is not there"))
+
+    def _link(self, port: PortDescription, up: bool) -> None:
+        """A server behind a port without a link carries nothing."""
+        assert self.config.switch
+        ports = self.config.switch.ports
+        if port.number not in (ports.server_internal, ports.server_external):
+            return
+        if up:
+            self._down.discard(port.number)
+        elif port.number not in self._down:
+            self._down.add(port.number)
+            if self.forwarding:
+                self._work.put_nowait(partial(self._carry, f"port {port.number} ({port.name}) is down"))
 
     async def _reconcile(self) -> None:
         found = await self.plane.reconcile()
@@ -323,46 +374,78 @@ class Agent:
         match action:
             case do.StateChanged(before, after, why):
                 say(f"peer: {before.value} -> {after.value}: {why}")
-                if after is not State.OPERATIONAL and before is State.OPERATIONAL:
-                    self._work.put_nowait(self._carry)
+                if before is State.OPERATIONAL:
+                    self._reconciled = self._kept = False
+                    self._work.put_nowait(partial(self._carry, why))
             case do.DigestCompared(differing):
                 if differing:
                     say(f"peer: {len(differing)} of 256 digests differ")
-                elif not self.forwarding and not self._returning:
+                elif not self._returning and not (self.forwarding and self._reconciled):
                     self._returning = True
                     self._work.put_nowait(self._give_back)
             case do.Conflicts(ids, here):
                 say(f"peer: {len(ids)} sessions contradict others {'here' if here else 'there'}")
+            case do.Carry():
+                self._work.put_nowait(self._take)
 
-    async def _carry(self) -> None:
-        """The switch carries. The watch may have seen to that already; then this changes nothing."""
+    async def _take(self) -> None:
+        """The server hands over: it goes on with what it has been sent, and hears when no more comes."""
         assert self.pair is not None
+        if not self.ready:
+            return
+        self._kept = True
+        await self._carry("the server hands over", drain=True)
+        self.pair.transport.handed_over()
+
+    async def _carry(self, why: str, *, drain: bool = False) -> None:
+        """The switch carries. The watch may have seen to that already; then this changes nothing on it."""
         self._returning = False
+        if not self.forwarding:
+            return
         self.forwarding = False
-        self.pair.watch.disarm()
+        if self.pair is not None:
+            self.pair.watch.disarm()
         try:
+            if drain:
+                await self.plane.delete_static_peer_rules(Kind.TO_SERVER)
+                await asyncio.sleep(DRAIN)
             await self.plane.delete_static_peer_rules()
         except (ChannelLost, SwitchError) as error:
             say(f"takeover: {error}")
         self.counts["takeovers"] += 1
-        say("the switch carries")
+        say(f"the switch carries: {why}")
         self.core.announce()
 
     async def _give_back(self) -> None:
         """Both hold the same sessions: the server carries again."""
         assert self.pair is not None
         self._returning = False
-        if self.pair.state is not State.OPERATIONAL or not self.ready:
+        if self.pair.state is not State.OPERATIONAL or not self.ready or self._kept or self._down:
             return
         try:
+            await self.plane.refresh()
             await self._reconcile()
+            self._reconciled = True
+            if self.forwarding:
+                return
             await self.plane.install_static_peer_rules()
         except (ChannelLost, SwitchError) as error:
             say(f"return: {error}")
             return
         self.forwarding = True
         self._arm()
+        await self._purge()
         say("the server carries")
+
+    async def _purge(self) -> None:
+        """Of an Open vSwitch that we may manage: see ovs_control."""
+        assert self.config.switch
+        if self.config.switch.ovs is None:
+            return
+        try:
+            await ovs_control.purge(self.config.switch.ovs)
+        except ovs_control.OvsError as error:
+            say(f"the switch's cache stays as it is: {error}")
 
     # -- show ----------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import numpy as np
 
 VERSION = 4
 HEADER = struct.Struct("!BBHI")  # version, type, length, xid
+INVALID_TTL = 2  # OFPR_INVALID_TTL
 NO_BUFFER = 0xFFFFFFFF
 CONTROLLER_PORT = 0xFFFFFFFD  # OFPP_CONTROLLER
 

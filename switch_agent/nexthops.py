@@ -38,6 +38,11 @@ def key(side: str, address: IPv4Address | None = None, mac: int = 0) -> int:
     return number | (_EXTERNAL if side == "external" else 0)
 
 
+def place(key: int) -> tuple[int, int] | None:
+    """The side (0 internal, 1 external) and the address of a next hop that is known by its address."""
+    return None if key & _BY_MAC else (int(bool(key & _EXTERNAL)), key & 0xFFFF_FFFF)
+
+
 class NextHops:
     """Next hops of one switch: routes, what MACs are known, and which groups there are."""
 
@@ -75,6 +80,10 @@ class NextHops:
         for side in (self._pipeline.internal, self._pipeline.external):
             outside[_is_ours(side, records["remote_addr"])] = NO_ROUTE
         return inside.astype(np.uint64), outside
+
+    def key_of(self, group_id: int) -> int:
+        """The next hop of a group, 0 if there is none; for what happens seldom."""
+        return next((key for key, group in self.groups.items() if group == group_id), NO_ROUTE)
 
     @property
     def full(self) -> bool:

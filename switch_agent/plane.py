@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nat_control.dataplane import Capabilities, DataPlane, Ids, Records
+from nat_control.dataplane import Capabilities, DataPlane, Ids, NextHops, Records
 from switch_agent import channel as openflow
-from switch_agent import codec
+from switch_agent import codec, nexthops
+from switch_agent.activity import ACTIVITY, NO_ACTIVITY, Activity, applied, since
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Error, PacketIn
 from switch_agent.compile import PROTOCOLS, Compiler, NextHopGroups, Numbers
-from switch_agent.nexthops import NO_ROUTE, NextHops
+from switch_agent.nexthops import NO_ROUTE
 from switch_agent.pipeline import (
     CLASS_MASK,
     FORWARD_COOKIE,
@@ -37,17 +38,6 @@ from switch_agent.pipeline import (
 CHUNK = 2000  # sessions per transaction
 TAKEOVER_TXID = 0x8000_0001  # beyond those that a channel gives
 _MISSING_GROUP = 0xFFFF_FFFF
-
-# What the rules of a session have carried; IP bytes are not known to OpenFlow, these are whole frames.
-ACTIVITY = np.dtype(
-    [
-        ("id", "<u8"),
-        ("packets_out", "<u8"),
-        ("packets_in", "<u8"),
-        ("frame_bytes_out", "<u8"),
-        ("frame_bytes_in", "<u8"),
-    ]
-)
 
 
 class Reconciled(NamedTuple):
@@ -73,7 +63,7 @@ class OpenFlowDataPlane:
         self,
         channel: Channel,
         pipeline: Pipeline,
-        next_hops: NextHops,
+        next_hops: nexthops.NextHops,
         store: DataPlane,
         *,
         max_flows: int = 100_000,
@@ -95,6 +85,7 @@ class OpenFlowDataPlane:
         self._room = self._most  # sessions that the switch takes; less once it has said that it is full
         self._ruled: dict[int, int] = {}  # id → group towards the inside << 32 | towards the outside
         self._group_lock = asyncio.Lock()
+        self._seen = NO_ACTIVITY  # when `refresh` last looked
         self.refused: Counter[str] = Counter()
 
     @property
@@ -125,7 +116,11 @@ class OpenFlowDataPlane:
         return await self._store.missing(records)
 
     async def update(self, records: Records) -> int:
-        return await self._store.update(records)
+        """See DataPlane. Rules are written anew where the next hop inside is another one now."""
+        held = await self._store.update(records)
+        if len(ruled := records[self.has_rules(records)]):
+            await self._offload(ruled)
+        return held
 
     async def delete(self, records: Records) -> int:
         """See DataPlane. Without a connection the rules go when the switch is reconciled."""
@@ -141,6 +136,13 @@ class OpenFlowDataPlane:
 
     async def cede(self, instance: int, besides: Ids) -> int:
         return await self._store.cede(instance, besides)
+
+    async def next_hops(self) -> NextHops:
+        return await self._store.next_hops()
+
+    async def learn(self, next_hops: NextHops) -> int:
+        """See DataPlane. The owner passes on what the store knows by ``set_next_hop``."""
+        return await self._store.learn(next_hops)
 
     def sessions(self) -> AsyncIterator[Records]:
         return self._store.sessions()
@@ -286,6 +288,14 @@ class OpenFlowDataPlane:
                 return index, event.frame[:12] + event.frame[16:]
         return None
 
+    def without_next_hop(self, event: PacketIn) -> tuple[int, int] | None:
+        """The side and IPv4 address of the next hop whose MAC is missing, if a session's rule sent this up for that."""
+        if event.cookie & CLASS_MASK != SESSION_CLASS or event.reason == codec.INVALID_TTL:
+            return None
+        pair = self._ruled.get(event.cookie & ~INBOUND, 0)
+        key = self._hops.key_of(pair >> 32 if event.cookie & INBOUND else pair & 0xFFFF_FFFF)
+        return nexthops.place(key) if key else None
+
     @property
     def _sides(self) -> tuple[Side, Side]:
         return self._pipeline.internal, self._pipeline.external
@@ -358,7 +368,24 @@ class OpenFlowDataPlane:
         except ChannelLost as error:
             self._report(f"rules stay on the switch until it is back: {error}")
 
-    async def activity(self) -> np.ndarray[Any, np.dtype[np.void]]:
+    async def forwards(self) -> bool:
+        """Whether the switch has the rules that forward to the server, from whenever. Raises ChannelLost."""
+        return bool(len(await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)))
+
+    async def refresh(self) -> int:
+        """Tells the store what the switch has carried since the last call; returns for how many sessions."""
+        now = await self.activity()
+        self._seen, carried = now, since(self._seen, now)
+        header = (
+            18 if self._pipeline.internal.vlan else 14
+        )  # Ethernet; what is padded to 60 bytes counts as such
+        refreshed = 0
+        async for page in self._store.sessions():
+            if len(active := applied(page, carried, header)):
+                refreshed += await self._store.update(active)
+        return refreshed
+
+    async def activity(self) -> Activity:
         """What each session's rules have carried since they were installed; dtype ACTIVITY. Raises ChannelLost."""
         flows = await self._channel.statistics(SESSION_CLASS, CLASS_MASK)
         ids, where = np.unique(flows["cookie"] & np.uint64(~INBOUND & (1 << 64) - 1), return_inverse=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
-from nat_control.dataplane import Ids, Records
+from nat_control.dataplane import Ids, NextHops, Records
 from nat_control.sync import codec
 from nat_control.sync.codec import Message
 
@@ -49,6 +49,9 @@ class Input(Enum):
     STATE_PAGE = "state page"
     PLANE_DONE = "plane done"
     DIGEST_TAKEN = "digest taken"
+    NEXT_HOPS = "next hops"
+    HAND_OVER = "hand over"
+    HANDED_OVER = "handed over"
     TICK = "tick"
     STOP = "stop"
     HELLO = "Hello"
@@ -62,6 +65,9 @@ class Input(Enum):
     DIGEST = "Digest"
     ERROR = "Error"
     BYE = "Bye"
+    NEXT_HOPS_KNOWN = "NextHopsKnown"
+    PEER_HANDS_OVER = "HandOver"
+    HAND_OVER_COMPLETE = "HandOverComplete"
 
 
 # -- actions ----------------------------------------------------------------------------------------------
@@ -106,6 +112,23 @@ class Commit:
     """Their packets may leave now. Overtakes what else the plane was asked for."""
 
     records: Records
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learn:
+    """Next hops that the peer knows."""
+
+    next_hops: NextHops
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """The peer hands the traffic over: carry it, then ``handed_over``."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCarries:
+    """What we asked for by ``hand_over`` is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +196,9 @@ Action = (
     | Update
     | Delete
     | Commit
+    | Learn
+    | Carry
+    | PeerCarries
     | TakeOwnership
     | Cede
     | TakeDigest

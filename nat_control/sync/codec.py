@@ -5,7 +5,8 @@ Little-endian. A header of 12 bytes, then the payload:
 
     magic u16 0x4e54 | version u8 | type u8 | epoch u32 | payload length u32
 
-``epoch`` is that of the sender's Hello on this connection. Records are struct nat_record as it is.
+``epoch`` is that of the sender's Hello on this connection. Records are struct nat_record as it is, next hops struct
+nat_neighbour_record.
 Every length is checked before anything is read or kept by it.
 """
 
@@ -19,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nat_control.dataplane import NO_IDS, Ids, Records
-from nat_fastpath.engine import RECORD
+from nat_control.dataplane import NO_IDS, Ids, NextHops, Records
+from nat_fastpath.engine import NEIGHBOUR, RECORD
 
 VERSION = 1
 MAGIC = 0x4E54  # "TN"
@@ -30,6 +31,7 @@ MAX_POOLS = 256
 MAX_TEXT = 1024
 BUCKETS = 256  # of a digest
 MAX_RECORDS = (MAX_PAYLOAD - 16) // RECORD.itemsize  # in one message
+MAX_NEXT_HOPS = MAX_PAYLOAD // NEIGHBOUR.itemsize
 
 Buckets = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -143,6 +145,23 @@ class Bye:
     """The sender leaves on purpose."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NextHopsKnown:
+    """MACs of the sender's next hops, each with the age of its last confirmation; not acknowledged."""
+
+    next_hops: NextHops
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """The receiver shall carry the traffic from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverComplete:
+    """The sender carries the traffic."""
+
+
 Message = (
     Hello
     | InitState
@@ -155,6 +174,9 @@ Message = (
     | Digest
     | Error
     | Bye
+    | NextHopsKnown
+    | HandOver
+    | HandOverComplete
 )
 
 _HELLO = struct.Struct("<HBxIHxx")  # record size, instance, term, number of ranges
@@ -167,16 +189,16 @@ _CODE = struct.Struct("<H")
 # -- fields -----------------------------------------------------------------------------------------------
 
 
-def _bytes_of(records: Records) -> bytes:
-    if records.dtype != RECORD:
+def _bytes_of(records: Records | NextHops, layout: np.dtype[np.void] = RECORD) -> bytes:
+    if records.dtype != layout:
         raise CodecError(f"records of {records.dtype.itemsize} bytes are not those of this version")
     return records.tobytes()
 
 
-def _records(payload: memoryview) -> Records:
-    if len(payload) % RECORD.itemsize:
-        raise CodecError(f"{len(payload)} bytes are no whole number of {RECORD.itemsize}-byte records")
-    return np.frombuffer(payload, RECORD)
+def _records(payload: memoryview, layout: np.dtype[np.void] = RECORD) -> Records:
+    if len(payload) % layout.itemsize:
+        raise CodecError(f"{len(payload)} bytes are no whole number of {layout.itemsize}-byte records")
+    return np.frombuffer(payload, layout)
 
 
 def _ids(payload: memoryview) -> Ids:
@@ -248,9 +270,12 @@ def _read_error(payload: memoryview, epoch: int) -> Error:
     return Error(code, bytes(payload[_CODE.size :]).decode(errors="replace"))
 
 
-def _read_bye(payload: memoryview, epoch: int) -> Bye:
-    _exactly(payload, 0)
-    return Bye()
+def _nothing(kind: Callable[[], Any]) -> Callable[[memoryview, int], Any]:
+    def read(payload: memoryview, epoch: int) -> Any:
+        _exactly(payload, 0)
+        return kind()
+
+    return read
 
 
 def _txid_records(kind: Callable[[int, Records], Any]) -> Callable[[memoryview, int], Any]:
@@ -288,7 +313,14 @@ LAYOUTS: Mapping[type, _Layout] = {
     DeleteComplete: _Layout(8, lambda m: _U64.pack(m.txid), _read_delete_complete),
     Digest: _Layout(9, lambda m: _U64.pack(m.position) + m.buckets.astype("<u8").tobytes(), _read_digest),
     Error: _Layout(10, _write_error, _read_error),
-    Bye: _Layout(11, lambda m: b"", _read_bye),
+    Bye: _Layout(11, lambda m: b"", _nothing(Bye)),
+    NextHopsKnown: _Layout(
+        12,
+        lambda m: _bytes_of(m.next_hops, NEIGHBOUR),
+        lambda payload, epoch: NextHopsKnown(_records(payload, NEIGHBOUR)),
+    ),
+    HandOver: _Layout(13, lambda m: b"", _nothing(HandOver)),
+    HandOverComplete: _Layout(14, lambda m: b"", _nothing(HandOverComplete)),
 }
 _BY_NUMBER = {layout.number: layout for layout in LAYOUTS.values()}
 

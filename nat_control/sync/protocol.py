@@ -16,15 +16,15 @@ What the shell owes:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from nat_control.dataplane import NO_IDS, Changes, Ids, Records
+from nat_control.dataplane import NO_IDS, Changes, Ids, NextHops, Records
 from nat_control.sync import codec
 from nat_control.sync.actions import (
     MAX_OUTSTANDING,
     Action,
+    Carry,
     Cede,
     Close,
     Commit,
@@ -34,8 +34,10 @@ from nat_control.sync.actions import (
     ErrorCode,
     Input,
     Install,
+    Learn,
     Limits,
     Mode,
+    PeerCarries,
     Position,
     Send,
     SendState,
@@ -52,44 +54,24 @@ from nat_control.sync.codec import (
     DeleteEntries,
     Digest,
     Error,
+    HandOver,
+    HandOverComplete,
     Hello,
     InitState,
     InstallComplete,
     InstallEntries,
     Message,
+    NextHopsKnown,
     PoolRange,
     Ready,
     UpdateEntries,
 )
 from nat_control.sync.digest import differing
+from nat_control.sync.exchange import Exchange, instances
 from nat_control.sync.outbox import Outbox, on_the_wire, pending
 from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, RECORD
 
-INSTANCE_SHIFT = np.uint64(52)  # of an id; see nat_id() in nat.h
 MAX_REFUSED = (codec.MAX_PAYLOAD - 8) // 8
-
-
-@dataclass(slots=True)
-class _Exchange:
-    """How far the two InitStates are."""
-
-    txid: int  # of ours
-    chunks_out: int = 0
-    state_sent: bool = False
-    peer_txid: int | None = None
-    chunks_in: int = 0
-    last_in: bool = False
-    installing: int = 0
-    refused: list[Ids] = field(default_factory=list)
-    ready_sent: bool = False
-    ready_received: bool = False
-    closed: list[Records] = field(default_factory=list)
-    n_closed: int = 0
-
-
-def instances(records: Records) -> Ids:
-    """Who opened each session, by its id; shape (n,)."""
-    return np.asarray(records["id"] >> INSTANCE_SHIFT & np.uint64(0xFF))
 
 
 class Protocol:
@@ -124,7 +106,7 @@ class Protocol:
 
     def _forget(self) -> None:
         """All that belongs to one connection."""
-        self._exchange = _Exchange(0)
+        self._exchange = Exchange(0)
         self._outbox = Outbox(self.limits)
         self._plane: dict[int, tuple[Input, int]] = {}  # op -> what it answers: message, txid
         self._position = Position(self.epoch)
@@ -155,6 +137,18 @@ class Protocol:
 
     def digest_taken(self, at: Position, buckets: Buckets, now: float) -> list[Action]:
         return self._step(Input.DIGEST_TAKEN, at, buckets, now)
+
+    def next_hops(self, next_hops: NextHops, now: float) -> list[Action]:
+        """What our own plane knows of them, all or the news; told to a peer that is there."""
+        return self._step(Input.NEXT_HOPS, next_hops)
+
+    def hand_over(self, now: float) -> list[Action]:
+        """The peer shall carry the traffic. Only an operational one can; otherwise nothing comes of it."""
+        return self._step(Input.HAND_OVER)
+
+    def handed_over(self, now: float) -> list[Action]:
+        """We carry the traffic, as the peer has asked."""
+        return self._step(Input.HANDED_OVER)
 
     def tick(self, now: float) -> list[Action]:
         """At least every second."""
@@ -248,12 +242,6 @@ class Protocol:
 
     # -- connection
 
-    def _plane_ready(self) -> None:
-        self._become(State.ALONE, "the data plane is ready")
-
-    def _refuse_connection(self, now: float) -> None:
-        self._out.append(Close("the data plane is not ready"))
-
     def _connected(self, now: float) -> None:
         if self.mode is Mode.OFF:
             self._out.append(Close("synchronisation is off"))
@@ -293,7 +281,7 @@ class Protocol:
             self._fail(ErrorCode.POOLS, f"both would hand out {shared}")
         else:
             self.peer = message
-            self._exchange = _Exchange(self._txid())
+            self._exchange = Exchange(self._txid())
             self._deadline = now + self.limits.exchange
             self._become(State.EXCHANGING, f"instance {message.instance} answers")
             self._out.append(SendState(self._exchange.txid))
@@ -361,7 +349,7 @@ class Protocol:
         if exchange.closed:
             # The peer's InitState may have brought back what ended here while it was under way.
             self._delete_at_plane(Input.EVENTS, 0, np.concatenate(exchange.closed))
-        self._exchange = _Exchange(0)
+        self._exchange = Exchange(0)
         self._flush(now)
 
     # -- our changes, to the peer
@@ -472,6 +460,15 @@ class Protocol:
             self.conflicts += len(refused)
             self._out.append(Conflicts(refused, here))
 
+    # -- next hops
+
+    def _next_hops(self, next_hops: NextHops) -> None:
+        for start in range(0, len(next_hops), codec.MAX_NEXT_HOPS):
+            self._send(NextHopsKnown(next_hops[start : start + codec.MAX_NEXT_HOPS]))
+
+    def _next_hops_known(self, message: NextHopsKnown, now: float) -> None:
+        self._out.append(Learn(message.next_hops))
+
     # -- digest and time
 
     def _digest(self, message: Digest, now: float) -> None:
@@ -515,6 +512,9 @@ INPUT_OF: Mapping[type, Input] = {
     Digest: Input.DIGEST,
     Error: Input.ERROR,
     Bye: Input.BYE,
+    NextHopsKnown: Input.NEXT_HOPS_KNOWN,
+    HandOver: Input.PEER_HANDS_OVER,
+    HandOverComplete: Input.HAND_OVER_COMPLETE,
 }
 
 _P = Protocol
@@ -524,6 +524,12 @@ _UNCONNECTED: Mapping[Input, Handler] = {
     Input.TICK: _P._nothing,
     Input.STOP: _P._nothing,
     Input.DISCONNECTED: _P._nothing,
+}
+# What the shell may say at any time, and only a peer that holds our sessions must hear.
+_IDLE: Mapping[Input, Handler] = {
+    Input.NEXT_HOPS: _P._nothing,
+    Input.HAND_OVER: _P._nothing,
+    Input.HANDED_OVER: _P._nothing,
 }
 # What an earlier connection asked the data plane for.
 _LATE: Mapping[Input, Handler] = {
@@ -539,12 +545,14 @@ _ENDS: Mapping[Input, Handler] = {
 }
 _ROWS: Mapping[State, Mapping[Input, Handler]] = {
     State.STARTING: {
+        **_IDLE,
         **_UNCONNECTED,
-        Input.PLANE_READY: _P._plane_ready,
-        Input.CONNECTED: _P._refuse_connection,
+        Input.PLANE_READY: lambda protocol: protocol._become(State.ALONE, "the data plane is ready"),
+        Input.CONNECTED: lambda protocol, now: protocol._out.append(Close("the data plane is not ready")),
     },
-    State.ALONE: {**_UNCONNECTED, **_LATE, Input.CONNECTED: _P._connected},
+    State.ALONE: {**_IDLE, **_UNCONNECTED, **_LATE, Input.CONNECTED: _P._connected},
     State.HANDSHAKE: {
+        **_IDLE,
         **_LATE,
         **_ENDS,
         Input.HELLO: _P._hello,
@@ -552,12 +560,15 @@ _ROWS: Mapping[State, Mapping[Input, Handler]] = {
         Input.TICK: _P._tick_exchange,
     },
     State.EXCHANGING: {
+        **_IDLE,
         **_LATE,
         **_ENDS,
         Input.STATE_PAGE: _P._state_page,
         Input.INIT_STATE: _P._init_state,
         Input.PLANE_DONE: _P._plane_done,
         Input.READY: _P._ready,
+        Input.NEXT_HOPS: _P._next_hops,
+        Input.NEXT_HOPS_KNOWN: _P._next_hops_known,
         Input.EVENTS: _P._events_buffer,
         Input.TICK: _P._tick_exchange,
     },
@@ -571,11 +582,17 @@ _ROWS: Mapping[State, Mapping[Input, Handler]] = {
         Input.PLANE_DONE: _P._plane_done,
         Input.INSTALL_COMPLETE: _P._install_complete,
         Input.DELETE_COMPLETE: _P._delete_complete,
+        Input.NEXT_HOPS: _P._next_hops,
+        Input.NEXT_HOPS_KNOWN: _P._next_hops_known,
+        Input.HAND_OVER: lambda protocol: protocol._send(HandOver()),
+        Input.HANDED_OVER: lambda protocol: protocol._send(HandOverComplete()),
+        Input.PEER_HANDS_OVER: lambda protocol, message, now: protocol._out.append(Carry()),
+        Input.HAND_OVER_COMPLETE: lambda protocol, message, now: protocol._out.append(PeerCarries()),
         Input.DIGEST: _P._digest,
         Input.DIGEST_TAKEN: _P._digest_taken,
         Input.TICK: _P._tick_operational,
     },
-    State.FAILED: {**_UNCONNECTED, **_LATE, Input.DISCONNECTED: _P._disconnected},
+    State.FAILED: {**_IDLE, **_UNCONNECTED, **_LATE, Input.DISCONNECTED: _P._disconnected},
 }
 TABLE: dict[tuple[State, Input], Handler] = {
     (state, kind): handler for state, row in _ROWS.items() for kind, handler in row.items()

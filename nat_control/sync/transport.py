@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Ids, Records
+from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Ids, NextHops, Records
 from nat_control.sync import actions as do
 from nat_control.sync.codec import CodecError, Decoder, Error, encode
 from nat_control.sync.digest import Summary
@@ -37,8 +37,8 @@ class Transport:
     """Runs one side of a pair; call ``run`` as a task.
 
     ``clock``: seconds, monotonic. ``drain``: takes the plane's events and passes them to ``events``; called
-    before the machine is told that an operation is done. ``notice``: every StateChanged, Conflicts and
-    DigestCompared, for logs, metrics and takeover.
+    before the machine is told that an operation is done. ``notice``: every StateChanged, Conflicts,
+    DigestCompared, Carry and PeerCarries, for logs, metrics and takeover.
     """
 
     def __init__(
@@ -80,6 +80,18 @@ class Transport:
     def events(self, changes: Changes) -> None:
         """What our own plane did."""
         self._carry_out(self.protocol.events(changes, self._clock()))
+
+    def next_hops(self, next_hops: NextHops) -> None:
+        """What our own plane knows of them."""
+        self._carry_out(self.protocol.next_hops(next_hops, self._clock()))
+
+    def hand_over(self) -> None:
+        """The peer shall carry; ``notice`` gets PeerCarries when it does."""
+        self._carry_out(self.protocol.hand_over(self._clock()))
+
+    def handed_over(self) -> None:
+        """We carry, after ``notice`` got Carry."""
+        self._carry_out(self.protocol.handed_over(self._clock()))
 
     def ready(self) -> None:
         """The plane is ready; connections are accepted from here on."""
@@ -195,8 +207,10 @@ class Transport:
                 self._close()
             case do.Commit(records):
                 self._commits.put_nowait(records)
-            case do.StateChanged() | do.Conflicts() | do.DigestCompared():
+            case do.StateChanged() | do.Conflicts() | do.DigestCompared() | do.Carry() | do.PeerCarries():
                 self._notice(action)
+            case do.Learn(next_hops):
+                self._queue(partial(self._plane.learn, next_hops))
             case do.Install(op, records):
                 self._queue(partial(self._install, op, records), len(records))
             case do.Delete(op, records):

@@ -280,6 +280,8 @@ void session_record(const struct nat_core *core, uint32_t session, struct nat_re
 bool session_install(struct nat_core *core, const struct nat_record *record);
 /* What the side that carries the traffic has seen of it. */
 void session_update(struct nat_core *core, uint32_t at, const struct nat_record *record);
+/* Its answers go to this next hop from now on; false: they do already, or there is none. */
+bool session_follow(struct nat_core *core, uint32_t at, uint16_t neighbour);
 static inline void session_own(struct session *session, uint8_t foreign)
 {
     session->flags = (uint8_t)((session->flags & ~NAT_SESSION_FOREIGN) | foreign);
@@ -299,6 +301,18 @@ bool event_room_to_update(struct nat_core *core);
 void event_emit(struct nat_core *core, enum nat_event_type type, unsigned reason, uint32_t session);
 bool commands_step(struct nat_core *core);
 
+/* --- routes.c ----------------------------------------------------------------------------------------- */
+bool is_own_address(const struct nat_core *core, uint32_t address);
+/* Ours on this port, the pool's outside included: ARP for it is answered. */
+bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address);
+bool is_on_link(const struct nat_core *core, uint8_t port, uint32_t address);
+bool route_covers(const struct nat_route_config *route, uint32_t address);
+/* Whether the best route to this address leads to this side. */
+bool is_routed_to(const struct nat_core *core, uint32_t address, enum nat_side side);
+/* Broadcast or network address of the route's subnet, or of any connected one. */
+bool is_broadcast_of(const struct nat_route_config *route, uint32_t address);
+bool is_subnet_broadcast(const struct nat_core *core, uint32_t address);
+
 /* --- neighbour.c ------------------------------------------------------------------------------------- */
 /* Static neighbours and the gateways of the routes, which it sorts. */
 bool neighbour_setup(struct nat_core *core, const struct nat_config *config, char *error, size_t error_size);
@@ -312,12 +326,11 @@ enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet,
 void neighbour_leave(struct nat_core *core, uint16_t at);
 /* The packet that asked for these was refused: those that only it needed must not fill the table. */
 void neighbours_unneeded(struct nat_core *core, const uint16_t neighbour[2]);
-/* Whether the best route to this address leads to this side. */
-bool is_routed_to(const struct nat_core *core, uint32_t address, enum nat_side side);
-/* Broadcast or network address of a connected subnet. */
-bool is_subnet_broadcast(const struct nat_core *core, uint32_t address);
 bool neighbour_step(struct nat_core *core);
-bool is_own_address(const struct nat_core *core, uint32_t address);
+/* What the peer knows: the later confirmation counts. Returns whether it was news. */
+bool neighbour_learn(struct nat_core *core, const struct nat_neighbour_record *record);
+/* Next hop towards an inside host whose packets, as the peer says, come from this MAC (0: unknown). */
+uint16_t neighbour_inside(struct nat_core *core, uint32_t address, uint64_t mac, enum nat_verdict *why);
 
 /* Writes the link header and sends the packet to its next hop, or holds it. */
 enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, uint16_t neighbour);

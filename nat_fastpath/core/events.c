@@ -118,6 +118,15 @@ static bool for_records(struct nat_core *core, struct nat_command *command)
     return command->cursor == command->count;
 }
 
+static bool for_neighbours(struct nat_core *core, struct nat_command *command)
+{
+    const struct nat_neighbour_record *records = command->buffer;
+    uint64_t end = command->cursor + COMMAND_STEP;
+    for (; command->cursor < command->count && command->cursor < end; command->cursor++)
+        command->result += neighbour_learn(core, &records[command->cursor]);
+    return command->cursor == command->count;
+}
+
 /* Ownership goes to whoever carries the traffic: nobody else sees when a session was last used. */
 static bool change_owner(struct nat_core *core, struct nat_command *command)
 {
@@ -190,6 +199,8 @@ static bool command_step(struct nat_core *core, struct nat_command *command)
     case NAT_CMD_UPDATE:
     case NAT_CMD_CHECK:
         return for_records(core, command);
+    case NAT_CMD_LEARN:
+        return for_neighbours(core, command);
     case NAT_CMD_ADOPT:
     case NAT_CMD_CEDE:
         return change_owner(core, command);

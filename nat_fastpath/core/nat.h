@@ -178,7 +178,7 @@ enum nat_tcp_state {
 enum nat_event_type {
     NAT_EVENT_OPEN = 1, /* session opened */
     NAT_EVENT_CLOSE,    /* session ended; reason says why */
-    NAT_EVENT_UPDATE,   /* TCP state changed */
+    NAT_EVENT_UPDATE,   /* TCP state or the next hop inside changed */
 };
 enum nat_close_reason { NAT_CLOSE_IDLE = 1, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT };
 
@@ -296,6 +296,8 @@ enum nat_command_op {
     NAT_CMD_CEDE,         /* sessions with the instance of the id of the record at buffer become the peer's */
     NAT_CMD_UPDATE,       /* TCP state, idle time and counters of the sessions of the records at buffer */
     NAT_CMD_CHECK,        /* sets reserved0 to 1 in those records at buffer whose sessions are held */
+    NAT_CMD_LEARN, /* the nat_neighbour_records at buffer are what the peer knows; result: how many were
+                      news. A mac of 0 asks for that next hop */
 };
 struct nat_command {
     uint32_t op;

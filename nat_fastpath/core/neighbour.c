@@ -27,45 +27,6 @@ static bool same_mac(const uint8_t *a, const uint8_t *b)
     return raw32(a) == raw32(b) && raw16(a + 4) == raw16(b + 4);
 }
 
-/* --- our own addresses ------------------------------------------------------------------------------- */
-
-bool is_own_address(const struct nat_core *core, uint32_t address)
-{
-    for (unsigned i = 0; i < core->config.n_ports; i++)
-        if (core->config.ports[i].address == address && address)
-            return true;
-    return false;
-}
-
-static bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address)
-{
-    const struct nat_port_config *config = &core->config.ports[port];
-    return address && (config->address == address || (config->side == NAT_EXTERNAL &&
-                                                      pool_address_index(&core->pool, address) != POOL_NONE));
-}
-
-/* --- routes ------------------------------------------------------------------------------------------ */
-
-static uint32_t prefix_mask(uint8_t length)
-{
-    return length ? ~0u << (32 - length) : 0;
-}
-
-static bool route_covers(const struct nat_route_config *route, uint32_t address)
-{
-    return ((address ^ route->prefix) & prefix_mask(route->length)) == 0;
-}
-
-static bool is_on_link(const struct nat_core *core, uint8_t port, uint32_t address)
-{
-    for (unsigned i = 0; i < core->config.n_routes; i++) {
-        const struct nat_route_config *route = &core->config.routes[i];
-        if (route->connected && route->port == port && route_covers(route, address))
-            return true;
-    }
-    return false;
-}
-
 /* --- the table --------------------------------------------------------------------------------------- */
 
 static uint32_t neighbour_hash(uint8_t port, uint32_t address, const uint8_t *mac)
@@ -169,30 +130,6 @@ bool neighbour_setup(struct nat_core *core, const struct nat_config *config, cha
     return true;
 }
 
-bool is_routed_to(const struct nat_core *core, uint32_t address, enum nat_side side)
-{
-    for (unsigned i = 0; i < core->config.n_routes; i++)
-        if (route_covers(&core->config.routes[i], address))
-            return core->config.ports[core->config.routes[i].port].side == side;
-    return false;
-}
-
-static bool is_broadcast_of(const struct nat_route_config *route, uint32_t address)
-{
-    uint32_t host = address & ~prefix_mask(route->length);
-    return route->length < 31 && (host == 0 || host == ~prefix_mask(route->length));
-}
-
-bool is_subnet_broadcast(const struct nat_core *core, uint32_t address)
-{
-    for (unsigned i = 0; i < core->config.n_routes; i++) {
-        const struct nat_route_config *route = &core->config.routes[i];
-        if (route->connected && route_covers(route, address) && is_broadcast_of(route, address))
-            return true;
-    }
-    return false;
-}
-
 uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_side side, enum nat_verdict *why)
 {
     *why = NAT_DROP_NO_ROUTE;
@@ -222,6 +159,12 @@ uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_sid
 
 static void neighbour_confirm(struct nat_core *core, uint16_t at, const uint8_t *mac);
 
+static uint16_t neighbour_by_mac(struct nat_core *core, uint8_t port, const uint8_t *mac)
+{
+    uint16_t at = neighbour_find(core, port, 0, mac);
+    return at != NONE16 ? at : neighbour_add(core, port, 0, mac, NAT_NB_REACHABLE);
+}
+
 uint16_t neighbour_behind(struct nat_core *core, uint8_t port, uint32_t source, const uint8_t *mac)
 {
     uint16_t at = NONE16;
@@ -244,8 +187,7 @@ uint16_t neighbour_behind(struct nat_core *core, uint8_t port, uint32_t source, 
             return at;
     }
     /* It came from another MAC than its address has: this session's answers go there, no one else's do. */
-    at = neighbour_find(core, port, 0, mac);
-    return at != NONE16 ? at : neighbour_add(core, port, 0, mac, NAT_NB_REACHABLE);
+    return neighbour_by_mac(core, port, mac);
 }
 
 void neighbour_leave(struct nat_core *core, uint16_t at)
@@ -476,6 +418,58 @@ static void neighbour_confirm(struct nat_core *core, uint16_t at, const uint8_t 
     n->asked = 0;
     if (n->held)
         neighbour_release(core, at, NAT_FORWARD);
+}
+
+static void mac_bytes(uint64_t mac, uint8_t *bytes)
+{
+    for (int i = 0; i < 6; i++)
+        bytes[i] = (uint8_t)(mac >> (40 - 8 * i));
+}
+
+bool neighbour_learn(struct nat_core *core, const struct nat_neighbour_record *record)
+{
+    if (record->port >= core->config.n_ports || !record->address ||
+        is_answered_address(core, record->port, record->address) ||
+        !is_on_link(core, record->port, record->address))
+        return false;
+    uint16_t at = neighbour_at(core, record->port, record->address);
+    if (at == NONE16)
+        return false;
+    struct neighbour *n = &core->neighbours[at];
+    uint8_t mac[6];
+    mac_bytes(record->mac, mac);
+    if (!record->mac) {
+        if (n->state == NAT_NB_INCOMPLETE && core->now_ms - n->asked_ms >= ASK_MS &&
+            send_request(core, n->port, broadcast_mac, core->config.ports[n->port].address, n->address))
+            n->asked_ms = core->now_ms;
+        return false;
+    }
+    if (mac[0] & 1 || n->state == NAT_NB_STATIC ||
+        (n->state != NAT_NB_INCOMPLETE && core->now_ms - n->confirmed_ms <= record->confirmed_ms))
+        return false;
+    bool news = n->state == NAT_NB_INCOMPLETE || !same_mac(n->mac, mac);
+    neighbour_confirm(core, at, mac);
+    n->confirmed_ms = core->now_ms - record->confirmed_ms;
+    return news;
+}
+
+uint16_t neighbour_inside(struct nat_core *core, uint32_t address, uint64_t mac, enum nat_verdict *why)
+{
+    uint16_t at = neighbour_towards(core, address, NAT_INTERNAL, why);
+    if (at == NONE16 || !mac || mac >> 40 & 1)
+        return at;
+    struct neighbour *n = &core->neighbours[at];
+    uint8_t bytes[6];
+    mac_bytes(mac, bytes);
+    if (n->state == NAT_NB_INCOMPLETE) { /* it is confirmed once it is used */
+        neighbour_confirm(core, at, bytes);
+        n->confirmed_ms = core->now_ms - CONFIRM_MS;
+        return at;
+    }
+    if (same_mac(n->mac, bytes))
+        return at;
+    uint16_t by_mac = neighbour_by_mac(core, n->port, bytes);
+    return by_mac != NONE16 ? by_mac : at;
 }
 
 enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, uint16_t at)

@@ -29,20 +29,17 @@ static void tcp_advance(struct nat_core *core, uint32_t at, uint8_t state, int d
 }
 
 /* Once per millisecond and session at most: answers go back to where its packets now come from. */
-static void follow_sender(struct nat_core *core, struct session *s, const struct nat_packet *packet)
+static void follow_sender(struct nat_core *core, uint32_t session, const struct nat_packet *packet)
 {
+    const struct session *s = &core->sessions[session];
     const struct neighbour *n = &core->neighbours[s->neighbour[IN]];
     const uint8_t *mac = packet->data + 6;
     bool fresh = n->state != NAT_NB_REACHABLE || !n->address || core->now_ms - n->confirmed_ms < 1000;
     if (fresh && raw32(mac) == raw32(n->mac) && raw16(mac + 4) == raw16(n->mac + 4))
         return;
-    uint16_t at = neighbour_behind(core, packet->port, session_internal_addr(s), mac);
-    if (at == NONE16 || at == s->neighbour[IN])
-        return;
-    core->neighbours[at].sessions++;
-    core->neighbours[at].fresh = 0;
-    neighbour_leave(core, s->neighbour[IN]);
-    s->neighbour[IN] = at;
+    if (session_follow(core, session, neighbour_behind(core, packet->port, session_internal_addr(s), mac)) &&
+        event_room_to_update(core))
+        event_emit(core, NAT_EVENT_UPDATE, 0, session); /* the peer's answers must go there too */
 }
 
 /* `ip_header` and `l2` are constants where the caller knows them, and the compiler makes use of it. */
@@ -78,7 +75,7 @@ translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigne
     if (s->last_ms != core->now_ms) {
         s->last_ms = core->now_ms;
         if (direction == OUT)
-            follow_sender(core, s, packet);
+            follow_sender(core, at, packet);
         neighbour = s->neighbour[direction];
     }
     if (++s->packets[direction] == 0)

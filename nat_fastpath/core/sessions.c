@@ -477,6 +477,18 @@ static void take_counters(struct nat_core *core, uint32_t at, const struct nat_r
     s->bytes[IN] = record->bytes_in;
 }
 
+bool session_follow(struct nat_core *core, uint32_t at, uint16_t neighbour)
+{
+    struct session *s = &core->sessions[at];
+    if (neighbour == NONE16 || neighbour == s->neighbour[IN])
+        return false;
+    core->neighbours[neighbour].sessions++;
+    core->neighbours[neighbour].fresh = 0;
+    neighbour_leave(core, s->neighbour[IN]);
+    s->neighbour[IN] = neighbour;
+    return true;
+}
+
 void session_update(struct nat_core *core, uint32_t at, const struct nat_record *record)
 {
     struct session *s = &core->sessions[at];
@@ -485,6 +497,10 @@ void session_update(struct nat_core *core, uint32_t at, const struct nat_record 
     s->flags = (uint8_t)((s->flags & ~NAT_SESSION_INBOUND) | (record->flags & NAT_SESSION_INBOUND));
     session_set_timer(s);
     take_counters(core, at, record);
+    enum nat_verdict why;
+    if (record->internal_mac)
+        session_follow(core, at,
+                       neighbour_inside(core, session_internal_addr(s), record->internal_mac, &why));
 }
 
 bool session_install(struct nat_core *core, const struct nat_record *record)
@@ -512,7 +528,7 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
         return false;
 
     enum nat_verdict why;
-    r.neighbour[IN] = neighbour_towards(core, r.internal_addr, NAT_INTERNAL, &why);
+    r.neighbour[IN] = neighbour_inside(core, r.internal_addr, record->internal_mac, &why);
     if (r.neighbour[IN] == NONE16)
         return false;
     /* to another inside host's external endpoint: a hairpin session has no next hop outside */

@@ -22,8 +22,17 @@ DEVICES = {"client": 1, "outside": 2, "inner": 3, "outer": 4}
 class PairNet:
     """All of it, started on demand."""
 
-    def __init__(self, lab: Lab, mode: str = "synchronous", interval_ms: float = 2, misses: int = 10) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        mode: str = "synchronous",
+        interval_ms: float = 2,
+        misses: int = 10,
+        nat: dict[str, Any] | None = None,
+        max_flows: int = 100_000,
+    ) -> None:
         self.lab = lab
+        self.nat_options = {"max_sessions": 20_000, **(nat or {})}
         self.switch = lab.namespace("switch")
         self.client, self.outside, self.nat = (lab.namespace(name) for name in ("client", "outside", "nat"))
         for device, end, there in (
@@ -60,6 +69,8 @@ class PairNet:
             switch={
                 "openflow": "127.0.0.1:6653",
                 "datapath_id": "1",
+                "max_flows": max_flows,
+                "ovs": str(self.ovs.directory),
                 "ports": {"internal": 1, "external": 2, "server_internal": 3, "server_external": 4},
             },
         )
@@ -83,7 +94,7 @@ class PairNet:
             "ports": sides,
             "nat": {
                 "pool": {"addresses": "198.51.100.10-198.51.100.13", "ports": ports},
-                "max_sessions": 20_000,
+                **self.nat_options,
             },
             "virtual": {"mac": VIRTUAL_MAC},
             "control": {"socket": str(self.lab.directory / f"{name}.sock")},

@@ -16,6 +16,8 @@ from nat_control.sync.actions import (
     Delete,
     Input,
     Install,
+    Learn,
+    PeerCarries,
     Position,
     SendState,
     State,
@@ -36,7 +38,7 @@ from nat_fastpath.engine import FLAG_FOREIGN
 from tests.sim.world import simulate
 
 SEEDS = 240
-MUTANT_SEEDS = 120  # by then a planted bug must be found
+MUTANT_SEEDS = 400  # by then a planted bug must be found
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -72,7 +74,7 @@ def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         simulate(seed)
     # What comes too late or too early has tests of its own.
     connected = {State.HANDSHAKE, State.EXCHANGING, State.OPERATIONAL}
-    late = {Input.STATE_PAGE, Input.PLANE_DONE, Input.DIGEST_TAKEN}
+    late = {Input.STATE_PAGE, Input.PLANE_DONE, Input.DIGEST_TAKEN, Input.HANDED_OVER}
     wanted = {
         row
         for row in TABLE
@@ -89,6 +91,7 @@ def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         (State.FAILED, Input.DISCONNECTED),
         (State.OPERATIONAL, Input.PLANE_DONE),
         (State.OPERATIONAL, Input.DIGEST_TAKEN),
+        (State.OPERATIONAL, Input.HANDED_OVER),
     } <= reached
 
 
@@ -247,6 +250,13 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the state is not sent": without(SendState),
     "nothing is installed": without(Install),
     "nothing is deleted": without(Delete),
+    "next hops are not learned": without(Learn),
+    "next hops are not told": instead(State.OPERATIONAL, Input.NEXT_HOPS, Protocol._nothing),
+    "a request is taken for its answer": instead(
+        State.OPERATIONAL,
+        Input.PEER_HANDS_OVER,
+        lambda self, message, now: self._out.append(PeerCarries()),
+    ),
     "what comes is owned": method(Protocol, "_install_at_plane", own_what_comes),
     "what comes is foreign": method(protocol, "instances", nobody_elses),
     "late answers end the exchange": instead(

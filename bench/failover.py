@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a failover costs a UDP stream: a client, Open vSwitch with the agent, the server, an outside; all real.
+
+Each trial sends ``rate`` packets per second round ``flows`` flows through the server, ends the server in one of the ways of
+HOWS, and counts at the outside what came. Times are from that moment on, in ms: ``detect``, ``written`` (the bytes that
+make the switch carry), ``first_good`` (arrival of the first packet that was sent afterwards and came).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nat_control import api
+from nat_control.lab import Lab, LabError, Process, until
+from tests.netns.pair_net import CLIENT, OUTSIDE, PairNet
+
+SOURCE = Path(__file__).with_name("stream.c")
+HOWS = ("kill", "stop", "link", "planned", "failback")
+PORT, OTHER_PORT, ECHO_PORT = 9000, 9001, 9002
+LEAD, REST = 1.0, 2.0  # seconds of the stream before and after the end
+BACK = 5.0  # seconds of the stream while the server comes back
+ARRIVAL = np.dtype(
+    [
+        ("sequence", "<u8"),
+        ("sent", "<u8"),
+        ("arrived", "<u8"),
+        ("address", "<u4"),
+        ("port", "<u2"),
+        ("", "<u2"),
+    ]
+)
+
+
+def build() -> str:
+    """Compiles stream.c, once per state of the source; returns the program."""
+    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    program = Path(tempfile.gettempdir()) / f"tandem-bench-stream-{digest}"
+    if not program.exists():
+        command = ["gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(SOURCE)]
+        subprocess.run(command, check=True)
+    return str(program)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of the table."""
+
+    how: str = "kill"
+    rate: int = 1000  # packets per second
+    flows: int = 1
+    known: int = 0  # sessions besides those of the stream
+    trials: int = 5
+    mode: str = "synchronous"
+
+
+@dataclass
+class Trial:
+    lost: int
+    sent: int
+    first_second: float  # share of what was sent in the first second after the detection
+    sessions_lost: int
+    detect: float | None
+    written: float | None
+    first_good: float | None
+    reason: str = ""
+    gaps: list[str] = field(default_factory=list)  # runs of lost packets: how many, and when (ms)
+
+
+class Pair:
+    """The network of one case, up and with the server in front."""
+
+    def __init__(self, lab: Lab, case: Case) -> None:
+        self.case = case
+        self.program = build()
+        sessions = max(20_000, 2 * (case.flows + case.known))
+        self.net = PairNet(
+            lab,
+            case.mode,
+            misses=3,
+            nat={"max_sessions": sessions, "timeouts": {"udp": 3600}},
+            max_flows=2 * sessions,
+        )
+        self.directory = lab.directory
+        self.net.start_agent()
+        self.net.start_server()
+        self.carrier("server")
+        self.net.outside.start(self.program, "echo", OUTSIDE, str(OTHER_PORT), name="others").ready(
+            "listening"
+        )
+        self.open_known()
+
+    def agent(self) -> dict[str, Any]:
+        answer = next(api.ask(self.directory / "agent.sock", {"show": "status"}))
+        status: dict[str, Any] = answer["status"]
+        return status
+
+    def carrier(self, who: str, timeout: float = 30) -> None:
+        until(f"the {who} carries", lambda: self.agent()["carrier"] == who, timeout, 0.01)
+
+    def send(self, port: int, rate: float, flows: int, packets: int) -> tuple[Process, Path]:
+        file = self.directory / f"sent-{port}"
+        numbers = map(str, (port, rate, flows, packets))
+        process = self.net.client.start(
+            self.program, "send", CLIENT, OUTSIDE, *numbers, str(file), name="send"
+        )
+        return process.ready("begin"), file
+
+    def receive(self) -> tuple[Process, Path]:
+        file = self.directory / "received"
+        process = self.net.outside.start(
+            self.program, "receive", OUTSIDE, str(PORT), str(file), name="receive"
+        )
+        return process.ready("listening"), file
+
+    def open_known(self) -> None:
+        """Sessions that only exist, and what the stream's flows need before they are measured."""
+        receiver, _ = self.receive()
+        for port, flows in ((PORT, self.case.flows), (OTHER_PORT, self.case.known)):
+            if not flows:
+                continue
+            for _ in range(5):  # what found a table full of held packets or a cold cache tries again
+                sender, _ = self.send(port, 4000, flows, flows)
+                sender.wait(60)
+                with contextlib.suppress(LabError):
+                    until("all sessions are at the switch", self._all_there, 3, 0.1)
+                    break
+        receiver.stop()
+        until("all sessions are at the switch", self._all_there, 10, 0.1)
+
+    def _all_there(self) -> bool:
+        status = self.agent()
+        return bool(min(status["sessions"], status["offloaded"]) >= self.case.flows)
+
+    # -- a trial -------------------------------------------------------------------------------------------
+
+    def end_server(self) -> None:
+        """As the case says; returns once the signal is sent."""
+        match self.case.how:
+            case "kill":
+                self.net.server.signal(signal.SIGKILL)
+            case "stop":
+                self.net.server.signal(signal.SIGSTOP)
+            case "planned":
+                self.net.server.signal(signal.SIGTERM)
+            case "link":
+                for device in ("nat-in", "nat-out"):
+                    self.net.nat.ip("link", "set", device, "down")
+
+    def bring_back(self) -> None:
+        match self.case.how:
+            case "stop":
+                self.net.server.signal(signal.SIGCONT)
+            case "link":
+                for device in ("nat-in", "nat-out"):
+                    self.net.nat.ip("link", "set", device, "up")
+            case _:
+                self.net.server.popen.wait(10)
+                self.net.start_server()
+        self.carrier("server")
+
+    def trial(self) -> Trial:
+        if self.case.how == "failback":
+            self.net.server.signal(signal.SIGKILL)
+            self.carrier("switch")
+        after = BACK if self.case.how == "failback" else REST
+        before = self.agent()
+        receiver, received = self.receive()
+        sender, sent = self.send(PORT, self.case.rate, self.case.flows, int(self.case.rate * (LEAD + after)))
+        begin = int(sender.output.split()[1])
+        ended = begin + int((LEAD + random.uniform(0, 0.01)) * 1e9)
+        time.sleep(max(ended - time.monotonic_ns(), 0) / 1e9)
+        ended = time.monotonic_ns()
+        if self.case.how == "failback":
+            self.net.start_server()
+            self.carrier("server")
+            ended = time.monotonic_ns()
+        else:
+            self.end_server()
+        sender.wait(60)
+        if self.case.how != "failback":
+            self.carrier("switch")
+        time.sleep(0.1)
+        receiver.stop()
+        status = self.agent()
+        trial = evaluate(np.fromfile(sent, "<u8"), np.fromfile(received, ARRIVAL), ended, status, self.case)
+        trial.sessions_lost += max(before["sessions"] - status["sessions"], 0)
+        if self.case.how != "failback":
+            self.bring_back()
+        return trial
+
+
+def evaluate(
+    sent: np.ndarray[Any, Any], arrivals: np.ndarray[Any, Any], ended: int, status: dict[str, Any], case: Case
+) -> Trial:
+    """``sent``: shape (n,), time of each sequence number; ``ended``: when the server did."""
+    came = np.zeros(len(sent), np.bool_)
+    came[arrivals["sequence"]] = True
+    takeover = status["takeover"] if case.how not in ("failback",) else {}
+    detected, written = takeover.get("detected"), takeover.get("written")
+    if detected is not None and detected < ended:
+        detected = written = None  # of an earlier trial
+    start = detected or ended
+    second = (sent >= start) & (sent < start + 10**9)
+    later = arrivals[arrivals["sent"] >= ended]
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], came, [True]]).astype(np.int8)))
+    return Trial(
+        lost=int((~came).sum()),
+        sent=len(sent),
+        first_second=float(came[second].mean()) if second.any() else 1.0,
+        sessions_lost=_moved(arrivals, len(sent), case.flows, ended),
+        detect=(detected - ended) / 1e6 if detected else None,
+        written=(written - ended) / 1e6 if written else None,
+        first_good=(int(later["arrived"].min()) - ended) / 1e6 if len(later) else None,
+        reason=takeover.get("reason", "") if detected else "",
+        gaps=[
+            f"{stop - start} at {(int(sent[start]) - ended) / 1e6:.1f}"
+            for start, stop in edges.reshape(-1, 2).tolist()
+        ],
+    )
+
+
+def _moved(arrivals: np.ndarray[Any, Any], packets: int, flows: int, ended: int) -> int:
+    """Flows that do not come from the same external endpoint as before any more, or do not come at all."""
+    endpoint = arrivals["address"].astype(np.uint64) << np.uint64(16) | arrivals["port"]
+    flow = arrivals["sequence"] % np.uint64(flows)
+    last = np.zeros(flows, np.uint64)
+    first = np.zeros(flows, np.uint64)
+    early = arrivals["sent"] < ended
+    first[flow[early]] = endpoint[early]
+    last[flow[~early]] = endpoint[~early]
+    due = first != 0 if packets >= 3 * flows else (first != 0) & (last != 0)
+    return int((due & (first != last)).sum())
+
+
+# -- new flows ---------------------------------------------------------------------------------------------
+
+
+def new_flow_latency(mode: str, flows: int = 500) -> dict[str, Any]:
+    """What the first packet of a flow takes more than its second, in ms: p50, p99 and the rest of it."""
+    with Lab() as lab:
+        pair = Pair(lab, Case(mode=mode))
+        pair.net.outside.start(pair.program, "echo", OUTSIDE, str(ECHO_PORT), name="echo").ready("listening")
+        file = lab.directory / "asked"
+        pair.net.client.run(
+            pair.program, "ask", OUTSIDE, str(ECHO_PORT), str(flows), "2000", str(file), timeout=120
+        )
+        times = np.fromfile(file, "<u8").reshape(-1, 2) / 1e6
+    answered = times[(times > 0).all(axis=1)]
+    added = answered[:, 0] - np.median(answered[:, 1])
+    p50, p99 = np.percentile(added, [50, 99])
+    return {
+        "mode": mode,
+        "flows": len(times),
+        "unanswered": len(times) - len(answered),
+        "known_rtt_ms": round(float(np.median(answered[:, 1])), 4),
+        "added_ms": {
+            "p50": round(float(p50), 4),
+            "p99": round(float(p99), 4),
+            "max": round(float(added.max()), 4),
+        },
+    }
+
+
+# -- results -----------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    found = [value for value in values if value is not None]
+    if not found:
+        return None
+    rounded = [round(f, 5) for f in (min(found), statistics.median(found), max(found))]
+    return dict(zip(("min", "median", "max"), rounded, strict=True))
+
+
+def measure(case: Case, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """All trials of a case, in one network; the last line of ``--json``. Raises LabError."""
+    trials = []
+    with Lab() as lab:
+        pair = Pair(lab, case)
+        for number in range(case.trials):
+            trials.append(trial := pair.trial())
+            tell(
+                f"{case.how} {number + 1}/{case.trials}: lost {trial.lost} of {trial.sent} ({', '.join(trial.gaps[:6])}), "
+                f"{trial.reason or '-'}, detected {_ms(trial.detect)}, written {_ms(trial.written)}, "
+                f"first good {_ms(trial.first_good)}, sessions lost {trial.sessions_lost}"
+            )
+    return {
+        "how": case.how,
+        "rate": case.rate,
+        "flows": case.flows,
+        "known": case.known,
+        "mode": case.mode,
+        "trials": case.trials,
+        "cpus": os.cpu_count(),
+        "packets_lost": spread([trial.lost for trial in trials]),
+        "delivered_first_second": spread([trial.first_second for trial in trials]),
+        "sessions_lost": sum(trial.sessions_lost for trial in trials),
+        "detect_ms": spread([trial.detect for trial in trials]),
+        "written_ms": spread([trial.written for trial in trials]),
+        "first_good_ms": spread([trial.first_good for trial in trials]),
+    }
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} ms"

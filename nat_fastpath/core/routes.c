@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the configuration says about an address: whose it is, and to which side it is routed.
+ */
+#include "core.h"
+
+bool is_own_address(const struct nat_core *core, uint32_t address)
+{
+    for (unsigned i = 0; i < core->config.n_ports; i++)
+        if (core->config.ports[i].address == address && address)
+            return true;
+    return false;
+}
+
+bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address)
+{
+    const struct nat_port_config *config = &core->config.ports[port];
+    return address && (config->address == address || (config->side == NAT_EXTERNAL &&
+                                                      pool_address_index(&core->pool, address) != POOL_NONE));
+}
+
+static uint32_t prefix_mask(uint8_t length)
+{
+    return length ? ~0u << (32 - length) : 0;
+}
+
+bool route_covers(const struct nat_route_config *route, uint32_t address)
+{
+    return ((address ^ route->prefix) & prefix_mask(route->length)) == 0;
+}
+
+bool is_on_link(const struct nat_core *core, uint8_t port, uint32_t address)
+{
+    for (unsigned i = 0; i < core->config.n_routes; i++) {
+        const struct nat_route_config *route = &core->config.routes[i];
+        if (route->connected && route->port == port && route_covers(route, address))
+            return true;
+    }
+    return false;
+}
+
+bool is_routed_to(const struct nat_core *core, uint32_t address, enum nat_side side)
+{
+    for (unsigned i = 0; i < core->config.n_routes; i++)
+        if (route_covers(&core->config.routes[i], address))
+            return core->config.ports[core->config.routes[i].port].side == side;
+    return false;
+}
+
+bool is_broadcast_of(const struct nat_route_config *route, uint32_t address)
+{
+    uint32_t host = address & ~prefix_mask(route->length);
+    return route->length < 31 && (host == 0 || host == ~prefix_mask(route->length));
+}
+
+bool is_subnet_broadcast(const struct nat_core *core, uint32_t address)
+{
+    for (unsigned i = 0; i < core->config.n_routes; i++) {
+        const struct nat_route_config *route = &core->config.routes[i];
+        if (route->connected && route_covers(route, address) && is_broadcast_of(route, address))
+            return true;
+    }
+    return false;
+}
