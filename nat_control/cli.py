@@ -499,9 +499,10 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave it running; --stop ends it.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End what --keep left.")] = False,
 ) -> None:
-    """Show it: a client network, the NAT and an outside in namespaces, with real traffic (root)."""
+    """Show it: clients, the pair and an outside in namespaces, real traffic, and a failover (root)."""
     from nat_control.demo import run
     from nat_control.lab import LabError, end_kept
+    from switch_agent.demo import PairDemo
 
     with _user_errors():
         try:
@@ -509,7 +510,7 @@ def demo(
                 removed = end_kept()
                 print(f"ended, and removed {', '.join(removed)}" if removed else "there is no kept demo")
                 return
-            if not run(report, keep=keep):
+            if not run(report, keep=keep, make=PairDemo):
                 raise typer.Exit(FAILED)
         except (LabError, OSError) as error:
             raise _fail(error) from None

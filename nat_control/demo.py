@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tandem-nat demo`: a client network, the NAT and an outside in namespaces, with real programs and real traffic."""
+"""What `tandem-nat demo` is made of: networks in namespaces, real programs and traffic, checks, the picture.
+
+The pair and its failover come from switch_agent.demo; here the NAT stands alone between the two networks.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ NAME = "www.tandem.example"
 FILE_MIB = 64
 DRAWN, CHECKS = (
     11,
-    12,
+    17,
 )  # lines of the picture besides flows and checks; checks that there are while it is seen
 TOOLS = {  # and the Debian packages that have them
     "ip": "iproute2",
@@ -48,20 +51,8 @@ TOOLS = {  # and the Debian packages that have them
     "dig": "bind9-dnsutils",
     "iperf3": "iperf3",
     "tcpdump": "tcpdump",
+    "ovs-vswitchd": "openvswitch-switch",
 }
-CONFIG = """\
-instance: demo
-ports:
-  internal: {{device: nat-in, address: {inside}/24}}
-  external: {{device: nat-out, address: {outside}/24, gateway: {router}}}
-nat:
-  pool: {{addresses: [{first}-{last}], ports: 1024-65535}}
-  mapping: endpoint-independent
-  filtering: address-and-port-dependent
-  max_sessions: 100000
-workers: {{cores: [{cpu}], idle: adaptive}}
-control: {{socket: {socket}}}
-"""
 NGINX = """\
 daemon off; master_process off; user root; pid {directory}/nginx.pid; error_log stderr;
 events {{}}
@@ -96,8 +87,9 @@ class Check:
 
 @dataclass
 class View:
-    """What the picture shows of the running NAT."""
+    """What the picture shows of the running NAT; ``carrier`` is "server" or "switch"."""
 
+    carrier: str = ""
     status: dict[str, Any] = field(default_factory=dict)
     flows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -108,8 +100,10 @@ class Demo:
     def __init__(self, lab: Lab, tell: Callable[[Check], None]) -> None:
         self.lab = lab
         self.tell = tell
+        self.server: Process  # what start_nat has started
         self.checks: list[Check] = []
         self.view = View()
+        self.figures: dict[str, Any] = {}  # of the failover, for the report
         self.socket = lab.directory / "nat.sock"
 
     # -- set-up ---------------------------------------------------------------------------------------------
@@ -126,21 +120,8 @@ class Demo:
         self.offloads = [features(self.nat, device) for device in ("nat-in", "nat-out")]
 
     def start_nat(self) -> str:
-        config = self.lab.directory / "nat.yaml"
-        config.write_text(
-            CONFIG.format(
-                inside=NAT_INSIDE,
-                outside=NAT_OUTSIDE,
-                router=ROUTER,
-                first=POOL[0],
-                last=POOL[1],
-                cpu=max(os.sched_getaffinity(0)),
-                socket=self.socket,
-            )
-        )
-        self.server = self.nat.start(*server_command(config), name="tandem-nat")
-        self.server.ready("\nready", timeout=30)
-        return next(line for line in self.server.output.splitlines() if line.startswith("tandem-nat "))
+        """Starts what translates, and says what it is."""
+        raise NotImplementedError
 
     def start_services(self) -> str:
         directory = self.lab.directory
@@ -256,8 +237,8 @@ class Demo:
         expect(after == self.offloads, "the interfaces' offloads are not as they were")
         return "SIGTERM, exit code 0, interfaces as they were"
 
-    def _sessions(self, wanted: dict[str, str]) -> list[dict[str, Any]]:
-        answers = api.ask(self.socket, {"show": "sessions", "filter": wanted, "limit": 1000})
+    def _sessions(self, wanted: dict[str, str], at: Path | None = None) -> list[dict[str, Any]]:
+        answers = api.ask(at or self.socket, {"show": "sessions", "filter": wanted, "limit": 1000})
         return [row for answer in answers for row in answer.get("rows", ())]
 
     # -- the way through ------------------------------------------------------------------------------------
@@ -274,10 +255,18 @@ class Demo:
                 self.check("HTTP download", self.download)
                 self.check("iperf3 TCP", self.tcp)
                 self.check("iperf3 UDP", self.udp)
+                self.act()
                 self.check("only the pool's addresses are used", self.pool_only)
                 self.check("nothing leaves untranslated", self.nothing_untranslated)
             if not self.lab.kept:
                 self.check("clean end", self.clean_end)
+
+    def act(self) -> None:
+        """What the pair has to show besides."""
+
+    def table(self) -> list[str]:
+        """What it found, for the end."""
+        return []
 
     def check(self, name: str, prove: Callable[[], str]) -> bool:
         check = Check(name)
@@ -289,6 +278,10 @@ class Demo:
         self.tell(check)
         return check.ok
 
+    def look(self) -> None:
+        self.view.status = next(api.ask(self.socket, {"show": "status"}))["status"]
+        self.view.flows = self._sessions({})
+
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         """Asks the NAT twice a second what the picture shows."""
@@ -297,8 +290,7 @@ class Demo:
         def watch() -> None:
             while not end.wait(0.5):
                 with contextlib.suppress(api.ApiError, api.NotRunning):
-                    self.view.status = next(api.ask(self.socket, {"show": "status"}))["status"]
-                    self.view.flows = self._sessions({})
+                    self.look()
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -334,6 +326,13 @@ def _gbits(rates: dict[str, float], name: str) -> str:
     return f"{8 * rates.get(name, 0.0) / 1e6:8.1f} Mbit/s"
 
 
+def _carrier(carrier: str) -> list[str | tuple[str, str]]:
+    if not carrier:
+        return ["\n"]
+    said = ("the server NAT", "bold green") if carrier == "server" else ("the SWITCH alone", "bold magenta")
+    return ["  through Open vSwitch; carried by ", said, "\n"]
+
+
 def picture(demo: Demo, height: int) -> Group:
     """What fits ``height`` lines of 80 columns: the latest flows, each end with its port, and the latest checks."""
     room = height - DRAWN
@@ -345,7 +344,8 @@ def picture(demo: Demo, height: int) -> Group:
         ("  client network        ", "bold cyan"),
         ("Tandem NAT               ", "bold green"),
         ("outside\n", "bold yellow"),
-        f"  {INSIDE}  ◀──▶  {NAT_INSIDE} ▏▕ {NAT_OUTSIDE}  ◀──▶  {SERVER}\n\n",
+        f"  {INSIDE}  ◀──▶  {NAT_INSIDE} ▏▕ {NAT_OUTSIDE}  ◀──▶  {SERVER}\n",
+        *_carrier(demo.view.carrier),
         f"  from inside {_gbits(rates, 'rx_bytes.0')}   from outside {_gbits(rates, 'rx_bytes.1')}\n",
         f"  {status.get('sessions', 0)} sessions, {status.get('mappings', 0)} mappings, "
         f"worker {status.get('worker', {}).get('busy_share', 0):.0%} busy",
@@ -386,8 +386,8 @@ The NAT's own words: {log}
 End it with: tandem-nat demo --stop"""
 
 
-def run(report: Path | None, *, keep: bool = False) -> bool:
-    """Runs the demo; returns whether everything held. ``report`` gets the checks as JSON.
+def run(report: Path | None, *, keep: bool = False, make: type[Demo] = Demo) -> bool:
+    """Runs the demo that ``make`` is; returns whether everything held. ``report`` gets the checks as JSON.
 
     Raises LabError where it cannot even begin: no root, or a program is missing; OSError where ``report`` cannot be
     written.
@@ -405,7 +405,7 @@ def run(report: Path | None, *, keep: bool = False) -> bool:
             _say(line_of(check))
 
     with Lab(kept=keep) as lab:
-        demo = Demo(lab, tell)
+        demo = make(lab, tell)
         if live:
             with live:
                 live.get_renderable = lambda: picture(demo, console.height)  # type: ignore[method-assign]
@@ -448,9 +448,11 @@ def _conclude(demo: Demo, console: Console, report: Path | None) -> bool:
     good = all(check.ok for check in demo.checks)
     if console.is_terminal:
         console.print(summary(demo.checks))
+    for line in demo.table():
+        _say(line)
     proven = sum(bool(check.ok) for check in demo.checks)
     _say(f"{proven} of {len(demo.checks)} checks held" + ("" if good else ": the demo FAILED"))
     if report:
         checks = [{"name": check.name, "ok": bool(check.ok), "detail": check.detail} for check in demo.checks]
-        report.write_text(json.dumps({"checks": checks}, indent=2) + "\n")
+        report.write_text(json.dumps({"checks": checks, "failover": demo.figures}, indent=2) + "\n")
     return good

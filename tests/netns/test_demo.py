@@ -23,6 +23,12 @@ NAMES = {
     "HTTP download",
     "iperf3 TCP",
     "iperf3 UDP",
+    "a download and a stream run",
+    "the server is killed, the switch carries",
+    "the server returns and carries",
+    "the download outlives both",
+    "the stream outlives both",
+    "no session is lost",
     "only the pool's addresses are used",
     "nothing leaves untranslated",
     "clean end",
@@ -34,11 +40,17 @@ def test_the_demo_proves_what_it_says(tmp_path: Path) -> None:
     report = tmp_path / "demo.json"
     done = subprocess.run([*DEMO, "--json", str(report)], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
-    checks = json.loads(report.read_text())["checks"]
+    written = json.loads(report.read_text())
+    checks, figures = written["checks"], written["failover"]
     assert all(set(check) == {"name", "ok", "detail"} for check in checks)
     assert {check["name"] for check in checks} >= NAMES
     assert all(check["ok"] is True for check in checks)
     assert f"{len(checks)} of {len(checks)} checks held" in done.stdout
+    assert figures["sessions_lost"] == 0
+    assert sum(figures["packets_lost"].values()) < 1000 < figures["packets_sent"]
+    assert 0 < figures["detect_ms"] <= figures["written_ms"] < figures["first_good_ms"] < 1000
+    assert figures["return_ms"] > 0
+    assert "packets lost by the return" in done.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -110,11 +122,13 @@ def test_the_picture_fits_the_terminal_and_shows_every_port(width: int, height: 
         }
         for i in range(20)
     ]
+    shown.view.carrier = "switch"
     shown.checks = [demo.Check(f"{i} only the pool's addresses are used", True, "x" * 200) for i in range(12)]
     console = Console(width=width, height=height, file=io.StringIO(), record=True)
     console.print(demo.picture(shown, height))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= width
+    assert any("carried by the SWITCH" in line for line in lines)
     assert sum(f"198.51.100.10:{60000 + i} " in line for i in range(20) for line in lines) == flows
     assert "11 only the pool's addresses are used" in lines[-1]
     assert len(lines) < max(height, 16)

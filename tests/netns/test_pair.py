@@ -10,26 +10,26 @@ from collections.abc import Iterator
 import pytest
 
 from nat_control.lab import Lab, until
-from tests.netns.pair_net import CLIENT, OUTSIDE, PairNet
+from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
 
 FILE_BYTES = 64 << 20
 
 
 @pytest.fixture
-def net() -> Iterator[PairNet]:
+def net() -> Iterator[PairLab]:
     with Lab() as lab:
-        net = PairNet(lab)
+        net = PairLab(lab)
         net.start_agent()
         yield net
 
 
-def pings(net: PairNet, count: int = 5) -> int:
+def pings(net: PairLab, count: int = 5) -> int:
     """How many of them were answered."""
     said = net.client.attempt("ping", "-q", "-i", "0.1", "-W", "1", "-c", str(count), OUTSIDE).stdout
     return int(said.split(" received")[0].split(", ")[-1])
 
 
-def test_agent_alone(net: PairNet) -> None:
+def test_agent_alone(net: PairLab) -> None:
     """New flows by packet-in, then rules; answers ping and ARP for what is ours."""
     assert net.show("agent")["carrier"] == "switch"
     assert pings(net) == 5
@@ -40,7 +40,7 @@ def test_agent_alone(net: PairNet) -> None:
     assert any("tcp,in_port=1" in flow and "10.0.0.10" in flow for flow in net.ovs.flows())
 
 
-def test_kill_under_traffic_and_return(net: PairNet) -> None:
+def test_kill_under_traffic_and_return(net: PairLab) -> None:
     net.start_server()
     net.carrier("server")
     net.outside.start("iperf3", "-s", "-B", OUTSIDE, "--forceflush", name="tcp").ready("Server listening")
@@ -78,7 +78,7 @@ def test_kill_under_traffic_and_return(net: PairNet) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGTERM])
-def test_hung_or_ended(net: PairNet, how: signal.Signals) -> None:
+def test_hung_or_ended(net: PairLab, how: signal.Signals) -> None:
     net.start_server()
     net.carrier("server")
     assert pings(net) == 5
@@ -93,7 +93,7 @@ def test_hung_or_ended(net: PairNet, how: signal.Signals) -> None:
         assert pings(net) == 5
 
 
-def test_agent_killed_and_back(net: PairNet) -> None:
+def test_agent_killed_and_back(net: PairLab) -> None:
     """The server goes on; the agent finds its rules again."""
     net.start_server()
     net.carrier("server")
@@ -107,7 +107,7 @@ def test_agent_killed_and_back(net: PairNet) -> None:
     assert CLIENT in json.dumps(net.show("agent", "sessions"))
 
 
-def test_agent_back_while_the_switch_carries(net: PairNet) -> None:
+def test_agent_back_while_the_switch_carries(net: PairLab) -> None:
     """Nobody has the records any more, but what the switch knows it goes on with."""
     net.outside.start("iperf3", "-s", "-B", OUTSIDE, "--forceflush", name="tcp").ready("Server listening")
     tcp = net.client.start("iperf3", "-c", OUTSIDE, "-t", "6", "--json", name="download")

@@ -181,6 +181,7 @@ def test_imports_point_one_way() -> None:
 CLOCKS = {
     "nat_control/loop.py": "the control loop",
     "nat_control/lab.py": "waits for other programs in test networks",
+    "nat_control/lab_stream.py": "sends at a rate, and records when",
 }
 # Who may know DPDK: everything else works without it.
 DPDK = {"nat_control/server.py", "nat_control/cli.py"}
