@@ -10,7 +10,7 @@ PY_TYPED = nat_control nat_fastpath switch_agent
 
 help:
 	@echo "make build   .venv with the extensions compiled"
-	@echo "make demo    a client, the NAT and an outside network in namespaces, with real traffic"
+	@echo "make demo    a client, the pair and an outside in namespaces, real traffic, one kill"
 	@echo "make test    all tests (root)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   measurements, with the floor beside them"
