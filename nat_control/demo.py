@@ -346,7 +346,9 @@ def picture(demo: Demo, height: int) -> Group:
         ("outside\n", "bold yellow"),
         f"  {INSIDE}  ◀──▶  {NAT_INSIDE} ▏▕ {NAT_OUTSIDE}  ◀──▶  {SERVER}\n",
         *_carrier(demo.view.carrier),
-        f"  from inside {_gbits(rates, 'rx_bytes.0')}   from outside {_gbits(rates, 'rx_bytes.1')}\n",
+        f"  {status.get('offloaded', 0)} sessions have rules in the switch, which alone knows their packets\n"
+        if demo.view.carrier == "switch"
+        else f"  from inside {_gbits(rates, 'rx_bytes.0')}   from outside {_gbits(rates, 'rx_bytes.1')}\n",
         f"  {status.get('sessions', 0)} sessions, {status.get('mappings', 0)} mappings, "
         f"worker {status.get('worker', {}).get('busy_share', 0):.0%} busy",
     )

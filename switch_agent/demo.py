@@ -65,15 +65,15 @@ class PairDemo(Demo):
             super().look()
         else:  # the server's rates are of the past
             self.view.status = self._agent()
-            self.view.flows = self._sessions({}, self.agent_socket)
+            self.view.flows = self._sessions({}, self.agent_socket)[::-1]  # the latest are what runs
 
     # -- the failover --------------------------------------------------------------------------------------
 
     def act(self) -> None:
         steps = [
             ("a download and a stream run", self.begin_traffic),
-            ("the server is killed, the switch carries", self.kill),
-            ("the server returns and carries", self.come_back),
+            ("kill -9: the switch carries on", self.kill),
+            ("the server returns", self.come_back),
             ("the download outlives both", self.end_download),
             ("the stream outlives both", self.end_stream),
             ("no session is lost", self.sessions_kept),
