@@ -26,7 +26,7 @@ import numpy as np
 
 from nat_control import api
 from nat_control.lab import Lab, LabError, Process, until
-from tests.netns.pair_net import CLIENT, OUTSIDE, PairNet
+from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
 
 SOURCE = Path(__file__).with_name("stream.c")
 HOWS = ("kill", "stop", "link", "planned", "failback")
@@ -87,7 +87,7 @@ class Pair:
         self.case = case
         self.program = build()
         sessions = max(20_000, 2 * (case.flows + case.known))
-        self.net = PairNet(
+        self.net = PairLab(
             lab,
             case.mode,
             misses=3,
