@@ -276,15 +276,15 @@ def _send(
         if now - settled >= SETTLE_NS:
             core.settle(now - start + SECOND)
             settled = now
-        core.poll(now - start + SECOND)
         port = sides.port(packet.frame)
         frame = packet.frame
         if len(frame) >= 14 and not frame[0] & 1:  # multicast stays what it is
             frame = macs[port] + frame[6:]
-        results = core.burst([(port, frame)], now - start + SECOND) + core.take()
-        for result in results:
-            if result.frame:
-                out.write(packet.time_ns, result.frame)
+        results = core.burst([(port, frame)], now - start + SECOND)
+        core.poll(now - start + SECOND)  # fragments that came before their first one
+        for result in results + core.take():
+            for sent in result.frames:
+                out.write(packet.time_ns, sent)
         core.events()
         core.outbox()  # ARP that nobody is there to answer
     verdicts = core.verdicts().tolist()

@@ -19,6 +19,7 @@ class Verdict(IntEnum):
 
     FORWARD = ...
     REPLY = ...
+    FRAGMENT = ...
     HELD = ...
     CONSUMED = ...
     DROP_RUNT = ...
@@ -38,11 +39,15 @@ FLAG_INBOUND: int
 FLAG_OFFLOAD: int
 
 class Result(NamedTuple):
-    """What became of one packet. ``frame`` is the translated frame or the answer, empty when dropped or held."""
+    """What became of one packet. ``frame`` is the translated frame or the answer, empty when dropped or held.
+
+    ``frames`` are those to be sent: none, ``frame``, or its fragments when it is longer than the MTU (FRAGMENT).
+    """
 
     verdict: Verdict
     port: int
     frame: bytes
+    frames: tuple[bytes, ...]
 
 class CoreError(Exception):
     """The configuration or the memory does not allow a core; the message says why."""

@@ -21,7 +21,7 @@ import numpy as np
 cdef extern from "engine_tables.h" nogil:
     enum:
         NAT_ABI, NAT_VERDICT_COUNT, NAT_MAX_PORTS, NAT_MAX_ROUTES, NAT_MAX_RANGES, NAT_OUTBOX_BYTES
-        NAT_FORWARD, NAT_REPLY, NAT_HELD
+        NAT_FORWARD, NAT_REPLY, NAT_FRAGMENT, NAT_HELD
         NAT_EVENT_OPEN, NAT_EVENT_CLOSE, NAT_EVENT_UPDATE
         NAT_CLOSE_IDLE, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT
         NAT_SESSION_PENDING, NAT_SESSION_FOREIGN, NAT_SESSION_INBOUND, NAT_SESSION_OFFLOAD
@@ -58,7 +58,13 @@ cdef extern from "engine_tables.h" nogil:
         uint32_t capacity
         uint8_t port
         uint8_t verdict
+        uint16_t mtu
         void *cookie
+    struct nat_piece:
+        uint32_t at
+        uint32_t bytes
+        uint32_t header_bytes
+        uint8_t *header
     struct nat_record:
         pass
     struct nat_event:
@@ -154,6 +160,7 @@ cdef extern from "engine_tables.h" nogil:
     void nat_settle(nat_core *core, uint64_t now)
     unsigned nat_take(nat_core *core, nat_packet *out, unsigned max)
     unsigned nat_outbox(nat_core *core, uint8_t *frame, uint8_t *port)
+    bint nat_cut(const uint8_t *frame, uint16_t mtu, nat_piece *piece)
     void nat_announce(nat_core *core)
     void nat_flush(nat_core *core)
     void nat_command_now(nat_core *core, nat_command *command)
@@ -201,7 +208,7 @@ _SIDES = {"internal": 0, "external": 1}
 _MAPPINGS = {"endpoint-independent": 0, "endpoint-dependent": 1}
 _FILTERINGS = {"address-and-port-dependent": 0, "address-dependent": 1, "endpoint-independent": 2}
 
-Result = namedtuple("Result", ("verdict", "port", "frame"))
+Result = namedtuple("Result", ("verdict", "port", "frame", "frames"))
 
 
 class CoreError(Exception):
@@ -323,10 +330,18 @@ COMMAND_PATIENCE = 2.0  # seconds
 
 
 cdef object _result(const nat_packet *packet):
-    frame = b""
-    if packet.verdict <= NAT_REPLY:
+    cdef nat_piece piece
+    frame, frames = b"", ()
+    if packet.verdict <= NAT_FRAGMENT:
         frame = PyBytes_FromStringAndSize(<char *>packet.data, packet.length)
-    return Result(_VERDICTS[packet.verdict], packet.port, frame)
+        frames = (frame,)
+    if packet.verdict == NAT_FRAGMENT:
+        pieces = []
+        memset(&piece, 0, sizeof(piece))
+        while nat_cut(packet.data, packet.mtu, &piece):
+            pieces.append(piece.header[:piece.header_bytes] + frame[piece.at : piece.at + piece.bytes])
+        frames = tuple(pieces)
+    return Result(_VERDICTS[packet.verdict], packet.port, frame, frames)
 
 
 cdef class Core:

@@ -36,7 +36,7 @@ from nat_control.loop import (
 from nat_control.pair import ACTIVITY_PERIOD, Pair
 from nat_control.sync import actions as do
 from nat_control.sync.actions import State
-from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result, Verdict
+from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result
 from switch_agent import ovs_control
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Lost, PacketIn, PortDescription, PortStatus, Ready
@@ -218,9 +218,9 @@ class Agent:
     # -- packets -------------------------------------------------------------------------------------------
 
     def _send(self, result: Result) -> None:
-        if result.verdict in (Verdict.FORWARD, Verdict.REPLY):
+        for frame in result.frames:
             self.counts["packet_outs"] += 1
-            self.plane.packet_out(result.frame, result.port)
+            self.plane.packet_out(frame, result.port)
 
     def _send_held(self) -> None:
         for result in self.core.take():

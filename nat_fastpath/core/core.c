@@ -50,6 +50,9 @@ static struct nat_config completed(const struct nat_config *config)
     T(other, core->neighbour_index.buckets, flow_table_buckets(c->max_neighbours),                           \
       sizeof(struct flow_bucket))                                                                            \
     T(other, core->held, c->max_held, sizeof(struct held))                                                   \
+    T(other, core->datagrams, datagrams_capacity(c), sizeof(struct datagram))                                \
+    T(other, core->datagram_index.buckets, flow_table_buckets(datagrams_capacity(c)),                        \
+      sizeof(struct flow_bucket))                                                                            \
     T(other, core->events, c->event_ring, sizeof(struct nat_event))
 
 #define TABLE_CONDITIONS                                                                                     \
@@ -150,6 +153,10 @@ struct nat_core *nat_create(const struct nat_config *config, char *error, size_t
     core->host_slab = (struct slab){.capacity = c->max_hosts, .free = NONE32};
     core->neighbour_slab = (struct slab){.capacity = c->max_neighbours, .free = NONE32};
     core->held_slab = (struct slab){.capacity = c->max_held, .free = NONE32};
+    core->datagram_index.n_buckets = flow_table_buckets(datagrams_capacity(c));
+    core->datagram_slab = (struct slab){.capacity = datagrams_capacity(c), .free = NONE32};
+    for (unsigned i = 0; i < DATAGRAM_LISTS; i++)
+        core->datagram_list[i].first = core->datagram_list[i].last = NONE32;
     core->done_first = core->done_last = NONE16;
     core->has_mappings = kept;
     core->has_permissions = by_address;
@@ -202,6 +209,7 @@ bool nat_poll(struct nat_core *core, uint64_t now)
     did |= ageing_step(core);
     did |= neighbour_step(core);
     did |= hold_step(core);
+    did |= fragments_step(core);
     return did;
 }
 
@@ -213,6 +221,7 @@ const struct nat_stats *nat_stats(struct nat_core *core)
     stats->hosts = core->host_slab.used;
     stats->neighbours = core->neighbour_slab.used;
     stats->held = core->held_slab.used;
+    stats->datagrams = core->datagram_slab.used;
     stats->events = atomic_load(&core->event_tail) - atomic_load(&core->event_head);
     return stats;
 }
@@ -225,6 +234,7 @@ const struct nat_api nat_api = {
     .poll = nat_poll,
     .take = nat_take,
     .outbox = nat_outbox,
+    .cut = nat_cut,
     .announce = nat_announce,
     .flush = nat_flush,
 };

@@ -103,6 +103,28 @@ struct held {
     uint8_t direction; /* of the session whose commit it waits for */
 };
 
+/* A datagram that comes in fragments: what its first one was translated by, or those that came before it. */
+struct datagram {
+    uint32_t source, destination; /* raw, before translation */
+    uint16_t id;                  /* raw */
+    uint8_t protocol;
+    uint8_t from; /* port; DATAGRAM_TURNED: the outbound half of a hairpin has been done */
+    uint8_t list; /* enum datagram_list */
+    uint8_t direction;
+    uint8_t is_error; /* ICMP error about the session: no traffic of its own */
+    uint8_t held;
+    uint16_t held_first, held_last;
+    uint32_t session; /* of the first fragment, and its id, for sessions end and slots are used again */
+    uint32_t seen_ms;
+    uint64_t session_id;
+    uint32_t before, after; /* in its list; after also links free ones */
+};
+#define DATAGRAM_TURNED 0x80u
+static_assert(sizeof(struct datagram) == 48, "memory per datagram is promised");
+
+/* First fragment seen; not seen; seen, and those that waited are about to follow it. Oldest first. */
+enum datagram_list { DATAGRAMS_KNOWN, DATAGRAMS_WAITING, DATAGRAMS_DUE, DATAGRAM_LISTS };
+
 struct outbox_frame {
     uint8_t port;
     uint8_t length;
@@ -159,6 +181,14 @@ struct nat_core {
     struct slab held_slab;
     uint16_t done_first, done_last; /* of those that have a verdict and wait for nat_take */
     uint32_t held_sweep;
+
+    struct flow_table datagram_index;
+    struct datagram *datagrams;
+    struct slab datagram_slab;
+    struct {
+        uint32_t first, last;
+    } datagram_list[DATAGRAM_LISTS];
+    uint32_t fragments_held;
 
     struct outbox_frame outbox[NAT_OUTBOX];
     uint32_t outbox_head, outbox_tail;
@@ -334,6 +364,8 @@ uint16_t neighbour_inside(struct nat_core *core, uint32_t address, uint64_t mac,
 
 /* Writes the link header and sends the packet to its next hop, or holds it. */
 enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, uint16_t neighbour);
+/* The same, for a packet that may be longer than the MTU: then the verdict is FRAGMENT. */
+enum nat_verdict neighbour_send_any(struct nat_core *core, struct nat_packet *packet, uint16_t neighbour);
 /* Sends a translated packet whose session is committed on its way. */
 enum nat_verdict send_committed(struct nat_core *core, struct nat_packet *packet, uint32_t session,
                                 int direction);
@@ -343,6 +375,38 @@ enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *pack
 /* Ends the waiting of a session's packets: FORWARD sends them on, anything else is their verdict. */
 void hold_release(struct nat_core *core, uint32_t session, enum nat_verdict verdict);
 bool hold_step(struct nat_core *core);
+/* The queue's own work: appends (false: no room), takes the first, and gives a taken one its verdict. */
+bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_t *first, uint16_t *last,
+          uint32_t session, int direction);
+struct held unhold(struct nat_core *core, uint16_t *first, uint16_t *last);
+void finish(struct nat_core *core, struct nat_packet *packet, enum nat_verdict verdict);
+
+/* --- fragments.c ------------------------------------------------------------------------------------- */
+uint32_t datagrams_capacity(const struct nat_config *config);
+static inline bool is_fragment(const uint8_t *ip)
+{
+    return get16(ip + 6) & (IP_MF | IP_OFFSET);
+}
+static inline bool is_later_fragment(const uint8_t *ip)
+{
+    return get16(ip + 6) & IP_OFFSET;
+}
+/* Lengths and offsets that no honest sender makes. */
+enum nat_verdict fragment_check(const uint8_t *ip);
+/* A datagram from now on goes the way of its first fragment, which is about to be translated. */
+struct datagram_key {
+    uint32_t source, destination;
+    uint16_t id;
+    uint8_t protocol, from;
+};
+struct datagram_key datagram_key(const struct nat_packet *packet, const uint8_t *ip, bool hairpinned);
+void fragment_first(struct nat_core *core, const struct datagram_key *key, uint32_t session, int direction,
+                    bool is_error);
+/* Translates a later fragment as its first one was, or lets it wait for that. */
+enum nat_verdict fragment_later(struct nat_core *core, struct nat_packet *packet, unsigned l2, int direction,
+                                bool hairpinned);
+bool fragments_step(struct nat_core *core);
+void fragments_flush(struct nat_core *core);
 
 /* --- icmp.c ------------------------------------------------------------------------------------------ */
 /* Turns the packet into an ICMP error about itself, back to its sender; or the drop that stands in for it. */
@@ -369,6 +433,9 @@ static inline void count_tx(struct nat_core *core, const struct nat_packet *pack
     core->stats.tx_packets[packet->port]++;
     core->stats.tx_bytes[packet->port] += packet->length;
 }
+
+/* By the frames that go out: one packet may leave as several. */
+void count_pieces(struct nat_core *core, const struct nat_packet *packet);
 
 static inline void core_time(struct nat_core *core, uint64_t now)
 {

@@ -37,7 +37,8 @@ enum nat_verdict icmp_error(struct nat_core *core, struct nat_packet *packet, un
         quoted = packet->segment - l2;
     if (quoted > QUOTED_DATAGRAM - ahead)
         quoted = QUOTED_DATAGRAM - ahead;
-    if (!own || about_error || packet->capacity < l2 + ahead + header + 8)
+    /* RFC 1812, 4.3.2.7: not about a later fragment either */
+    if (!own || about_error || is_later_fragment(ip) || packet->capacity < l2 + ahead + header + 8)
         return otherwise;
     if (quoted > packet->capacity - l2 - ahead)
         quoted = packet->capacity - l2 - ahead;
@@ -70,6 +71,8 @@ enum nat_verdict icmp_error(struct nat_core *core, struct nat_packet *packet, un
 enum nat_verdict icmp_echo_reply(struct nat_core *core, struct nat_packet *packet, unsigned l2)
 {
     uint8_t *ip = packet->data + l2, *icmp = ip + (ip[0] & 15u) * 4;
+    if (is_fragment(ip))
+        return NAT_DROP_LOCAL; /* nothing is put together here */
     uint32_t from = raw32(ip + 12);
     put_raw32(ip + 12, raw32(ip + 16));
     put_raw32(ip + 16, from);
@@ -175,8 +178,12 @@ enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *
         return NAT_DROP_ADDRESS; /* as for the session's own packets: never from the wire */
     if (ip[8] <= 1)
         return NAT_DROP_TTL;
-    if (!hairpin && get16(ip + 2) > core->config.ports[core->neighbours[s->neighbour[direction]].port].mtu)
+    if (!hairpin && get16(ip + 6) & IP_DF &&
+        get16(ip + 2) > core->config.ports[core->neighbours[s->neighbour[direction]].port].mtu)
         return NAT_DROP_TOO_BIG;
+    struct datagram_key datagram = datagram_key(packet, ip, hairpinned);
+    if (is_fragment(ip))
+        fragment_first(core, &datagram, at, direction, true);
 
     uint32_t delta, before, after;
     if (direction == IN) { /* quoted: X':x' -> Y:y, becomes X:x -> Y:y */
@@ -200,5 +207,5 @@ enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *
     }
     ip[8]--;
     patch_check(ip + 10, delta + TTL_DELTA);
-    return neighbour_send(core, packet, s->neighbour[direction]);
+    return neighbour_send_any(core, packet, s->neighbour[direction]);
 }

@@ -33,7 +33,8 @@ enum nat_filtering {
 #define NAT_VERDICTS(V)                                                                                      \
     V(FORWARD, "forward", "translated and sent on")                                                          \
     V(REPLY, "reply", "answered by the NAT itself; the frame now holds the answer")                          \
-    V(HELD, "held", "kept until its next hop is resolved or its session is committed")                       \
+    V(FRAGMENT, "fragment", "translated, and sent on in fragments that fit the outgoing MTU")                \
+    V(HELD, "held", "kept: for its next hop, for its session's commit, or for its first fragment")           \
     V(CONSUMED, "consumed", "understood and finished, such as an ARP reply")                                 \
     V(DROP_RUNT, "drop_runt", "shorter than its headers say it must be")                                     \
     V(DROP_NOT_FOR_US, "drop_not_for_us", "the destination MAC is not ours")                                 \
@@ -45,7 +46,9 @@ enum nat_filtering {
     V(DROP_IP_HEADER, "drop_ip_header", "IP version, header length or total length is wrong")                \
     V(DROP_IP_CHECKSUM, "drop_ip_checksum", "IP header checksum is wrong")                                   \
     V(DROP_ADDRESS, "drop_address", "source or destination address that may not be forwarded")               \
-    V(DROP_FRAGMENT, "drop_fragment", "fragment whose first part is not known, or the store is full")        \
+    V(DROP_FRAGMENT, "drop_fragment", "fragment whose first one did not come, or too many that wait for it") \
+    V(DROP_FRAGMENT_SHAPE, "drop_fragment_shape",                                                            \
+      "fragment that cuts or overlaps a transport header (RFC 1858), or of an impossible length")            \
     V(DROP_PROTOCOL, "drop_protocol", "IP protocol other than UDP, TCP and ICMP")                            \
     V(DROP_L4_HEADER, "drop_l4_header", "UDP, TCP or ICMP header with a wrong length or offset")             \
     V(DROP_ICMP_CHECKSUM, "drop_icmp_checksum", "ICMP checksum is wrong")                                    \
@@ -82,6 +85,7 @@ enum nat_verdict { NAT_VERDICTS(NAT_VERDICT_ENUM) NAT_VERDICT_COUNT };
     G(hosts, "inside hosts that have a session")                                                             \
     G(neighbours, "next hops that are known or being resolved")                                              \
     G(held, "packets held now")                                                                              \
+    G(datagrams, "datagrams whose fragments are told apart now")                                             \
     G(events, "events waiting to be read")
 #define NAT_COUNTERS(C)                                                                                      \
     C(sessions_opened, "sessions opened")                                                                    \
@@ -115,9 +119,9 @@ struct nat_packet {
     uint32_t length;   /* of the whole frame */
     uint32_t segment;  /* bytes readable at data; equals length unless the driver chains buffers */
     uint32_t capacity; /* bytes writable at data, for answers that are longer than the question */
-    uint8_t port;      /* in: where it came from; out: where it goes, for FORWARD and REPLY */
+    uint8_t port;      /* in: where it came from; out: where it goes, for FORWARD, FRAGMENT and REPLY */
     uint8_t verdict;   /* out: enum nat_verdict */
-    uint16_t reserved;
+    uint16_t mtu;      /* out: for FRAGMENT, what nat_cut is to be told */
     void *cookie;
 };
 
@@ -355,6 +359,17 @@ void nat_settle(struct nat_core *core, uint64_t now);
 unsigned nat_outbox(struct nat_core *core, uint8_t *frame, uint8_t *port);
 /* Announces our addresses (gratuitous ARP) through the outbox. */
 void nat_announce(struct nat_core *core);
+/* One fragment of a frame whose verdict is FRAGMENT: its headers, and where its data lies in the frame.
+ * Headers are within the first segment; the data may be anywhere, and the driver copies it. */
+#define NAT_HEADERS_BYTES 78u /* Ethernet, one tag, IPv4 with all options */
+struct nat_piece {
+    uint32_t at, bytes; /* of the frame */
+    uint32_t header_bytes;
+    uint8_t header[NAT_HEADERS_BYTES];
+};
+/* Makes the first piece from one of zeros, then each following one; false when there are no more. `mtu` is
+ * that of the packet or less. */
+bool nat_cut(const uint8_t *frame, uint16_t mtu, struct nat_piece *piece);
 /* All sessions handed back, at the end: held packets become DROP_SESSION_GONE and can be taken. */
 void nat_flush(struct nat_core *core);
 
@@ -377,6 +392,7 @@ struct nat_api {
     bool (*poll)(struct nat_core *, uint64_t);
     unsigned (*take)(struct nat_core *, struct nat_packet *, unsigned);
     unsigned (*outbox)(struct nat_core *, uint8_t *, uint8_t *);
+    bool (*cut)(const uint8_t *, uint16_t, struct nat_piece *);
     void (*announce)(struct nat_core *);
     void (*flush)(struct nat_core *);
 };

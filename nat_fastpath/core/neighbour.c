@@ -283,8 +283,8 @@ static bool announce_step(struct nat_core *core)
 
 /* --- waiting ----------------------------------------------------------------------------------------- */
 
-static bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_t *first, uint16_t *last,
-                 uint32_t session, int direction)
+bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_t *first, uint16_t *last,
+          uint32_t session, int direction)
 {
     uint32_t at = SLAB_TAKE(&core->held_slab, core->held, session);
     if (at == NONE32)
@@ -303,7 +303,7 @@ static bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_
 }
 
 /* Takes the first packet off a list. */
-static struct held unhold(struct nat_core *core, uint16_t *first, uint16_t *last)
+struct held unhold(struct nat_core *core, uint16_t *first, uint16_t *last)
 {
     uint16_t at = *first;
     struct held held = core->held[at];
@@ -314,14 +314,14 @@ static struct held unhold(struct nat_core *core, uint16_t *first, uint16_t *last
     return held;
 }
 
-static void finish(struct nat_core *core, struct nat_packet *packet, enum nat_verdict verdict)
+void finish(struct nat_core *core, struct nat_packet *packet, enum nat_verdict verdict)
 {
     if (verdict == NAT_HELD)
         return; /* it went from one queue into another */
     packet->verdict = (uint8_t)verdict;
     core->stats.verdicts[verdict]++;
-    if (verdict == NAT_FORWARD)
-        count_tx(core, packet);
+    if (verdict == NAT_FORWARD || verdict == NAT_FRAGMENT)
+        count_pieces(core, packet);
     /* there is room: its own place was just given back */
     hold(core, packet, &core->done_first, &core->done_last, NONE32, OUT);
 }
@@ -373,7 +373,8 @@ static void neighbour_release(struct nat_core *core, uint16_t at, enum nat_verdi
     n->held = 0;
     while (n->held_first != NONE16) {
         struct held held = unhold(core, &n->held_first, &n->held_last);
-        finish(core, &held.packet, verdict == NAT_FORWARD ? neighbour_send(core, &held.packet, at) : verdict);
+        finish(core, &held.packet,
+               verdict == NAT_FORWARD ? neighbour_send_any(core, &held.packet, at) : verdict);
     }
 }
 
@@ -399,6 +400,7 @@ bool hold_step(struct nat_core *core)
 
 void nat_flush(struct nat_core *core)
 {
+    fragments_flush(core);
     for (uint32_t at = 0; at < core->session_slab.top; at++)
         if (core->sessions[at].protocol)
             hold_release(core, at, NAT_DROP_SESSION_GONE);

@@ -9,6 +9,8 @@
 /* --- one packet of a known session -------------------------------------------------------------------- */
 
 static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2, bool hairpin);
+static enum nat_verdict translate_too_big(struct nat_core *core, struct nat_packet *packet, unsigned l2,
+                                          uint32_t at, int direction, bool hairpinned, uint16_t mtu);
 
 static void tcp_advance(struct nat_core *core, uint32_t at, uint8_t state, int direction)
 {
@@ -45,7 +47,7 @@ static void follow_sender(struct nat_core *core, uint32_t session, const struct 
 /* `ip_header` and `l2` are constants where the caller knows them, and the compiler makes use of it. */
 static inline __attribute__((always_inline)) enum nat_verdict
 translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigned ip_header, uint32_t at,
-          int direction, bool hairpinned)
+          int direction, bool hairpinned, bool cut)
 {
     struct session *s = &core->sessions[at];
     uint8_t *ip = packet->data + l2, *l4 = ip + ip_header;
@@ -59,12 +61,10 @@ translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigne
     if (ip[8] <= 1)
         return hairpinned ? NAT_DROP_TTL
                           : icmp_error(core, packet, l2, ICMP_TIME_EXCEEDED, 0, 0, NAT_DROP_TTL);
-    if (!hairpin) {
+    if (!hairpin && !cut) {
         uint16_t mtu = core->config.ports[core->neighbours[neighbour].port].mtu;
         if (bytes > mtu)
-            return hairpinned || !(get16(ip + 6) & IP_DF)
-                       ? NAT_DROP_TOO_BIG
-                       : icmp_error(core, packet, l2, ICMP_UNREACHABLE, 4, mtu, NAT_DROP_TOO_BIG);
+            return translate_too_big(core, packet, l2, at, direction, hairpinned, mtu);
     }
 
     if (s->protocol == PROTO_TCP) {
@@ -116,7 +116,17 @@ translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigne
     patch_check(ip + 10, l3 + TTL_DELTA);
     if (s->flags & NAT_SESSION_PENDING)
         return hold_for_session(core, packet, at, direction);
-    return neighbour_send(core, packet, neighbour);
+    return cut ? neighbour_send_any(core, packet, neighbour) : neighbour_send(core, packet, neighbour);
+}
+
+static enum nat_verdict translate_too_big(struct nat_core *core, struct nat_packet *packet, unsigned l2,
+                                          uint32_t at, int direction, bool hairpinned, uint16_t mtu)
+{
+    const uint8_t *ip = packet->data + l2;
+    if (!(get16(ip + 6) & IP_DF))
+        return translate(core, packet, l2, (ip[0] & 15u) * 4, at, direction, hairpinned, true);
+    return hairpinned ? NAT_DROP_TOO_BIG
+                      : icmp_error(core, packet, l2, ICMP_UNREACHABLE, 4, mtu, NAT_DROP_TOO_BIG);
 }
 
 enum nat_verdict send_committed(struct nat_core *core, struct nat_packet *packet, uint32_t session,
@@ -124,13 +134,20 @@ enum nat_verdict send_committed(struct nat_core *core, struct nat_packet *packet
 {
     uint16_t neighbour = core->sessions[session].neighbour[direction];
     return neighbour == NONE16 ? inbound(core, packet, ETH_BYTES, true)
-                               : neighbour_send(core, packet, neighbour);
+                               : neighbour_send_any(core, packet, neighbour);
 }
 
 static enum nat_verdict session_packet(struct nat_core *core, struct nat_packet *packet, unsigned l2,
                                        uint32_t at, int direction, bool hairpinned)
 {
-    return translate(core, packet, l2, (packet->data[l2] & 15u) * 4, at, direction, hairpinned);
+    const uint8_t *ip = packet->data + l2;
+    struct datagram_key datagram = datagram_key(packet, ip, hairpinned);
+    bool first = is_fragment(ip);
+    enum nat_verdict verdict =
+        translate(core, packet, l2, (ip[0] & 15u) * 4, at, direction, hairpinned, false);
+    if (first && verdict <= NAT_HELD && verdict != NAT_REPLY)
+        fragment_first(core, &datagram, at, direction, false);
+    return verdict;
 }
 
 /* --- one packet, whatever it is ----------------------------------------------------------------------- */
@@ -163,6 +180,8 @@ static bool opens_tcp(const uint8_t *l4)
 static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packet, unsigned l2)
 {
     uint8_t *ip = packet->data + l2, *l4 = ip + (ip[0] & 15u) * 4;
+    if (is_later_fragment(ip))
+        return fragment_later(core, packet, l2, OUT, false);
     bool is_icmp = ip[9] == PROTO_ICMP;
     if (is_icmp && icmp_is_translated(l4[0]))
         return icmp_translate_error(core, packet, l2, OUT, false);
@@ -208,6 +227,8 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
                                 bool hairpinned)
 {
     uint8_t *ip = packet->data + l2, *l4 = ip + (ip[0] & 15u) * 4;
+    if (is_later_fragment(ip))
+        return fragment_later(core, packet, l2, IN, hairpinned);
     bool is_icmp = ip[9] == PROTO_ICMP;
     uint32_t external = get32(ip + 16);
     if (is_icmp && !is_query_reply(l4[0])) {
@@ -259,13 +280,15 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
     return verdict;
 }
 
-/* The transport header lies within the datagram, and what of it we read or write within the first segment. */
+/* The transport header lies within the datagram, and what of it we read or write within the first segment. Of
+ * a first fragment it must all be there; what speaks of the whole datagram cannot be checked against it. */
 static enum nat_verdict transport_check(const struct nat_packet *packet, const uint8_t *ip, unsigned header,
                                         uint32_t total)
 {
     const uint8_t *l4 = ip + header;
     uint32_t bytes = total - header, there = (uint32_t)(packet->data + packet->segment - l4);
     unsigned least;
+    bool fragment = is_fragment(ip);
     switch (ip[9]) {
     case PROTO_UDP:
         least = UDP_BYTES;
@@ -279,19 +302,22 @@ static enum nat_verdict transport_check(const struct nat_packet *packet, const u
     default:
         return NAT_DROP_PROTOCOL;
     }
+    enum nat_verdict verdict = fragment ? fragment_check(ip) : NAT_FORWARD;
+    if (verdict != NAT_FORWARD || is_later_fragment(ip))
+        return verdict;
     if (bytes < least)
-        return NAT_DROP_L4_HEADER;
+        return fragment ? NAT_DROP_FRAGMENT_SHAPE : NAT_DROP_L4_HEADER;
     if (there < least)
         return NAT_DROP_RUNT;
     if (ip[9] == PROTO_UDP) {
         uint16_t length = get16(l4 + 4);
-        if (length < UDP_BYTES || length > bytes)
+        if (length < UDP_BYTES || (length > bytes && !fragment))
             return NAT_DROP_L4_HEADER;
     } else if (ip[9] == PROTO_TCP) {
         unsigned offset = (l4[12] >> 4) * 4u;
         if (offset < TCP_BYTES || offset > bytes)
-            return NAT_DROP_L4_HEADER;
-    } else if (there >= bytes && !sums_right(l4, bytes)) {
+            return fragment && offset >= TCP_BYTES ? NAT_DROP_FRAGMENT_SHAPE : NAT_DROP_L4_HEADER;
+    } else if (!fragment && there >= bytes && !sums_right(l4, bytes)) {
         return NAT_DROP_ICMP_CHECKSUM;
     }
     return NAT_FORWARD;
@@ -351,10 +377,10 @@ static enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *p
         return NAT_DROP_MULTICAST;
     if (is_unusable(destination))
         return NAT_DROP_ADDRESS;
-    if (get16(ip + 6) & (IP_MF | IP_OFFSET))
-        return NAT_DROP_FRAGMENT;
     enum nat_verdict verdict = transport_check(packet, ip, header, total);
     if (is_own_address(core, destination) && !to_pool) {
+        if (is_fragment(ip))
+            return NAT_DROP_LOCAL;
         if (ip[9] == PROTO_ICMP && (verdict != NAT_FORWARD || ip[header] == ICMP_ECHO))
             return verdict == NAT_FORWARD ? icmp_echo_reply(core, packet, l2) : verdict;
         return NAT_DROP_LOCAL;
@@ -478,8 +504,8 @@ static inline enum nat_verdict batch_one(struct nat_core *core, struct batch *ba
         s->protocol != batch->protocols[i])
         return packet_alone(core, packet);
     if (direction == OUT)
-        return translate(core, packet, ETH_BYTES, IP_BYTES, at, OUT, false);
-    return translate(core, packet, ETH_BYTES, IP_BYTES, at, IN, false);
+        return translate(core, packet, ETH_BYTES, IP_BYTES, at, OUT, false, false);
+    return translate(core, packet, ETH_BYTES, IP_BYTES, at, IN, false, false);
 }
 
 static void batch_finish(struct nat_core *core, struct batch *batch)
@@ -491,6 +517,8 @@ static void batch_finish(struct nat_core *core, struct batch *batch)
         core->stats.verdicts[verdict]++;
         if (verdict <= NAT_REPLY)
             count_tx(core, packet);
+        else if (verdict == NAT_FRAGMENT)
+            count_pieces(core, packet);
     }
 }
 

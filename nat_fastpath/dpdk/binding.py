@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from nat_fastpath.dpdk._dpdk import ffi, lib
 from nat_fastpath.dpdk.kernel_interface import Interface, interface_names
+from nat_fastpath.dpdk.packet_ring import SOL_PACKET, Ring
 
 RX_DESCRIPTORS = TX_DESCRIPTORS = 1024
-SOL_PACKET, PACKET_STATISTICS = 263, 6  # linux/if_packet.h
+PACKET_STATISTICS = 6  # linux/if_packet.h
 ETHERNET_OVERHEAD = 14 + 2 * 4  # header and two VLAN tags
 TPACKET_OVERHEAD = 128  # what AF_PACKET writes before a frame in its ring, rounded up
 PMDS_OF_KERNEL_PACKETS = {"net_af_packet", "net_af_xdp", "net_pcap"}
@@ -203,9 +204,10 @@ class Port:
                 device, mtu=mtu, mac=mac, addresses=addresses, state_dir=state_dir, force=force
             )
             size = _frame_size(mtu)
+            self._ring = Ring(max(size, 1 << 16), size, 2048)
             devargs = (
                 f"net_af_packet{index},iface={device},qdisc_bypass=1,"
-                f"blocksz={max(size, 1 << 16)},framesz={size},framecnt=2048"
+                f"blocksz={self._ring.block_size},framesz={size},framecnt={self._ring.frames}"
             )
         elif not DEVARGS.match(device):
             raise DpdkError(
@@ -228,6 +230,8 @@ class Port:
             # a virtual device that fails to probe is not always reported
             _check(lib.rte_eth_dev_get_port_by_name(self.name.encode(), number), what)
         port = self._port_id = int(number[0])
+        if self._interface is not None:
+            self._interface.keep_fragments(self._ring)
         info = _info(port)
         self.driver = _driver(port)
         if self.mtu > info.max_mtu:
@@ -252,7 +256,7 @@ class Port:
         _check(lib.rte_eth_dev_start(port), what)
         self.mac = _mac(port)
         if self._interface is not None:
-            self._sockets = self._interface.packet_sockets()
+            self._sockets = list(self._interface.packet_sockets().values())
 
     @property
     def port_id(self) -> int:

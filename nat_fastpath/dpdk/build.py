@@ -86,7 +86,8 @@ ffibuilder.cdef(
         const struct nat_api *api; struct nat_core *core; void *pool; int cpu; int adaptive; unsigned n_ports;
         struct worker_port ports[...]; };
     struct worker_stats {
-        uint64_t loops, loops_with_packets, sleeps, total_ns, busy_ns, sleep_max_ns, outbox_no_buffer;
+        uint64_t loops, loops_with_packets, sleeps, total_ns, busy_ns, sleep_max_ns, outbox_no_buffer,
+            fragment_no_buffer;
         uint64_t tx_dropped[...], checksums_filled[...]; };
     struct worker *worker_start(const struct worker_config *config, char *error, size_t error_size);
     void worker_stop(struct worker *worker);

@@ -26,6 +26,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from nat_fastpath.dpdk.packet_ring import Ring, leave_fanout
+
 # what `ethtool -k` calls the features that merge packets, and what `ethtool -K` takes for them
 MERGING = {
     "generic-receive-offload": "gro",
@@ -283,19 +285,30 @@ class Interface:
         (flags,) = struct.unpack_from("H", answer, 16)
         return bool(flags & IFF_RUNNING)
 
-    def packet_sockets(self) -> list[socket.socket]:
-        """AF_PACKET sockets of this process that are bound to it, duplicated."""
-        found = []
+    def packet_sockets(self) -> dict[int, socket.socket]:
+        """AF_PACKET sockets of this process that are bound to it: descriptor and duplicate."""
+        found = {}
         for number in os.listdir("/proc/self/fd"):
             try:
                 duplicate = socket.socket(fileno=os.dup(int(number)))
             except OSError:  # no socket, or closed meanwhile
                 continue
             if duplicate.family == socket.AF_PACKET and duplicate.getsockname()[0] == self.name:
-                found.append(duplicate)
+                found[int(number)] = duplicate
             else:
                 duplicate.close()
         return found
+
+    def keep_fragments(self, ring: Ring) -> None:
+        """Lets the driver's sockets have fragments as they are on the wire. Raises InterfaceError."""
+        for number, duplicate in self.packet_sockets().items():
+            duplicate.close()
+            try:
+                leave_fanout(number, self.name, ring)
+            except OSError as error:
+                raise InterfaceError(
+                    f"device {self.name}: its packet socket cannot be made anew: {error.strerror}"
+                ) from None
 
 
 def _put_back(before: dict[str, Any]) -> bool:

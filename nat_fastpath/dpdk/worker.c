@@ -110,6 +110,29 @@ static void enqueue(struct worker *w, unsigned port, struct rte_mbuf *m)
     w->tx[port].mbufs[w->tx[port].n++] = m;
 }
 
+/* In pieces that fit the MTU, and one buffer each. */
+static void send_pieces(struct worker *w, const struct nat_packet *p)
+{
+    const unsigned room = rte_pktmbuf_data_room_size(w->config.pool) - RTE_PKTMBUF_HEADROOM;
+    const uint16_t mtu = (uint16_t)RTE_MIN(p->mtu, room - (RTE_ETHER_HDR_LEN + sizeof(struct rte_vlan_hdr)));
+    struct nat_piece piece = {0};
+
+    while (w->config.api->cut(p->data, mtu, &piece)) {
+        struct rte_mbuf *m = rte_pktmbuf_alloc(w->config.pool);
+        if (m == NULL) {
+            add(&w->stats.fragment_no_buffer, 1);
+            continue;
+        }
+        uint8_t *to = (uint8_t *)rte_pktmbuf_append(m, (uint16_t)(piece.header_bytes + piece.bytes));
+        memcpy(to, piece.header, piece.header_bytes);
+        to += piece.header_bytes;
+        const void *data = rte_pktmbuf_read(p->cookie, piece.at, piece.bytes, to);
+        if (data != to) /* it lies in one segment; from several it has been copied */
+            memcpy(to, data, piece.bytes);
+        enqueue(w, p->port, m);
+    }
+}
+
 /* Sends what has a way to go, frees what was dropped; held packets stay with the core. */
 static void dispatch(struct worker *w, const struct nat_packet *packets, unsigned n)
 {
@@ -120,6 +143,8 @@ static void dispatch(struct worker *w, const struct nat_packet *packets, unsigne
         if (p->verdict == NAT_HELD)
             continue;
         if (p->verdict > NAT_REPLY) {
+            if (p->verdict == NAT_FRAGMENT)
+                send_pieces(w, p);
             rte_pktmbuf_free(m);
             continue;
         }

@@ -30,7 +30,8 @@ struct worker_config {
 struct worker_stats {
     uint64_t loops, loops_with_packets, sleeps;
     uint64_t total_ns, busy_ns, sleep_max_ns;
-    uint64_t outbox_no_buffer; /* frames of the core's own that found no mbuf */
+    uint64_t outbox_no_buffer;   /* frames of the core's own that found no mbuf */
+    uint64_t fragment_no_buffer; /* fragments that were to be made, likewise */
     uint64_t tx_dropped[NAT_MAX_PORTS], checksums_filled[NAT_MAX_PORTS];
 };
 

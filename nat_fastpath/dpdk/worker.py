@@ -93,6 +93,7 @@ class Worker:
             "sleep_max_us": stats.sleep_max_ns // 1000,
             "busy_share": busy / total if total else 0.0,
             "outbox_no_buffer": stats.outbox_no_buffer,
+            "fragment_no_buffer": stats.fragment_no_buffer,
         }
         for i in range(len(self._ports)):
             out[f"tx_dropped.{i}"] = stats.tx_dropped[i]

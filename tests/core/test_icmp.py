@@ -83,7 +83,7 @@ def test_too_big_tells_the_mtu() -> None:
     answer = parse(result.frame)
     check_sums(result.frame)
     assert (answer[ICMP].type, answer[ICMP].code, answer[ICMP].nexthopmtu) == (3, 4, 1000)
-    assert nat.verdict(udp(CLIENT, 4000, SERVER, 53, b"x" * 973)) == "DROP_TOO_BIG"
+    assert nat.verdict(udp(CLIENT, 4000, SERVER, 53, b"x" * 973)) == "FRAGMENT"
     assert nat.verdict(udp(CLIENT, 4000, SERVER, 53, b"x" * 972, flags="DF")) == "FORWARD"
 
 

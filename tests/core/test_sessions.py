@@ -36,7 +36,6 @@ from tests.packets import (
     Nat,
     config,
     external,
-    fragments,
     frame,
     ip,
     number,
@@ -306,7 +305,6 @@ def test_what_is_not_carried_has_a_name() -> None:
     nat = Nat()
     whole = udp(CLIENT, 4000, SERVER, 53, b"x" * 64)
     assert nat.raw(vlan(whole, 7)).verdict == Verdict.DROP_VLAN
-    assert [nat.verdict(part) for part in fragments(whole, 32)] == ["DROP_FRAGMENT"] * 3
     assert nat.verdict(ip(CLIENT, SERVER, proto=47) / b"x") == "DROP_PROTOCOL"
     assert nat.verdict(udp(CLIENT, 4000, "224.0.0.5", 53)) == "DROP_MULTICAST"
     assert nat.verdict(udp("127.0.0.1", 4000, SERVER, 53)) == "DROP_ADDRESS"

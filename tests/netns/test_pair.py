@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from nat_control.lab import Lab, until
 from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
+from tests.netns.test_server import UDP_ASK, UDP_ECHO
 
 FILE_BYTES = 64 << 20
 
@@ -38,6 +40,18 @@ def test_agent_alone(net: PairLab) -> None:
     done = net.client.attempt("iperf3", "-c", OUTSIDE, "-t", "1", "--json")
     assert json.loads(done.stdout)["end"]["sum_received"]["bytes"] > 1 << 20
     assert any("tcp,in_port=1" in flow and "10.0.0.10" in flow for flow in net.ovs.flows())
+
+
+def test_fragments_through_the_agent_alone(net: PairLab) -> None:
+    """A switch shows fragments without ports, so they match no session: the agent's core carries them."""
+    said = net.client.run("ping", "-q", "-i", "0.2", "-W", "2", "-c", "3", "-s", "4000", OUTSIDE)
+    assert " 3 received" in said
+    net.outside.start(sys.executable, "-u", "-c", UDP_ECHO, OUTSIDE, name="echo").ready("bound")
+    sizes = ("8000", "1400", "20000")
+    assert net.client.run(sys.executable, "-c", UDP_ASK, OUTSIDE, *sizes).split() == [*sizes]
+    verdicts = net.show("agent", "stats")["verdicts"]
+    assert verdicts["forward"] + verdicts["held"] >= 2 * (3 * 3 + 6 + 14)
+    assert not {name for name, n in verdicts.items() if n and "fragment" in name}
 
 
 def test_kill_under_traffic_and_return(net: PairLab) -> None:

@@ -114,7 +114,7 @@ def test_any_bytes_get_one_verdict(frames: list[tuple[int, bytes]], synchronous:
     assert nat.count(Verdict.HELD) == len(held)
     assert nat.counters()["held"] == 0
     for result in results:
-        assert bool(result.frame) == (result.verdict <= Verdict.REPLY)
+        assert bool(result.frame) == (result.verdict <= Verdict.FRAGMENT)
 
 
 def body(packet: Packet) -> bytes:
