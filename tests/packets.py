@@ -180,6 +180,26 @@ def addresses(packet: Packet) -> tuple[str, int, str, int]:
     return packet.src, packet[ICMP].id, packet.dst, packet[ICMP].id
 
 
+def together(frames: Sequence[bytes]) -> Packet:
+    """The datagram that a receiver would have of these; every byte of it must be there, once."""
+    pieces = sorted((parse(one) for one in frames), key=lambda piece: piece.frag)
+    for piece in pieces:
+        header = IP(bytes(piece)[: piece.ihl * 4])
+        del header.chksum
+        assert IP(bytes(header)).chksum == piece.chksum
+    assert [bool(piece.flags.MF) for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+    data = b""
+    for piece in pieces:
+        assert piece.frag * 8 == len(data)
+        data += bytes(piece)[piece.ihl * 4 : piece.len]
+    first = pieces[0]
+    whole = IP(bytes(first)[: first.ihl * 4])
+    whole.flags, whole.len, whole.chksum = 0, first.ihl * 4 + len(data), None
+    whole = IP(bytes(whole) + data)
+    check_sums(frame(whole))
+    return whole
+
+
 # -- a small NAT ------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,6 @@ from tests.packets import (
     SERVER,
     Nat,
     arp,
-    check_sums,
     config,
     echo,
     fragments,
@@ -31,6 +30,7 @@ from tests.packets import (
     icmp_error,
     parse,
     tcp,
+    together,
     udp,
 )
 
@@ -38,26 +38,6 @@ LONG = bytes(range(256)) * 16
 BIG = udp(CLIENT, 4000, SERVER, 53, LONG, id=77)  # of 3 fragments
 PARTS = fragments(BIG, 1480)
 EXTERNAL_MTU = 1000
-
-
-def together(frames: Sequence[bytes]) -> Packet:
-    """The datagram that a receiver would have of these; every byte of it must be there, once."""
-    pieces = sorted((parse(one) for one in frames), key=lambda piece: piece.frag)
-    for piece in pieces:
-        header = IP(bytes(piece)[: piece.ihl * 4])
-        del header.chksum
-        assert IP(bytes(header)).chksum == piece.chksum
-    assert [bool(piece.flags.MF) for piece in pieces] == [True] * (len(pieces) - 1) + [False]
-    data = b""
-    for piece in pieces:
-        assert piece.frag * 8 == len(data)
-        data += bytes(piece)[piece.ihl * 4 : piece.len]
-    first = pieces[0]
-    whole = IP(bytes(first)[: first.ihl * 4])
-    whole.flags, whole.len, whole.chksum = 0, first.ihl * 4 + len(data), None
-    whole = IP(bytes(whole) + data)
-    check_sums(frame(whole))
-    return whole
 
 
 def arrive(nat: Nat, parts: Sequence[Packet], port: int = INSIDE) -> list[Result]:

@@ -57,7 +57,7 @@ static inline struct nat_core *make_core(uint8_t shape, uint8_t limits)
         .max_sessions = limits & 1 ? 8 : 96,
         .max_mappings = limits & 2 ? 4 : 0,
         .max_neighbours = limits & 4 ? 6 : 32,
-        .max_held = limits & 8 ? 2 : 16,
+        .max_held = limits & 8 ? 2 : 32,
         .event_ring = limits & 16 ? 8 : 256,
         .sessions_per_host = limits & 32 ? 5 : 0,
         .new_sessions_rate = limits & 64 ? 4 : 0,
@@ -74,7 +74,7 @@ static inline struct nat_core *make_core(uint8_t shape, uint8_t limits)
         .n_neighbours = shape & 32 ? 2 : 0,
         .neighbours = neighbours,
         .ports = {{.side = NAT_INTERNAL, .address = INSIDE_NET + 1, .mtu = 1500},
-                  {.side = NAT_EXTERNAL, .address = OUTSIDE_NET + 1, .mtu = shape & 64 ? 576 : 1500}},
+                  {.side = NAT_EXTERNAL, .address = OUTSIDE_NET + 1, .mtu = shape & 64 ? 68 : 1500}},
         .routes = {{.prefix = INSIDE_NET, .length = 24, .port = 0, .connected = 1},
                    {.prefix = OUTSIDE_NET, .length = 24, .port = 1, .connected = 1},
                    {.port = 1, .gateway = OUTSIDE_NET + 254}},
@@ -122,6 +122,11 @@ struct sent {
     bool was_right, was_udp_unsummed;
 };
 
+static inline bool is_fragment(const uint8_t *ip)
+{
+    return get16(ip + 6) & (IP_MF | IP_OFFSET);
+}
+
 static inline struct sent inspect(const uint8_t *data, uint32_t length)
 {
     struct sent sent = {0};
@@ -129,7 +134,7 @@ static inline struct sent inspect(const uint8_t *data, uint32_t length)
     if (length < ETH_BYTES + IP_BYTES || get16(data + 12) != ETHERTYPE_IPV4 || ip[0] >> 4 != 4)
         return sent;
     uint32_t header = (ip[0] & 15u) * 4, total = get16(ip + 2);
-    if (header < IP_BYTES || total > length - ETH_BYTES || total < header + 8)
+    if (header < IP_BYTES || total > length - ETH_BYTES || total < header + 8 || is_fragment(ip))
         return sent;
     uint32_t least = ip[9] == PROTO_TCP ? TCP_BYTES : 8;
     if (total < header + least || (ip[9] == PROTO_UDP && get16(ip + header + 4) > total - header))
@@ -139,10 +144,36 @@ static inline struct sent inspect(const uint8_t *data, uint32_t length)
     return sent;
 }
 
+/* The pieces of a packet that is cut: each fits, and together they are the packet. */
+static inline void check_pieces(const struct nat_packet *p)
+{
+    const uint8_t *whole = p->data + ETH_BYTES;
+    uint32_t at = ETH_BYTES + (whole[0] & 15u) * 4;
+    struct nat_piece piece = {0};
+    while (nat_cut(p->data, p->mtu, &piece)) {
+        const uint8_t *ip = piece.header + ETH_BYTES;
+        uint32_t header = (ip[0] & 15u) * 4, first = (get16(whole + 6) & IP_OFFSET) * 8;
+        bool last = piece.at + piece.bytes == ETH_BYTES + get16(whole + 2);
+        REQUIRE(piece.at == at && piece.bytes, "pieces follow each other");
+        REQUIRE(piece.header_bytes == ETH_BYTES + header && get16(ip + 2) == header + piece.bytes,
+                "a piece is as long as it says");
+        REQUIRE(get16(ip + 2) <= p->mtu && sums_right(ip, header), "a piece fits, and its header is right");
+        REQUIRE((get16(ip + 6) & IP_OFFSET) * 8 == first + at - ETH_BYTES - (whole[0] & 15u) * 4,
+                "a piece knows its place");
+        REQUIRE(last ? !((get16(ip + 6) ^ get16(whole + 6)) & IP_MF)
+                     : get16(ip + 6) & IP_MF && piece.bytes % 8 == 0,
+                "only the last piece ends the datagram");
+        at += piece.bytes;
+    }
+    REQUIRE(at == ETH_BYTES + get16(whole + 2), "the pieces are the packet");
+}
+
 static inline void check_result(const struct nat_packet *p, const struct sent *sent)
 {
-    if (p->verdict > NAT_REPLY)
+    if (p->verdict > NAT_FRAGMENT)
         return;
+    if (p->verdict == NAT_FRAGMENT)
+        check_pieces(p);
     const uint8_t *ip = p->data + ETH_BYTES;
     REQUIRE(p->port < 2 && p->length <= p->capacity, "an answer lies within its buffer");
     REQUIRE(!memcmp(p->data + 6, port_mac[p->port], 6), "the source MAC is that of the port");
@@ -162,6 +193,8 @@ static inline void check_result(const struct nat_packet *p, const struct sent *s
                 "nothing leaves with an address that is not the pool's");
     else
         REQUIRE(is_inside(destination), "what comes in goes to an inside host");
+    if (get16(ip + 6) & IP_OFFSET)
+        return; /* it has no transport header, and its bytes are the driver's */
     REQUIRE(!sent->was_right || transport_right(ip, total), "a right transport checksum stays right");
     REQUIRE(!sent->was_udp_unsummed || !raw16(ip + header + 6), "UDP without checksum stays without");
     if (ip[9] == PROTO_ICMP && ip[header] != 0 && ip[header] != 8 && ip[header] != 13 && ip[header] != 14) {

@@ -77,6 +77,26 @@ static inline uint32_t make_ip(uint8_t kind, uint8_t port, const uint8_t *n, boo
     return length;
 }
 
+/* Makes a fragment of a frame: `which` says its place, of three of 8 bytes or so. Returns its length. */
+static inline uint32_t make_fragment(uint8_t which, uint8_t *frame, uint32_t length)
+{
+    uint8_t *ip = frame + ETH_BYTES;
+    if (get16(frame + 12) != ETHERTYPE_IPV4 || length < ETH_BYTES + IP_BYTES + 8)
+        return length;
+    uint32_t bytes = length - ETH_BYTES - IP_BYTES, start = which & 1 ? 8u : which & 2 ? 24u : 0u;
+    bool more = !(which & 4);
+    if (start)
+        memset(ip + IP_BYTES, 0x5a, bytes);
+    if (more)
+        bytes &= ~7u;
+    put16(ip + 2, (uint16_t)(IP_BYTES + bytes));
+    put16(ip + 4, which >> 3 & 1);
+    put16(ip + 6, (uint16_t)(start / 8 | (more ? IP_MF : 0)));
+    put16(ip + 10, 0);
+    put_raw16(ip + 10, checksum(ip, IP_BYTES));
+    return ETH_BYTES + IP_BYTES + bytes;
+}
+
 /* A frame that reaches `port`; returns its length. */
 static inline uint32_t make_frame(uint8_t kind, uint8_t port, const uint8_t *n, uint8_t *frame)
 {

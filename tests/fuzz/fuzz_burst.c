@@ -112,6 +112,8 @@ static void step(struct story *s)
             numbers[i] = next(s);
         uint8_t port = op >> 4 & 1;
         uint32_t length = make_frame((op & 15) % FRAME_KINDS, port, numbers, frame);
+        if (numbers[7] & 0x80)
+            length = make_fragment(numbers[7] >> 1, frame, length);
         if (op & 32)
             frame[next(s) % length] = next(s);
         if (op & 64)

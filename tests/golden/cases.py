@@ -24,6 +24,7 @@ from tests.packets import (
     SERVER,
     arp,
     echo,
+    fragments,
     frame,
     icmp_error,
     parse,
@@ -248,3 +249,68 @@ def arp_answers() -> Script:
     yield 0, OUTSIDE, arp(OUTSIDE, 1, GATEWAY_MAC, "0.0.0.0", "198.51.100.12")
     yield 0, INSIDE, arp(INSIDE, 1, "02:00:0a:00:00:05", CLIENT, "198.51.100.12")
     yield 0, OUTSIDE, arp(OUTSIDE, 1, "02:00:00:00:09:09", "198.51.100.66", "198.51.100.99")
+
+
+LONG = bytes(range(256)) * 16
+
+
+@case()
+def fragments_in_order() -> Script:
+    """A question in three fragments, and its answer; TCP and ICMP likewise. Each opens its session."""
+    for at, packet in enumerate(
+        (
+            udp(CLIENT, 4000, SERVER, 53, LONG),
+            tcp(CLIENT, 4000, SERVER, 80, "S", LONG),
+            echo(CLIENT, SERVER, 9, payload=LONG),
+        )
+    ):
+        packet.id = 100 + at
+        first, *others = fragments(packet, 1480)
+        out = parse((yield inside(first)))
+        for part in others:
+            yield inside(part)
+        if at == 0:
+            for part in fragments(udp(SERVER, 53, out.src, out.payload.sport, LONG[::-1], id=200), 1480):
+                yield outside(part)
+
+
+@case()
+def fragments_out_of_order() -> Script:
+    """The last one first, both ways: it waits, and leaves behind the first. One without a first ages out."""
+    for part in fragments(udp(CLIENT, 4000, SERVER, 53, LONG, id=100), 1480)[::-1]:
+        out = yield inside(part)
+    external = parse(out)
+    answer = fragments(udp(SERVER, 53, external.src, external.payload.sport, LONG[::-1], id=200), 1480)
+    for at in (1, 0, 2):
+        yield outside(answer[at])
+    yield outside(fragments(udp(SERVER, 53, "198.51.100.10", 99, LONG, id=201), 1480)[1])
+    yield inside(udp(CLIENT, 4000, SERVER, 53), 3)
+
+
+@case(filtering="endpoint-independent")
+def fragments_hairpin() -> Script:
+    """Between two inside hosts, in order and not."""
+    out = parse((yield inside(udp(CLIENT, 4000, SERVER, 53))))
+    for ident, order in ((100, (0, 1, 2)), (101, (2, 0, 1))):
+        parts = fragments(udp(OTHER_CLIENT, 5000, out.src, out.payload.sport, LONG, id=ident), 1480)
+        for at in order:
+            yield inside(parts[at])
+
+
+@case(external_mtu=1000)
+def too_big() -> Script:
+    """Longer than the outgoing MTU: cut, be it whole or a fragment already."""
+    yield inside(udp(CLIENT, 4000, SERVER, 53, LONG[:1400], id=100))
+    for part in fragments(udp(CLIENT, 4000, SERVER, 53, LONG, id=101), 1480):
+        yield inside(part)
+
+
+@case()
+def fragments_refused() -> Script:
+    """RFC 1858: a header that is cut or written over; and what may not begin anything."""
+    parts = fragments(tcp(CLIENT, 4000, SERVER, 80, "S", LONG), 16)
+    yield inside(parts[0])
+    yield inside(parts[1])
+    yield inside(fragments(tcp(CLIENT, 4000, SERVER, 80, "A", LONG), 1480)[0])
+    yield outside(fragments(udp(SERVER, 53, "198.51.100.10", 4000, LONG), 1480)[0])
+    yield inside(fragments(echo(CLIENT, "10.0.0.1", 7, payload=LONG), 1480)[0])

@@ -7,18 +7,24 @@ for, and scapy checks every checksum.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from scapy.layers.inet import IP
 from scapy.layers.l2 import ARP, Ether
+from scapy.packet import Packet
 from scapy.utils import PcapWriter, rdpcap
 
 from nat_fastpath.core_config import PoolRange
-from nat_fastpath.engine import VERDICT_NAMES, Core, Verdict
+from nat_fastpath.engine import VERDICT_NAMES, Core, Result, Verdict
 from tests.golden.cases import CASES, Case
-from tests.packets import START, check_sums, config, number, parse
+from tests.packets import START, check_sums, config, number, parse, together
 from tests.side_by_side import Pair, to_datagram
 
 HERE = Path(__file__).parent
@@ -30,6 +36,9 @@ def core_of(fields: dict[str, Any]) -> Core:
     if "pool" in fields:
         first, last, *ports = fields["pool"]
         fields["pool"] = (PoolRange(number(first), number(last), (ports[0], ports[1])),)
+    if "external_mtu" in fields:
+        inside, outside = config().ports
+        fields["ports"] = (inside, replace(outside, mtu=fields.pop("external_mtu")))
     return Core(config(**fields))
 
 
@@ -63,6 +72,8 @@ def judge(pair: Pair, port: int, sent: bytes, verdict: Verdict, came_out: bytes)
             question, answer = Ether(sent)[ARP], Ether(came_out)[ARP]
             assert (answer.op, answer.psrc, answer.hwdst) == (2, question.pdst, question.hwsrc)
         return
+    if is_fragment(sent) or verdict == Verdict.FRAGMENT:
+        return  # judge_datagrams does
     datagram, payload = to_datagram(parse(sent))
     expected, translated = pair.expected(datagram, port)
     assert verdict.name == expected, f"{datagram} is {verdict.name}, the model says {expected}"
@@ -72,25 +83,66 @@ def judge(pair: Pair, port: int, sent: bytes, verdict: Verdict, came_out: bytes)
         assert to_datagram(parse(came_out)) == (translated, payload)
 
 
+def is_fragment(frame: bytes) -> bool:
+    packet = Ether(frame).getlayer(IP)
+    return packet is not None and bool(packet.flags.MF or packet.frag)
+
+
+def datagrams(frames: Sequence[bytes], whole: bool) -> list[Packet]:
+    """What a receiver puts together of the fragments in these frames; ``whole``: nothing may be missing."""
+    parts: dict[tuple[str, str, int, int], list[bytes]] = defaultdict(list)
+    for frame in filter(is_fragment, frames):
+        packet = parse(frame)
+        parts[packet.src, packet.dst, packet.id, packet.proto].append(frame)
+    made = []
+    for pieces in parts.values():
+        with contextlib.suppress(*() if whole else (AssertionError,)):
+            made.append(together(pieces))
+    return made
+
+
+def judge_datagrams(pair: Pair, into: Sequence[tuple[int, bytes]], out: Sequence[bytes]) -> None:
+    """Put together, what came out is what the model makes of what went in; whole packets that were cut are too."""
+    left = {(bytes(p.payload)[20:], p.id): to_datagram(p)[0] for p in datagrams(out, True)}
+    for port in (0, 1):
+        sent = [data for at, data in into if at == port]
+        whole = datagrams(sent, False) + [
+            parse(data) for data in sent if not is_fragment(data) and IP in Ether(data)
+        ]
+        for packet in whole:
+            if (found := left.pop((bytes(packet.payload)[20:], packet.id), None)) is not None:
+                verdict, translated = pair.expected(to_datagram(packet)[0], port)
+                assert (verdict, found) == ("FORWARD", translated)
+    assert not left, "nobody sent these"
+
+
+def send(core: Core, port: int, data: bytes, now: int) -> list[Result]:
+    """One packet, and those that leave because of it."""
+    results = core.burst([(port, data)], now)
+    core.poll(now)
+    return [*results, *core.take()]
+
+
 def run(case: Case) -> tuple[list[tuple[int, bytes]], list[tuple[int, bytes]], dict[str, int]]:
     """Plays a case; returns what went in, what came out, and the counters."""
     core = core_of(case.config)
     pair = Pair(core, START)
-    into, out = [], []
+    into, out, sides = [], [], []
     script = case.script()
     step = next(script)
     while True:
         wait, port, sent = step
         if wait:
             pair.wait(wait)
-        result = core.burst([(port, sent)], pair.now)[0]
+        result, *others = send(core, port, sent, pair.now)
         judge(pair, port, sent, result.verdict, result.frame)
         into.append((pair.now, sent))
-        if result.frame:
-            out.append((pair.now, result.frame))
+        sides.append((port, sent))
+        out += [(pair.now, one) for each in (result, *others) for one in each.frames]
         try:
             step = script.send(result.frame)
         except StopIteration:
+            judge_datagrams(pair, sides, [data for _, data in out])
             return into, out, counted(core)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden.cases import CASES
-from tests.golden.record import HERE, core_of, counted, load
+from tests.golden.record import HERE, core_of, counted, load, send
 from tests.packets import OUR_MAC, START, mac_bytes
 
 FOLDERS = sorted(path.parent for path in HERE.glob("*/in.pcap"))
@@ -23,9 +23,7 @@ def test_golden(folder: Path) -> None:
         if now > last:
             core.settle(now)
             last = now
-        result = core.burst([(port_of(frame), frame)], now)[0]
-        if result.frame:
-            out.append((now, result.frame))
+        out += [(now, one) for result in send(core, port_of(frame), frame, now) for one in result.frames]
     assert out == load(folder / "expected.pcap")
     assert counted(core) == json.loads((folder / "expected.json").read_text())
 
