@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def device_facts(state: str) -> dict[str, Any]:
     return {**facts, "after": [p.name for p in ports()], "in_use_after": pool.in_use}
 
 
-def capture_through_worker(inside: str, outside: str, out: str, idle: str) -> dict[str, Any]:
+def capture_through_worker(
+    inside: str, outside: str, out: str, idle: str, external_mtu: str = ""
+) -> dict[str, Any]:
     """Two capture files in, two out; the worker between them."""
     Eal(memory_mb=128)
     pool = Mempool("buffers", 8192)
@@ -102,7 +105,8 @@ def capture_through_worker(inside: str, outside: str, out: str, idle: str) -> di
         Port(f"net_pcap{i},rx_pcap={path},tx_pcap={out}{i}.pcap", pool, index=i, state_dir=Path(out).parent)
         for i, path in enumerate((inside, outside))
     ]
-    core = Core(config(ports=tuple(_jumbo(port) for port in config().ports)))
+    near, far = (_jumbo(port) for port in config().ports)
+    core = Core(config(ports=(near, replace(far, mtu=int(external_mtu or far.mtu)))))
     worker = Worker(core, devices, pool, idle=idle)
     expected = sum(len(list(PcapReader(path))) for path in (inside, outside))
     worker.start()

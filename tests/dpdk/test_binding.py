@@ -23,6 +23,7 @@ from tests.packets import (
     frame,
     parse,
     tcp,
+    together,
     udp,
 )
 
@@ -153,6 +154,44 @@ def test_frames_of_several_segments(tmp_path: Path) -> None:
     [answer] = [data for data in answers if data[12:14] == b"\x08\x00"]
     check_sums(answer)
     assert addresses(parse(answer))[::2] == (OUR_ADDRESS[INSIDE], CLIENT)
+    assert said["in_use"] == 0
+
+
+@pytest.mark.parametrize("mtu", [1000, 4000], ids=["of one buffer", "of more than one"])
+def test_frames_of_several_segments_are_cut(tmp_path: Path, mtu: int) -> None:
+    """Their data lies in several buffers; each fragment gets one, so it may be shorter than the MTU."""
+    big = [
+        udp(
+            CLIENT,
+            7000 + i,
+            SERVER,
+            53,
+            payload=bytes([i] * 4500) + b"end",
+            id=100 + i,
+            options=b"\x01" * 4 * i,
+        )
+        for i in range(6)
+    ]
+    process.write_capture(str(tmp_path / "inside.pcap"), [frame(packet) for packet in big])
+    process.write_capture(
+        str(tmp_path / "outside.pcap"), [frame(udp(SERVER, 53, "198.51.100.10", 9), OUTSIDE)]
+    )
+    said = process.run(
+        process.capture_through_worker,
+        str(tmp_path / "inside.pcap"),
+        str(tmp_path / "outside.pcap"),
+        str(tmp_path / "out"),
+        "adaptive",
+        str(mtu),
+    )
+    assert said["verdicts"] == {"fragment": 6, "drop_no_mapping": 1}
+    got = [bytes(packet) for packet in PcapReader(str(tmp_path / "out1.pcap"))]
+    got = [data for data in got if data[12:14] == b"\x08\x00"]
+    assert len(got) == 6 * (5 if mtu == 1000 else 3)
+    assert max(map(len, got)) <= 14 + mtu
+    for i, packet in enumerate(big):
+        whole = together([data for data in got if parse(data).id == packet.id])
+        assert bytes(whole.payload)[8:] == bytes([i] * 4500) + b"end"
     assert said["in_use"] == 0
 
 

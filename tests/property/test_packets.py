@@ -34,6 +34,7 @@ from tests.packets import (
     mac_bytes,
     parse,
     tcp,
+    together,
     udp,
     vlan,
 )
@@ -221,3 +222,64 @@ def test_frames_to_others_are_not_ours() -> None:
     data = bytearray(frame(udp(CLIENT, 4000, SERVER, 53)))
     data[:6] = mac_bytes(OUR_MAC[OUTSIDE])
     assert nat.raw(bytes(data)).verdict == Verdict.DROP_NOT_FOR_US
+
+
+@st.composite
+def cut_anyhow(draw: Any) -> tuple[Packet, list[Packet]]:
+    """A datagram, and its fragments of any sizes in any order."""
+    payload = draw(st.binary(min_size=64, max_size=400))
+    fields = {"id": draw(st.integers(0, 65535))}
+    packet = draw(
+        st.sampled_from(
+            [
+                udp(CLIENT, 4000, SERVER, 53, payload, **fields),
+                udp(CLIENT, 4000, SERVER, 53, payload, 0, **fields),
+                tcp(CLIENT, 4000, SERVER, 80, "S", payload, **fields),
+                echo(CLIENT, SERVER, 7, payload=payload, **fields),
+            ]
+        )
+    )
+    parts = fragments(packet, 8 * draw(st.integers(3, 20)))
+    if draw(st.booleans()):  # one of them is cut once more on its way
+        at = draw(st.integers(0, len(parts) - 1))
+        parts[at : at + 1] = refragmented(parts[at])
+    return packet, draw(st.permutations(parts))
+
+
+def refragmented(part: Packet) -> list[Packet]:
+    start, more = part.frag, part.flags.MF
+    again = fragments(part, 24)
+    for piece in again:
+        piece.frag += start
+    if more:
+        again[-1].flags = "MF"
+    return again
+
+
+@settings(RELAXED, max_examples=100)
+@given(cut_anyhow(), st.sampled_from([1500, 300, 68]), st.booleans(), st.integers(1, 40))
+def test_fragments_become_what_the_whole_would(
+    case: tuple[Packet, list[Packet]], mtu: int, synchronous: bool, size: int
+) -> None:
+    """However a datagram is cut, and in whatever order and bursts it comes: the same bytes reach the far end."""
+    packet, parts = case
+    expected = Nat().out(packet)
+    inside, outside = config().ports
+    nat = Nat(ports=(inside, replace(outside, mtu=mtu)), synchronous=synchronous, hold=10)
+    results = []
+    for at in range(0, len(parts), size):
+        results += nat.burst([(INSIDE, frame(part)) for part in parts[at : at + size]])
+        nat.core.poll(nat.now)
+        results += nat.core.take()
+    nat.core.commit(nat.sessions())
+    for _ in range(4):
+        nat.core.poll(nat.now)
+    results += nat.core.take()
+    sent = [one for result in results for one in result.frames]
+    assert all(len(one) <= 14 + mtu for one in sent)
+    assert bytes(together(sent)) == bytes(expected)
+    held = sum(result.verdict == Verdict.HELD for result in results)
+    assert nat.count(Verdict.FORWARD) + nat.count(Verdict.FRAGMENT) == len(parts)
+    assert held <= 2 * len(parts)
+    assert nat.counters()["held"] == 0
+    assert nat.counters()["tx_packets.1"] == len(sent)
