@@ -46,7 +46,8 @@ static inline uint32_t make_ip(uint8_t kind, uint8_t port, const uint8_t *n, boo
     /* inside sends from near to far, outside from far to near */
     bool from_near = (port == 0) != reverse;
     uint8_t *l4 = ip + IP_BYTES;
-    uint16_t bytes = (uint16_t)(kind == FRAME_TCP ? TCP_BYTES + 4 : 12);
+    /* the longer ones are too long for the small MTU */
+    uint16_t bytes = (uint16_t)((kind == FRAME_TCP ? TCP_BYTES + 4 : 12) + (n[7] & 0x40 ? 72 : 0));
     memset(l4, 0x5a, bytes);
     put16(l4, from_near ? near_port : far_port);
     put16(l4 + 2, from_near ? far_port : near_port);
