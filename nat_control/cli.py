@@ -7,24 +7,30 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
-from nat_control import api
+from nat_control import api, cli_host
+from nat_control.cli_output import FAILED, INTERRUPTED, USAGE, Json
+from nat_control.cli_output import cell as _cell
+from nat_control.cli_output import complain as _complain
+from nat_control.cli_output import fail as _fail
+from nat_control.cli_output import print_json as _print_json
+from nat_control.cli_output import table as _table
+from nat_control.cli_output import user_errors as _user_errors
+from nat_control.cli_output import words as _words
 from nat_control.config import Config, ConfigError, load, to_core, warnings
 
 # typer brings a click of its own, or the installed one
 UsageError: Any = typer.BadParameter.__base__
-FAILED, USAGE, NOT_RUNNING, INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = (
-    "Exit codes: 0 good, 1 failed, 2 usage or configuration, 3 no server is running or it cannot be reached."
+    "Exit codes: 0 good, 1 failed, 2 usage or configuration, 3 no server is running or it cannot be reached, "
+    "4 doctor: warnings, but no problem."
 )
 RUN = Path("/run/tandem-nat")
 ANY_MAC = bytes.fromhex("020000000001")
@@ -60,40 +66,6 @@ ConfigOption = Annotated[
 SocketOption = Annotated[
     Path | None, typer.Option("--socket", help="The server's socket itself.", readable=False)
 ]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
-
-
-@contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turns what a user can cause into lines on stderr and an exit code."""
-    try:
-        yield
-    except ConfigError as error:
-        _complain(*str(error).splitlines())
-        raise typer.Exit(USAGE) from None
-    except api.NotRunning as error:
-        _complain(str(error))
-        raise typer.Exit(NOT_RUNNING) from None
-    except api.ApiError as error:
-        _complain(str(error))
-        raise typer.Exit(USAGE) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _complain(*lines: str) -> None:
-    with contextlib.suppress(OSError):  # whoever cannot be told is not told
-        for line in lines:
-            print(f"tandem-nat: {line}", file=sys.stderr)
-
-
-def _words(error: OSError) -> str:
-    return ": ".join(map(str, filter(None, (error.filename, error.strerror)))) or repr(error)
-
-
-def _fail(error: Exception | str) -> typer.Exit:
-    _complain(_words(error) if isinstance(error, OSError) else str(error))
-    return typer.Exit(FAILED)
 
 
 def _flush(stream: TextIO) -> OSError | None:
@@ -117,40 +89,6 @@ def _log_may_be_lost() -> Iterator[None]:
         raise _fail(error) from None
     finally:
         _flush(sys.stdout)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A rich table for people, aligned columns for anything else. Numbers stand at the right."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    numeric = [all(text[:1].isdigit() for text in column) for column in zip(*cells, strict=True)] or [False]
-    console = Console(highlight=False)
-    if console.is_terminal:
-        table = Table(title=title, title_justify="left", header_style="bold")
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if numeric[min(i, len(numeric) - 1)] else "left")
-        for row in cells:
-            table.add_row(*row)
-        console.print(table)
-        return
-    lines = [list(columns), *cells] if any(columns) else cells
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(f"# {title}")
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)
 
 
 # -- server and configuration -----------------------------------------------------------------------------
@@ -514,6 +452,9 @@ def demo(
                 raise typer.Exit(FAILED)
         except (LabError, OSError) as error:
             raise _fail(error) from None
+
+
+cli_host.register(app)
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ from nat_control.api import Api, ApiError
 from nat_control.config import Config
 from nat_control.core_plane import CorePlane
 from nat_control.loop import STEP, ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
+from nat_control.memory import BUFFERS, packet_memory_mb
 from nat_control.pair import Pair
 from nat_control.sync import actions as do
 from nat_fastpath import engine
 from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, repair
 from nat_fastpath.watch import hold_memory
 
-BUFFERS = 16384  # packets in flight; AF_XDP receives nothing with much less
 PAIR_STEP = 0.001  # seconds: in synchronous mode a new session's first packet waits for this
 SHOWN = 256  # rows of a list that comes as one answer
 
@@ -77,7 +77,7 @@ class Server:
 
         mtu = max(port.mtu for port in config.ports)
         self.eal = Eal(
-            memory_mb=64 + (BUFFERS * (2 * mtu + 1024) >> 20),
+            memory_mb=packet_memory_mb(config),
             devices=[port.device for port in config.ports],
         )
         undo.callback(self.eal.close)

@@ -117,5 +117,8 @@ class Core:
         """Bytes by part: sessions, index, mappings, hosts, pool, other, total."""
     def close(self) -> None: ...
 
+def hash_path() -> str:
+    """The code that hashes on this CPU: "avx512", "avx2" or "baseline"."""
+
 def memory_for(config: CoreConfig) -> dict[str, int]:
     """What ``Core(config)`` would take, in bytes, without taking it."""

@@ -168,6 +168,9 @@ cdef extern from "engine_tables.h" nogil:
     unsigned nat_events(nat_core *core, nat_event *out, unsigned max)
     const nat_stats *nat_stats_of "nat_stats"(nat_core *core)
 
+cdef extern from "flow_hash.h":
+    void flow_hash_choose(const char **name)
+
 cdef extern from * nogil:
     """
     static inline unsigned command_done(const struct nat_command *c) { return __atomic_load_n(&c->done, __ATOMIC_ACQUIRE); }
@@ -315,6 +318,13 @@ cdef class _Configuration:
         cdef nat_memory m
         nat_memory_for(&self.c, &m)
         return dict(m)
+
+
+def hash_path():
+    """The code that hashes on this CPU: "avx512", "avx2" or "baseline"."""
+    cdef const char *name
+    flow_hash_choose(&name)
+    return name.decode()
 
 
 def memory_for(config):
