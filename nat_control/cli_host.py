@@ -95,7 +95,10 @@ def _need(path: Path) -> Need:
     from nat_fastpath.engine import memory_for
 
     config = load(path)
-    tables = memory_for(to_core(config, [port.mac or ANY_MAC for port in config.ports]))["total"]
+    parts = memory_for(to_core(config, [port.mac or ANY_MAC for port in config.ports]))
+    del parts["total"]
+    page = 2 << 20  # a table of a page and more is in pages of its own, smaller ones are in ordinary memory
+    tables = sum(-(-size // page) * page for size in parts.values() if size >= page)
     return Need(config, tables, 0 if config.switch else packet_memory_mb(config))
 
 

@@ -23,7 +23,7 @@ WITHOUT_CONFIG_MB = 512  # of hugepages, when no configuration says how much is 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A configuration, and what it takes: bytes of tables, MB of packet buffers."""
+    """A configuration, and what it takes: bytes of tables in hugepages, MB of packet buffers."""
 
     config: Config
     tables: int

@@ -147,3 +147,51 @@ def test_bad_settings_of_a_real_switch_are_found_and_mended() -> None:
         assert not after & bad
         assert switch.vsctl("get", "bridge", switch.bridge, "fail_mode").strip() == "secure"
         assert "pmd-maxsleep" not in switch.vsctl("get", "Open_vSwitch", ".", "other_config")
+
+
+@needs_root
+def test_interfaces_of_a_configuration_are_looked_at_and_mended(config: Path) -> None:  # noqa: F811
+    with Lab() as lab:
+        space, far = lab.namespace("nat"), lab.namespace("far")
+        for device in ("nat-in", "nat-out"):
+            lab.cable(space, device, far, device)
+            space.ip("link", "set", device, "up")
+            space.run("ethtool", "-K", device, "gro", "off")
+        space.run("ethtool", "-K", "nat-in", "gro", "on")
+        space.ip("link", "set", "nat-out", "mtu", "1400")
+        space.ip("address", "add", "192.0.2.2/24", "dev", "nat-out")
+        space.route("default", "192.0.2.1")
+        inside = ("ip", "netns", "exec", space.full_name)
+
+        found = asked("-c", config, before=inside)
+        assert found["worst"] == "problem"
+        assert "nat-out" in named(found, "default-route")["what"]
+        merging, mtu = named(found, "offloads"), named(found, "mtu")
+        assert merging["commands"] == ["ethtool -K nat-in gro off"]
+        assert mtu["commands"] == ["ip link set nat-out mtu 1500"]
+
+        asks = [f for f in found["findings"] if f["automatic"] and f["commands"] and f["severity"] != "good"]
+        answers = "".join("y\n" if f["check"] in ("mtu", "offloads") else "n\n" for f in asks)
+        mended = doctor("-c", config, "--fix", before=inside, answer=answers)
+        assert "mtu: mended" in mended.stdout
+        assert "offloads: mended" in mended.stdout
+        assert "mtu 1500" in space.ip("link", "show", "nat-out")
+        after = asked("-c", config, before=inside)
+        assert not {"mtu", "offloads"} & {f["check"] for f in after["findings"] if f["severity"] != "good"}
+
+
+WITHOUT_DPDK = """
+import sys
+sys.modules["nat_fastpath.dpdk._dpdk"] = None  # as where it was not built
+from nat_control.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "codes"), [(["doctor"], {0, 1, 4}), (["drivers"], {1})])
+def test_without_dpdk(arguments: list[str], codes: set[int]) -> None:
+    line = [sys.executable, "-c", WITHOUT_DPDK, *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode in codes
+    assert "Traceback" not in done.stderr
+    assert ("hash" in done.stdout) if arguments == ["doctor"] else ("built without DPDK" in done.stderr)
