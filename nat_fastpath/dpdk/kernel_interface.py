@@ -13,7 +13,6 @@ next start does, by ``repair``.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nat_fastpath.dpdk.packet_ring import Ring, leave_fanout
+from nat_fastpath.dpdk.xdp import attach_pass_program
 
 # what `ethtool -k` calls the features that merge packets, and what `ethtool -K` takes for them
 MERGING = {
@@ -162,7 +162,6 @@ class Interface:
     ) -> None:
         self.name = name
         self.changes: tuple[str, ...] = ()
-        self._program: int | None = None
         self._journal = _journal_path(state_dir, name)
         self._lock = _own(name)
         try:
@@ -186,6 +185,7 @@ class Interface:
             "mtu": link["mtu"],
             "mac": link["address"],
             "features": _merging(name),
+            "xdp": "xdp" in link,
             "sysctls": {key: _sysctl(name, key).read_text().strip() for key in SYSCTLS},
         }
         self._before = before
@@ -243,7 +243,7 @@ class Interface:
             changes.append("set up")
         if link.get("linkinfo", {}).get("info_kind") == "veth":
             try:
-                self._program = attach_pass_program(link["ifindex"])
+                attach_pass_program(link["ifindex"])
                 changes.append(
                     "an XDP program that passes everything: the other end splits large segments itself"
                 )
@@ -261,9 +261,6 @@ class Interface:
 
     def restore(self) -> None:
         """Puts everything back and forgets the journal. May be called twice."""
-        if self._program is not None:
-            os.close(self._program)
-            self._program = None
         if self._journal.exists():
             _put_back(self._before)
             self._journal.unlink()
@@ -311,11 +308,19 @@ class Interface:
                 ) from None
 
 
+def _xdp_off(before: dict[str, Any]) -> None:
+    """Detaches the program that we, or AF_XDP for us, attached: it outlives its process."""
+    [link] = _ip("link", "show", "dev", before["name"])
+    if "xdp" in link and not before["xdp"]:
+        _run("ip", "link", "set", "dev", before["name"], "xdp", "off")
+
+
 def _put_back(before: dict[str, Any]) -> bool:
     """Returns whether the interface is still there."""
     name = before["name"]
     if (before["ifindex"], name) not in socket.if_nameindex():
         return False
+    _xdp_off(before)
     [link] = _ip("link", "show", "dev", name)
     for key, value in before["sysctls"].items():
         _sysctl(name, key).write_text(value)
@@ -380,47 +385,3 @@ def _live_namespaces() -> set[int]:
         except OSError:
             continue
     return found
-
-
-# -- an XDP program by two system calls, for which no library is worth its weight --------------------------
-
-SYS_BPF = {"x86_64": 321, "aarch64": 280}
-BPF_PROG_LOAD, BPF_LINK_CREATE = 5, 28
-BPF_PROG_TYPE_XDP, BPF_XDP, BPF_F_XDP_HAS_FRAGS, XDP_FLAGS_DRV_MODE = 6, 37, 1 << 5, 1 << 2
-XDP_PASS_PROGRAM = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)  # r0 = XDP_PASS; exit
-
-
-def _bpf(command: int, attributes: bytes) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    number = SYS_BPF.get(os.uname().machine)
-    if number is None:
-        raise OSError(38, f"the bpf system call is not known for {os.uname().machine}")
-    fd = libc.syscall(number, command, ctypes.create_string_buffer(attributes, 128), 128)
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(fd)
-
-
-def attach_pass_program(ifindex: int) -> int:
-    """Attaches a program that passes every packet; it stays as long as the returned descriptor is open.
-
-    While a veth has one, the kernel takes GSO from the other end's features.  Raises OSError.
-    """
-    code, licence = ctypes.create_string_buffer(XDP_PASS_PROGRAM), ctypes.create_string_buffer(b"Apache-2.0")
-    load = struct.pack(
-        "=IIQQIIQII",
-        BPF_PROG_TYPE_XDP,
-        len(XDP_PASS_PROGRAM) // 8,
-        ctypes.addressof(code),
-        ctypes.addressof(licence),
-        0,  # log level, size and buffer
-        0,
-        0,
-        0,  # kernel version
-        BPF_F_XDP_HAS_FRAGS,
-    )
-    program = _bpf(BPF_PROG_LOAD, load)
-    try:
-        return _bpf(BPF_LINK_CREATE, struct.pack("=IIII", program, ifindex, BPF_XDP, XDP_FLAGS_DRV_MODE))
-    finally:
-        os.close(program)
