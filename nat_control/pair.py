@@ -7,12 +7,11 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from nat_control.config import Config
-from nat_control.dataplane import NO_NEXT_HOPS, NO_RECORDS, Changes, DataPlane, Events, NextHops, changes
+from nat_control.dataplane import NO_RECORDS, Changes, DataPlane, Events, changes
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Limits, Mode, State
 from nat_control.sync.codec import PoolRange
@@ -25,6 +24,9 @@ DIGEST_PERIOD = 2.0  # seconds; what a return waits for at most once nothing is 
 ACTIVITY_SHARE = 8  # the owner of a session hears of its traffic so many times per timeout
 ACTIVITY_PERIOD = 5.0  # seconds at least
 NEXT_HOPS_PERIOD = 0.25  # seconds between two looks at next hops
+NEXT_HOPS_AGAIN = (
+    10.0  # seconds that a MAC was confirmed later than the peer has heard; it asks itself after 30
+)
 HAND_OVER = 2.0  # seconds that the peer has to take the traffic
 
 
@@ -63,6 +65,7 @@ class Pair:
         assert config.heartbeat
         peer, heartbeat = config.peer, config.heartbeat
         self._plane = plane
+        self._clock = clock
         self._notice = notice
         self._timeouts = config.nat.timeouts
         self.protocol = Protocol(
@@ -137,18 +140,27 @@ class Pair:
 
     async def _tell_next_hops(self) -> None:
         """All to a new peer, then what is news or was confirmed anew: who stands by cannot ask for itself."""
-        told, peer = NO_NEXT_HOPS, None
+        told: dict[
+            tuple[int, int], tuple[int, float]
+        ] = {}  # port and address → MAC, and when it was confirmed
+        peer = None
         while True:
             await asyncio.sleep(NEXT_HOPS_PERIOD)
             if self.protocol.peer is None:
                 continue
-            known = await self._plane.next_hops()
             if peer is not self.protocol.peer:
-                told, peer = NO_NEXT_HOPS, self.protocol.peer
-            fresh = known[(known["confirmed_ms"] < 4000 * NEXT_HOPS_PERIOD) | _is_news(told, known)]
-            if len(fresh):
-                self.transport.next_hops(fresh)
-            told = known
+                told, peer = {}, self.protocol.peer
+            known = await self._plane.next_hops()
+            now = self._clock()
+            earlier, told = told, {}
+            news = np.zeros(len(known), np.bool_)
+            for i, row in enumerate(known[["port", "address", "mac", "confirmed_ms"]].tolist()):
+                hop, mac, confirmed = (row[0], row[1]), row[2], now - row[3] / 1000
+                told[hop] = earlier.get(hop, (0, 0.0))
+                if told[hop][0] != mac or confirmed - told[hop][1] > NEXT_HOPS_AGAIN:
+                    told[hop], news[i] = (mac, confirmed), True
+            if news.any():
+                self.transport.next_hops(known[news])
 
     @property
     def activity_period(self) -> float:
@@ -168,10 +180,3 @@ class Pair:
                 active = page[foreign & (page["idle_ms"] < np.uint32(period * 1000))]
                 if len(active):
                     self.transport.events(Changes(NO_RECORDS, active, NO_RECORDS))
-
-
-def _is_news(told: NextHops, known: NextHops) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which of ``known`` were not told with this MAC; shape (n,)."""
-    fields = ["port", "address", "mac"]
-    before = set(told[fields].tolist())
-    return np.array([row not in before for row in known[fields].tolist()], np.bool_)

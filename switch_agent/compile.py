@@ -9,7 +9,6 @@ values, and 10 000 are made with a handful of array assignments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,22 +60,23 @@ class NextHopGroups(NamedTuple):
     external: Numbers
 
 
-@dataclass(frozen=True)
 class Template:
     """One encoded message; ``at`` has the offset of each field that differs between messages."""
 
-    message: np.ndarray[Any, np.dtype[np.uint8]]
-    at: Mapping[str, int]
+    def __init__(self, message: bytes, at: Mapping[str, int]) -> None:
+        formats = [f">u{WIDTHS[name]}" for name in at]
+        self._message = message
+        self._layout = np.dtype(
+            {"names": list(at), "formats": formats, "offsets": list(at.values()), "itemsize": len(message)}
+        )
 
     def fill(self, n: int, values: Mapping[str, Numbers | int]) -> bytes:
         """``n`` messages one after the other; a value is one for all, or shape (n,)."""
-        block = np.empty((n, len(self.message)), np.uint8)
-        block[:] = self.message
-        for name, offset in self.at.items():
-            width = WIDTHS[name]
-            column = np.asarray(values[name]).astype(f">u{width}").reshape(-1, 1)
-            block[:, offset : offset + width] = column.view(np.uint8).reshape(-1, width)
-        return block.tobytes()
+        block = bytearray(self._message * n)
+        rows: np.ndarray[Any, Any] = np.frombuffer(block, self._layout)
+        for name in self._layout.names or ():
+            rows[name] = values[name]
+        return bytes(block)
 
 
 def make_template(encode: Callable[[Mapping[str, int]], bytes], fields: tuple[str, ...]) -> Template:
@@ -93,7 +93,7 @@ def make_template(encode: Callable[[Mapping[str, int]], bytes], fields: tuple[st
         if first < 0 or not np.array_equal(places, first + np.arange(WIDTHS[name])):
             raise ValueError(f"{name} has no place of its own in a flow-mod")
         at[name] = first
-    return Template(base, at)
+    return Template(base.tobytes(), at)
 
 
 class Compiler:

@@ -92,7 +92,7 @@ class NextHops:
     def add(self, keys: Keys) -> list[int]:
         """Gives these keys groups; returns the keys that are new. Beyond the limit they get none."""
         new = []
-        for one in np.unique(keys)[::-1].tolist():  # outside first: those are few and serve many
+        for one in sorted(set(keys.tolist()), reverse=True):  # outside first: those are few and serve many
             if one == NO_ROUTE or one in self.groups or self.full:
                 continue
             group_id = zlib.crc32(one.to_bytes(8, "big")) % 0x7FFF_FFFF + 1
@@ -110,12 +110,9 @@ class NextHops:
 
     def group_ids(self, keys: Keys) -> np.ndarray[Any, np.dtype[np.uint32]]:
         """Group ids, shape (n,); 0 where there is none."""
-        distinct, where = np.unique(keys, return_inverse=True)
-        ids = np.array([self.groups.get(one, 0) for one in distinct.tolist()], np.uint32)
-        return ids[where]
+        return np.array([self.groups.get(one, 0) for one in keys.tolist()], np.uint32)
 
-    def of(self, records: Records) -> NextHopGroups:
-        inside, outside = self.keys(records)
+    def of(self, inside: Keys, outside: Keys) -> NextHopGroups:
         return NextHopGroups(self.group_ids(inside), self.group_ids(outside))
 
     def _by_route(self, side: str, addresses: np.ndarray[Any, np.dtype[Any]]) -> Keys:

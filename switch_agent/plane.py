@@ -235,7 +235,8 @@ class OpenFlowDataPlane:
 
     async def _groups(self, records: Records) -> NextHopGroups:
         """Groups of these records, made where they are new."""
-        keys = np.concatenate(self._hops.keys(records))
+        inside, outside = self._hops.keys(records)
+        keys = np.concatenate((inside, outside))
         async with self._group_lock:
             new = self._hops.add(keys)
             if self._hops.full:
@@ -250,7 +251,7 @@ class OpenFlowDataPlane:
                 self._report(str(error))
             finally:
                 self._hops.forget(new[written:])
-        groups = self._hops.of(records)
+        groups = self._hops.of(inside, outside)
         if without := int(
             ((keys != NO_ROUTE) & (np.concatenate((groups.internal, groups.external)) == 0)).sum()
         ):

@@ -181,7 +181,7 @@ def test_groups_are_the_same_after_a_restart_and_never_shared() -> None:
         second.add(part)
     assert first.groups == second.groups
     assert len(set(first.groups.values())) == 3001
-    assert (first.of(records).internal != 0).all()
+    assert (first.of(*first.keys(records)).internal != 0).all()
 
 
 def test_beyond_the_limit_there_is_no_group() -> None:
