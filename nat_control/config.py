@@ -75,6 +75,7 @@ __all__ = [
 
 MAPPINGS = ("endpoint-independent", "endpoint-dependent")
 FILTERINGS = ("address-and-port-dependent", "address-dependent", "endpoint-independent")
+DRIVERS = ("auto", "af_xdp", "af_packet")  # of kernel interfaces
 IDLE_MODES = ("adaptive", "busy")
 
 # What the core's arrays hold; see nat.h and port_pool_create().
@@ -116,6 +117,7 @@ class Port:
     gateway: IPv4Address | None = None
     gateway_mac: bytes | None = None
     mtu: int = 1500
+    driver: str = "auto"
     routes: tuple[Route, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
 
@@ -219,6 +221,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "gateway_mac": False,
         "mac": False,
         "mtu": False,
+        "driver": False,
         "routes": False,
         "neighbours": False,
     },
@@ -269,6 +272,7 @@ def _read_port(side: str, section: Section) -> Port:
         gateway=section.get("gateway", an_address, None),
         gateway_mac=section.get("gateway_mac", a_mac, None),
         mtu=section.get("mtu", integer(576, 9000), 1500),
+        driver=section.get("driver", choice(DRIVERS), "auto"),
         routes=tuple(routes),
         neighbours=tuple(neighbours),
     )

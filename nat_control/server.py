@@ -98,6 +98,7 @@ class Server:
                 addresses=_addresses(config, i),
                 state_dir=state,
                 force=force,
+                driver=port.driver,
             )
             undo.callback(opened.close)
             self.ports.append(opened)
@@ -105,6 +106,8 @@ class Server:
                 f"{opened.kernel_interface} by {opened.driver}" if opened.kernel_interface else opened.driver
             )
             say(f"{port.name}: {carrier}, MAC {opened.mac.hex(':')}, {port.address}, MTU {port.mtu}")
+            if opened.not_af_xdp:
+                say(f"{port.name}: not by AF_XDP: {opened.not_af_xdp}")
             for change in opened.changes:
                 say(f"{port.name}: {change}")
 
@@ -273,6 +276,7 @@ class Server:
                 "device": port.device,
                 "driver": opened.driver,
                 "kernel_interface": opened.kernel_interface,
+                "not_af_xdp": opened.not_af_xdp or None,
                 "changes": list(opened.changes),
                 "mac": opened.mac.hex(":"),
                 "address": str(port.address),

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nat_fastpath.dpdk._dpdk import ffi, lib
-from nat_fastpath.dpdk.kernel_interface import Interface, interface_names
 from nat_fastpath.dpdk.packet_ring import SOL_PACKET, Ring
+from nat_fastpath.dpdk.kernel_interface import Interface, InterfaceError, interface_names
 
 RX_DESCRIPTORS = TX_DESCRIPTORS = 1024
 PACKET_STATISTICS = 6  # linux/if_packet.h
@@ -23,6 +23,8 @@ ETHERNET_OVERHEAD = 14 + 2 * 4  # header and two VLAN tags
 TPACKET_OVERHEAD = 128  # what AF_PACKET writes before a frame in its ring, rounded up
 PMDS_OF_KERNEL_PACKETS = {"net_af_packet", "net_af_xdp", "net_pcap"}
 PCI = re.compile(r"(pci:)?([0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", re.ASCII)
+AF_XDP_BUFFERS = 16384  # with a smaller pool AF_XDP opens, and receives nothing
+AF_XDP_FRAME = 2048  # a buffer with its headers lies in a page; the next size does not
 DEVARGS = re.compile(rf"net_\w+\d|{PCI.pattern}|(vdev|auxiliary|vmbus):.", re.ASCII)
 
 
@@ -105,7 +107,7 @@ class Mempool:
     """``count`` packet buffers, each for a frame of ``mtu`` IP bytes in one piece."""
 
     def __init__(self, name: str, count: int = 16384, mtu: int = 1500) -> None:
-        self.name, self.count = name, count
+        self.name, self.count, self.mtu = name, count, mtu
         room = lib.RTE_PKTMBUF_HEADROOM + _frame_size(mtu)
         self._pool = lib.rte_pktmbuf_pool_create(name.encode(), count, 256, 0, room, -1)
         if self._pool == ffi.NULL:
@@ -172,8 +174,9 @@ def _mac(port_id: int) -> bytes:
 class Port:
     """A started port with one receive and one transmit queue.
 
-    ``device`` is the name of a kernel interface of this network namespace, which AF_PACKET carries, or DPDK's
-    devargs (``net_memif0,role=client``, ``0000:03:00.0``).  ``mac`` overrides the device's own.  A kernel
+    ``device`` is the name of a kernel interface of this network namespace, or DPDK's devargs
+    (``net_memif0,role=client``, ``0000:03:00.0``).  AF_XDP carries a kernel interface where it opens, AF_PACKET
+    otherwise; ``driver`` (``af_xdp``, ``af_packet``) wants one of them.  ``mac`` overrides the device's own.  A kernel
     interface is prepared first and put back by ``close``: see kernel_interface.  ``addresses`` are those that
     the NAT will answer for: the kernel must not have them.
 
@@ -191,23 +194,18 @@ class Port:
         addresses: Sequence[IPv4Address] = (),
         state_dir: Path,
         force: bool = False,
+        driver: str = "auto",
     ) -> None:
         self.device, self.mtu = device, mtu
+        self.not_af_xdp = ""  # why AF_PACKET carries the kernel interface
         self._interface: Interface | None = None
         self._port_id: int | None = None
         self._sockets: list[socket.socket] = []
         self._missed = 0
         self._stats_lock = threading.Lock()
-        devargs = device
         if device in interface_names():
             self._interface = Interface(
                 device, mtu=mtu, mac=mac, addresses=addresses, state_dir=state_dir, force=force
-            )
-            size = _frame_size(mtu)
-            self._ring = Ring(max(size, 1 << 16), size, 2048)
-            devargs = (
-                f"net_af_packet{index},iface={device},qdisc_bypass=1,"
-                f"blocksz={self._ring.block_size},framesz={size},framecnt={self._ring.frames}"
             )
         elif not DEVARGS.match(device):
             raise DpdkError(
@@ -215,12 +213,53 @@ class Port:
                 f"{', '.join(interface_names())}), and no DPDK devargs such as net_memif0 or 0000:03:00.0"
             )
         try:
-            self._open(devargs, pool, mac)
+            if self._interface is None:
+                self._open(device, pool, mac)
+            else:
+                self._open_kernel_interface(self._interface, pool, index, mac, driver)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, devargs: str, pool: Mempool, mac: bytes | None) -> None:
+    def _open_kernel_interface(
+        self, interface: Interface, pool: Mempool, index: int, mac: bytes | None, driver: str
+    ) -> None:
+        if driver != "af_packet":
+            try:
+                self._open_af_xdp(interface, pool, index, mac)
+            except (DpdkError, InterfaceError) as error:
+                if driver == "af_xdp":
+                    raise
+                self.not_af_xdp = str(error).removeprefix(f"device {self.device}: ")
+                self._close_port()
+                interface.after_af_xdp()
+            else:
+                return
+        else:
+            self.not_af_xdp = "the configuration wants AF_PACKET"
+        interface.for_af_packet()
+        size = _frame_size(self.mtu)
+        ring = Ring(max(size, 1 << 16), size, 2048)
+        self._open(
+            f"net_af_packet{index},iface={self.device},qdisc_bypass=1,"
+            f"blocksz={ring.block_size},framesz={size},framecnt={ring.frames}",
+            pool,
+            mac,
+            ring,
+        )
+        self._sockets = list(interface.packet_sockets().values())
+
+    def _open_af_xdp(self, interface: Interface, pool: Mempool, index: int, mac: bytes | None) -> None:
+        what = f"device {self.device}"
+        if _frame_size(pool.mtu) > AF_XDP_FRAME:
+            raise DpdkError(f"{what}: the buffers for an MTU of {pool.mtu} are larger than AF_XDP takes")
+        if pool.count < AF_XDP_BUFFERS:
+            raise DpdkError(f"{what}: AF_XDP needs {AF_XDP_BUFFERS} packet buffers, not {pool.count}")
+        interface.before_af_xdp()
+        self._open(f"net_af_xdp{index},iface={self.device}", pool, mac)
+        interface.for_af_xdp()
+
+    def _open(self, devargs: str, pool: Mempool, mac: bytes | None, ring: Ring | None = None) -> None:
         what = f"device {self.device}"
         _log()
         self.name = devargs.split(",")[0].removeprefix("pci:")
@@ -230,8 +269,8 @@ class Port:
             # a virtual device that fails to probe is not always reported
             _check(lib.rte_eth_dev_get_port_by_name(self.name.encode(), number), what)
         port = self._port_id = int(number[0])
-        if self._interface is not None:
-            self._interface.keep_fragments(self._ring)
+        if self._interface is not None and ring is not None:
+            self._interface.keep_fragments(ring)
         info = _info(port)
         self.driver = _driver(port)
         if self.mtu > info.max_mtu:
@@ -255,8 +294,6 @@ class Port:
             _check(lib.rte_eth_dev_default_mac_addr_set(port, wanted), f"{what}: MAC {mac.hex(':')}")
         _check(lib.rte_eth_dev_start(port), what)
         self.mac = _mac(port)
-        if self._interface is not None:
-            self._sockets = list(self._interface.packet_sockets().values())
 
     @property
     def port_id(self) -> int:
@@ -323,9 +360,12 @@ class Port:
         for ring in self._sockets:
             ring.close()
         self._sockets = []
+        self._close_port()
+        if self._interface is not None:
+            self._interface.restore()
+
+    def _close_port(self) -> None:
         if self._port_id is not None:
             lib.rte_eth_dev_stop(self._port_id)
             lib.rte_eth_dev_close(self._port_id)
             self._port_id = None
-        if self._interface is not None:
-            self._interface.restore()

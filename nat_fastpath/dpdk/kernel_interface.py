@@ -186,6 +186,7 @@ class Interface:
             "mac": link["address"],
             "features": _merging(name),
             "xdp": "xdp" in link,
+            "channels": None,
             "sysctls": {key: _sysctl(name, key).read_text().strip() for key in SYSCTLS},
         }
         self._before = before
@@ -241,7 +242,39 @@ class Interface:
         if not before["up"]:
             _run("ip", "link", "set", "dev", name, "up")
             changes.append("set up")
+        self.changes = tuple(changes)
+
+    def before_af_xdp(self) -> None:
+        """AF_XDP sees one queue only, and needs the place of the XDP program."""
+        if self._before["xdp"]:
+            raise InterfaceError(
+                f"device {self.name}: has an XDP program already; ip link set dev {self.name} xdp off"
+            )
+        channels = _channels(self.name)
+        many = {kind: n for kind, n in channels.items() if n > 1}
+        if not many:
+            return
+        _write_journal(self._journal, self._before | {"channels": many})
+        self._before["channels"] = many
+        _set_channels(self.name, dict.fromkeys(many, 1))
+        self.changes += tuple(f"{kind} channels {n} -> 1" for kind, n in many.items())
+
+    def for_af_xdp(self) -> None:
+        """After AF_XDP attached its program, which turns GRO on."""
+        self._stop_merging()
+
+    def after_af_xdp(self) -> None:
+        """Takes back what an AF_XDP that did not open has left."""
+        _xdp_off(self._before)
+        if channels := self._before["channels"]:
+            _set_channels(self.name, channels)
+            self._before["channels"] = None
+            self.changes = tuple(change for change in self.changes if " channels " not in change)
+
+    def for_af_packet(self) -> None:
+        [link] = _ip("link", "show", "dev", self.name)
         if link.get("linkinfo", {}).get("info_kind") == "veth":
+            changes = list(self.changes)
             try:
                 attach_pass_program(link["ifindex"])
                 changes.append(
@@ -252,12 +285,15 @@ class Interface:
                     f"not changed: no XDP program can be attached ({error.strerror}); without it TCP crawls unless "
                     f"segmentation is off at the other end: ethtool -K {link.get('link', 'PEER')} tso off gso off"
                 )
-        # after the program: attaching one turns GRO on
-        if merging := [key for key, on in _merging(name).items() if on]:
-            _set_features(name, dict.fromkeys(merging, False))
-        if merging := [key for key in merging if before["features"].get(key)]:
-            changes.append(f"{', '.join(merging)} off")
-        self.changes = tuple(changes)
+            self.changes = tuple(changes)
+        self._stop_merging()
+
+    def _stop_merging(self) -> None:
+        """After the XDP program: attaching one turns GRO on."""
+        if merging := [key for key, on in _merging(self.name).items() if on]:
+            _set_features(self.name, dict.fromkeys(merging, False))
+        if merging := [key for key in merging if self._before["features"].get(key)]:
+            self.changes += (f"{', '.join(merging)} off",)
 
     def restore(self) -> None:
         """Puts everything back and forgets the journal. May be called twice."""
@@ -287,8 +323,13 @@ class Interface:
         found = {}
         for number in os.listdir("/proc/self/fd"):
             try:
-                duplicate = socket.socket(fileno=os.dup(int(number)))
-            except OSError:  # no socket, or closed meanwhile
+                copy = os.dup(int(number))
+            except OSError:  # closed meanwhile
+                continue
+            try:
+                duplicate = socket.socket(fileno=copy)
+            except OSError:  # no socket; kept open, it would hold what it is, such as the XDP program
+                os.close(copy)
                 continue
             if duplicate.family == socket.AF_PACKET and duplicate.getsockname()[0] == self.name:
                 found[int(number)] = duplicate
@@ -315,12 +356,30 @@ def _xdp_off(before: dict[str, Any]) -> None:
         _run("ip", "link", "set", "dev", before["name"], "xdp", "off")
 
 
+def _channels(name: str) -> dict[str, int]:
+    """How many queues it uses, by ethtool's words; empty where it has no choice."""
+    try:
+        said = _run("ethtool", "-l", name)
+    except InterfaceError:
+        return {}
+    current = said.partition("Current hardware settings:")[2]
+    pairs = (line.split(":") for line in current.splitlines() if ":" in line)
+    found = {kind.strip().lower(): n.strip() for kind, n in pairs}
+    return {kind: int(n) for kind, n in found.items() if kind in ("rx", "tx", "combined") and n.isdecimal()}
+
+
+def _set_channels(name: str, channels: dict[str, int]) -> None:
+    _run("ethtool", "-L", name, *(word for kind, n in channels.items() for word in (kind, str(n))))
+
+
 def _put_back(before: dict[str, Any]) -> bool:
     """Returns whether the interface is still there."""
     name = before["name"]
     if (before["ifindex"], name) not in socket.if_nameindex():
         return False
     _xdp_off(before)
+    if before["channels"]:
+        _set_channels(name, before["channels"])
     [link] = _ip("link", "show", "dev", name)
     for key, value in before["sysctls"].items():
         _sysctl(name, key).write_text(value)

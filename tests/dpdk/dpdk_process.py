@@ -184,6 +184,7 @@ def borrow(
             state_dir=Path(state),
             force=force,
         )
+        interface.for_af_packet()
     except InterfaceError as error:
         return {"error": str(error)}
     print("borrowed", flush=True)

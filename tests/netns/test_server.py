@@ -229,7 +229,7 @@ def test_show_as_text_and_as_json(net: Net) -> None:
     assert ports["internal"]["kernel_interface"] == "nat-in"
     assert ports["external"]["link"]["up"] is True
     assert ROUTER in {hop["address"] for hop in ports["external"]["neighbours"]}
-    assert "net_af_packet" in net.show("ports")
+    assert "net_af_xdp" in net.show("ports")
     rows = json.loads(net.show("sessions", "--json", "--protocol", "icmp", "--remote", SERVER))["sessions"]
     assert rows
     assert {row["protocol"] for row in rows} == {"icmp"}

@@ -187,6 +187,7 @@ M1, M2 = "02:00:00:00:00:01", "02:00:00:00:00:02"
 SHAPE = [
     ("instance", ..., "instance", "missing"),
     ("instance", 1, "instance", "write it in quotes"),
+    ("ports.internal.driver", "xdp", "ports.internal.driver", "af_xdp"),
     ("instance", "a b", "instance", "not allowed"),
     ("instance", "", "instance", "not allowed"),
     ("instance", "x" * 65, "instance", "1 to 64"),
@@ -471,6 +472,7 @@ def test_schema_and_parser_know_the_same_keys_and_choices() -> None:
         )
         assert schema["additionalProperties"] is False
     assert tuple(nat["mapping"]["enum"]) == c.MAPPINGS
+    assert tuple(parts["port"]["properties"]["driver"]["enum"]) == c.DRIVERS
     assert tuple(nat["filtering"]["enum"]) == c.FILTERINGS
     assert tuple(SCHEMA["properties"]["workers"]["properties"]["idle"]["enum"]) == c.IDLE_MODES
     assert nat["max_sessions"]["maximum"] == c.MAX_SESSIONS
