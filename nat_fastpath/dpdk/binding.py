@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -291,9 +292,12 @@ class Port:
         if mac is not None and mac != _mac(port):
             wanted = ffi.new("struct rte_ether_addr *")
             wanted.addr_bytes = list(mac)
-            _check(lib.rte_eth_dev_default_mac_addr_set(port, wanted), f"{what}: MAC {mac.hex(':')}")
+            done = lib.rte_eth_dev_default_mac_addr_set(port, wanted)
+            # memif and its like cannot set one, and deliver whatever comes
+            if done != -errno.ENOTSUP or PCI.match(self.device):
+                _check(done, f"{what}: MAC {mac.hex(':')}")
         _check(lib.rte_eth_dev_start(port), what)
-        self.mac = _mac(port)
+        self.mac = mac or _mac(port)
 
     @property
     def port_id(self) -> int:

@@ -352,7 +352,7 @@ class Interface:
 def _xdp_off(before: dict[str, Any]) -> None:
     """Detaches the program that we, or AF_XDP for us, attached: it outlives its process."""
     [link] = _ip("link", "show", "dev", before["name"])
-    if "xdp" in link and not before["xdp"]:
+    if "xdp" in link and not before.get("xdp", True):
         _run("ip", "link", "set", "dev", before["name"], "xdp", "off")
 
 
@@ -378,8 +378,8 @@ def _put_back(before: dict[str, Any]) -> bool:
     if (before["ifindex"], name) not in socket.if_nameindex():
         return False
     _xdp_off(before)
-    if before["channels"]:
-        _set_channels(name, before["channels"])
+    if channels := before.get("channels"):
+        _set_channels(name, channels)
     [link] = _ip("link", "show", "dev", name)
     for key, value in before["sysctls"].items():
         _sysctl(name, key).write_text(value)
