@@ -115,12 +115,21 @@ def test_jumbo_frames(net: Net) -> None:
 def test_memif(net: Net) -> None:
     """Between the client's veth and the server's memif forwards another DPDK process."""
     path = net.lab.directory / "memif.sock"
-    eal = "--lcores=0@0,1@1 --no-huge --no-shconf --no-pci --no-telemetry -m 256 --file-prefix=cable".split()
+    eal = [
+        "--lcores=0@0,1@1",
+        "--no-huge",
+        "--no-shconf",
+        "--no-pci",
+        "--no-telemetry",
+        "-m",
+        "256",
+        "--file-prefix=cable",
+    ]
     devices = [
         "--vdev=net_af_packet0,iface=nat-in",
         f"--vdev=net_memif0,role=server,socket={path},socket-abstract=no",
     ]
-    options = "--forward-mode=io --auto-start --total-num-mbufs=16384 --stats-period=5".split()
+    options = ["--forward-mode=io", "--auto-start", "--total-num-mbufs=16384", "--stats-period=5"]
     cable = net.nat.start("dpdk-testpmd", *eal, *devices, "--", *options, name="cable")
     cable.ready("Port statistics")
     net.nat.run("ethtool", "-K", "nat-in", "gro", "off")
