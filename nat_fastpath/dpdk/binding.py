@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nat_fastpath.dpdk._dpdk import ffi, lib
-from nat_fastpath.dpdk.packet_ring import SOL_PACKET, Ring
 from nat_fastpath.dpdk.kernel_interface import Interface, InterfaceError, interface_names
+from nat_fastpath.dpdk.packet_ring import SOL_PACKET, Ring
 
 RX_DESCRIPTORS = TX_DESCRIPTORS = 1024
 PACKET_STATISTICS = 6  # linux/if_packet.h
