@@ -82,9 +82,13 @@ def pipeline_of(config: Config) -> Pipeline:
     ports = config.switch.ports
     own = ((internal.address.ip, internal.address.ip),)
     outside = ((external.address.ip, external.address.ip), *config.nat.pool.ranges)
+    gateways = [
+        tuple(sorted({route.gateway for route in port.routes} | ({port.gateway} if port.gateway else set())))
+        for port in config.ports
+    ]
     return Pipeline(
-        internal=Side(ports.internal, ports.server_internal, 0, own),
-        external=Side(ports.external, ports.server_external, 0, outside),
+        internal=Side(ports.internal, ports.server_internal, 0, own, gateways[0]),
+        external=Side(ports.external, ports.server_external, 0, outside, gateways[1]),
         mac=int.from_bytes(config.virtual.mac, "big"),
     )
 

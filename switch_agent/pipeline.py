@@ -132,13 +132,15 @@ class Side:
     """One side of the NAT on the switch.
 
     ``port`` and ``server_port`` are OpenFlow ports, ``server_port`` 0 without a server; ``vlan`` 0 is
-    untagged; ``addresses`` are those that the NAT answers for on that side (pool included outside).
+    untagged; ``addresses`` are those that the NAT answers for on that side (pool included outside), ``gateways`` those
+    whose ARP is listened to, whoever it is for.
     """
 
     port: int
     server_port: int = 0
     vlan: int = 0
     addresses: tuple[tuple[IPv4Address, IPv4Address], ...] = ()
+    gateways: tuple[IPv4Address, ...] = ()
 
     @property
     def vlan_match(self) -> int:
@@ -186,6 +188,9 @@ class Pipeline:
                     rules.append(self._to_agent(Kind.ICMP, icmp, above=1))
                     any_ip = self._inside(side, eth_type=IPV4, ipv4_dst=where)
                     rules.append(self._to_agent(Kind.UNSOLICITED, any_ip))
+            for gateway in side.gateways:  # one that announces a new MAC asks for nobody
+                news = self._inside(side, eth_type=ARP, arp_spa=str(gateway))
+                rules.append(self._to_agent(Kind.ARP, news, above=1))
         # What inside hosts send goes anywhere; only what is sent to our MAC is ours.
         ours = {"eth_dst": mac_text(self.mac)}
         icmp = self._inside(self.internal, eth_type=IPV4, ip_proto=ICMP, **ours)

@@ -6,13 +6,16 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from nat_control.lab import Lab, until
+from nat_control.lab_stream import Record
 from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
 from tests.netns.test_server import UDP_ASK, UDP_ECHO
+from tests.stopped_thread import stopped_thread
 
 FILE_BYTES = 64 << 20
 
@@ -131,3 +134,104 @@ def test_agent_back_while_the_switch_carries(net: PairLab) -> None:
     net.start_agent()
     assert tcp.wait(30) == 0, tcp.output
     assert json.loads(tcp.output)["end"]["sum_received"]["bytes"] > 1 << 20
+
+
+def stream(net: PairLab, seconds: float, rate: int = 1000) -> Callable[[], Record]:
+    """Numbered datagrams from the client to the outside; what is returned waits for their end."""
+    sent, received = (net.lab.directory / name for name in ("sent.npy", "received.npz"))
+    module = [sys.executable, "-m", "nat_control.lab_stream"]
+    receiver = net.outside.start(*module, "receive", OUTSIDE, "9000", "--flows", "1", "--out", str(received))
+    until("it listens", lambda: ":9000" in net.outside.run("ss", "-Hlun"))
+    arguments = ["--rate", str(rate), "--flows", "1", "--seconds", str(seconds), "--out", str(sent)]
+    sender = net.client.start(*module, "send", OUTSIDE, "9000", *arguments)
+
+    def record() -> Record:
+        assert sender.wait(seconds + 20) == 0, sender.output
+        time.sleep(0.2)
+        receiver.stop()
+        return Record.load(sent, received)
+
+    return record
+
+
+def test_only_the_worker_stops(net: PairLab) -> None:
+    """The process answers, its sockets stand, and yet nothing is forwarded."""
+    net.start_server()
+    net.carrier("server")
+    assert pings(net) == 5
+    with stopped_thread(net.server.pid, "nat-worker"):
+        net.carrier("switch")
+        assert net.show("agent")["takeover"]["reason"] == "stalled worker"
+        assert pings(net) == 5
+
+
+def test_the_gateway_changes_its_mac_while_the_switch_carries(net: PairLab) -> None:
+    net.start_server()
+    net.carrier("server")
+    record = stream(net, 5, rate=200)
+    until("its session is known", lambda: net.show("agent")["sessions"] >= 1)
+    net.server.popen.kill()
+    net.carrier("switch")
+    net.outside.run("sysctl", "-qw", "net.ipv4.conf.eth0.arp_notify=1")
+    changed = time.monotonic_ns()
+    net.outside.ip("link", "set", "eth0", "down")
+    net.outside.ip("link", "set", "eth0", "address", "02:00:00:00:99:99")
+    net.outside.ip("link", "set", "eth0", "up")
+    seen = record()
+    late = changed + 2 * 10**9
+    assert (seen.sent > late).sum() > 100
+    assert not len(seen.lost(late)), "two seconds after the change they still go to the old MAC"
+
+
+def test_a_link_goes_down_and_comes_back(net: PairLab) -> None:
+    """Seen by the switch: nobody waits for a heartbeat that still comes."""
+    net.start_server()
+    net.carrier("server")
+    net.nat.ip("link", "set", "nat-in", "down")
+    net.carrier("switch")
+    assert "is down" in net.agent.output
+    assert pings(net) == 5
+    net.nat.ip("link", "set", "nat-in", "up")
+    net.carrier("server")
+    assert pings(net) == 5
+
+
+def test_a_planned_end_hands_over(net: PairLab) -> None:
+    net.start_server()
+    net.carrier("server")
+    record = stream(net, 3)
+    until("its session is known", lambda: net.show("agent")["sessions"] >= 1)
+    before = time.monotonic_ns()
+    net.server.signal(signal.SIGTERM)
+    assert net.server.popen.wait(10) == 0
+    assert "the peer carries" in net.server.output
+    assert "the server hands over" in net.agent.output
+    lost = len(record().lost(before - 10**8))
+    assert lost < 100, f"{lost} lost: more than the machine's own hiccups"
+
+
+def test_agent_back_after_both_died(net: PairLab) -> None:
+    """The switch still forwards to the server that is not there any more."""
+    net.start_server()
+    net.carrier("server")
+    for process in (net.agent, net.server):
+        process.popen.kill()
+        process.popen.wait()
+    net.start_agent()
+    until("the agent sees it", lambda: "a server that is not there" in net.agent.output)
+    assert pings(net) == 5
+
+
+def test_what_the_switch_carries_does_not_age() -> None:
+    """The agent's core sees none of these packets; flow statistics tell it of them."""
+    with Lab() as lab:
+        net = PairLab(lab, nat={"timeouts": {"udp": 10}})
+        net.start_agent()
+        record = stream(net, 18, rate=50)
+        until("it has its rules", lambda: net.show("agent")["offloaded"] >= 1)
+        [session] = net.show("agent", "sessions")["sessions"]
+        seen = record()
+        [still] = net.show("agent", "sessions")["sessions"]
+        assert still["id"] == session["id"]
+        assert still["packets_out"] > 300
+        assert len(seen.lost()) < 20
