@@ -16,6 +16,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BATCH = 4096
+SHORT = 0.0005  # seconds between two looks at a command that the worker has
 KNOWN = [NEIGHBOUR_STATES.index(name) for name in ("reachable", "probe", "static")]
 
 
@@ -50,7 +51,11 @@ class CorePlane:
         return await self._call(self.core.delete, records)
 
     async def commit(self, records: Records) -> int:
-        return await self._call(self.core.commit, records)
+        """See DataPlane. Packets wait for this one: no other thread stands between it and the worker."""
+        posted = self.core.post_commit(records)
+        while (released := posted.result()) is None:
+            await asyncio.sleep(SHORT)
+        return released
 
     async def adopt(self) -> int:
         return await self._call(self.core.adopt)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -72,11 +73,13 @@ class ControlLoop:
         *,
         sink: Callable[[Events], None] | None = None,
         step: float = STEP,
+        wake_fd: int | None = None,
     ) -> None:
         self._core = core
         self._watch = watch
         self._sink = sink
         self._step = step
+        self._wake_fd = wake_fd
         self._names = (*RATES, *(f"{name}.{i}" for i in range(n_ports) for name in PORT_RATES))
         self._started = time.monotonic()
         self._before: tuple[float, Mapping[str, int]] = (self._started, core.counters())
@@ -98,6 +101,9 @@ class ControlLoop:
         self._end = end
         for number in ENDING:
             loop.add_signal_handler(number, _finish, end, signal.Signals(number).name)
+        if self._wake_fd is not None:
+            loop.add_reader(self._wake_fd, self._woken)
+            self._sleep()
         steps = asyncio.create_task(self._steps())
         steps.add_done_callback(lambda task: _fail(end, task))
         try:
@@ -108,6 +114,8 @@ class ControlLoop:
             return name
         finally:
             steps.cancel()
+            if self._wake_fd is not None:
+                loop.remove_reader(self._wake_fd)
 
     def end_with(self, task: asyncio.Task[None]) -> None:
         """A part that must not end has ended: so do we, with its exception."""
@@ -126,6 +134,22 @@ class ControlLoop:
             if self._sink is not None:
                 self._sink(events)
         return len(events)
+
+    def _woken(self) -> None:
+        """By the worker: events have come since we slept."""
+        assert self._wake_fd is not None
+        os.eventfd_read(self._wake_fd)
+        self.drain()
+        self._sleep()
+
+    def _sleep(self) -> None:
+        """One batch at a time: the rest of a flood is left to the steps, between which others have their turn."""
+        if not self._core.events_sleep():
+            asyncio.get_running_loop().call_soon(self._again)
+
+    def _again(self) -> None:
+        self.drain()
+        self._sleep()
 
     async def _steps(self) -> None:
         while True:

@@ -18,7 +18,7 @@ from nat_control import config as configuration
 from nat_control.api import Api, ApiError
 from nat_control.config import Config
 from nat_control.core_plane import CorePlane
-from nat_control.loop import STEP, ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
+from nat_control.loop import ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
 from nat_control.memory import BUFFERS, packet_memory_mb
 from nat_control.pair import Pair
 from nat_control.sync import actions as do
@@ -26,7 +26,6 @@ from nat_fastpath import engine
 from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, repair
 from nat_fastpath.watch import hold_memory
 
-PAIR_STEP = 0.001  # seconds: in synchronous mode a new session's first packet waits for this
 SHOWN = 256  # rows of a list that comes as one answer
 
 
@@ -119,7 +118,12 @@ class Server:
         say(f"memory: {total / 2**20:.0f} MiB for {sessions} sessions, {total // sessions} bytes each")
 
         cpu = config.workers.cores[0]
-        self.worker = Worker(self.core, self.ports, pool, cpu=cpu, idle=config.workers.idle)
+        paired = config.peer is not None and config.peer.mode != "off"
+        # In synchronous mode a new session's first packet waits for us: the worker wakes us by this.
+        wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) if paired else None
+        if wake_fd is not None:
+            undo.callback(os.close, wake_fd)
+        self.worker = Worker(self.core, self.ports, pool, cpu=cpu, idle=config.workers.idle, wake_fd=wake_fd)
         self.worker.start()
         undo.callback(self.worker.stop)
         self.worker_stats = self.worker.stats()
@@ -132,7 +136,7 @@ class Server:
         )
         say(f"worker: CPU {cpu}, {config.workers.idle}{bound}")
         self.pair: Pair | None = None
-        if config.peer and config.peer.mode != "off":
+        if paired:
             self.pair = Pair(
                 config,
                 CorePlane(self.core),
@@ -150,7 +154,7 @@ class Server:
             len(self.ports),
             self._watch,
             sink=self.pair.events if self.pair else None,
-            step=PAIR_STEP if self.pair else STEP,
+            wake_fd=wake_fd,
         )
 
     def run(self) -> None:

@@ -52,6 +52,11 @@ class Result(NamedTuple):
 class CoreError(Exception):
     """The configuration or the memory does not allow a core; the message says why."""
 
+class Posted:
+    """A command that was given to the worker and is not waited for."""
+    def result(self) -> int | None:
+        """How many records were handled, or None as long as the worker has not come to it."""
+
 class Core:
     """One NAT core, owned by the thread that calls it, until a worker takes it over with ``attach``."""
 
@@ -81,6 +86,8 @@ class Core:
     def detach(self) -> None: ...
     def events(self, maximum: int = 65536) -> np.ndarray[Any, np.dtype[np.void]]:
         """Takes up to ``maximum`` events out of the ring; shape (n,), dtype EVENT."""
+    def events_sleep(self) -> bool:
+        """Before waiting for the worker's wake-up: true when there is nothing to take, and the next event wakes."""
     def sessions(
         self, cursor: int = 0, maximum: int = 4096
     ) -> tuple[np.ndarray[Any, np.dtype[np.void]], int]:
@@ -96,6 +103,8 @@ class Core:
         """Ends the sessions of these records (by 5-tuple and id); returns how many there were.
         Raises BufferError when the event ring fills up; the message says how many records are done."""
     def commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
+    def post_commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> Posted:
+        """As ``commit``, without waiting for the worker. Raises TimeoutError when it takes no more commands."""
     def adopt(self) -> int:
         """The peer's sessions become ours, and their timers restart; returns how many there were."""
     def cede(self, instance: int) -> int:

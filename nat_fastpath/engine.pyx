@@ -166,6 +166,7 @@ cdef extern from "engine_tables.h" nogil:
     void nat_command_now(nat_core *core, nat_command *command)
     bint nat_command_push(nat_core *core, nat_command *command)
     unsigned nat_events(nat_core *core, nat_event *out, unsigned max)
+    bint nat_events_sleep(nat_core *core)
     const nat_stats *nat_stats_of "nat_stats"(nat_core *core)
 
 cdef extern from "flow_hash.h":
@@ -354,6 +355,22 @@ cdef object _result(const nat_packet *packet):
     return Result(_VERDICTS[packet.verdict], packet.port, frame, frames)
 
 
+cdef class Posted:
+    """A command that was given to the worker and is not waited for."""
+
+    cdef nat_command *command
+    cdef object buffer  # the worker reads it until it is done
+
+    def result(self):
+        """How many records were handled, or None as long as the worker has not come to it."""
+        return self.command.result if command_done(self.command) else None
+
+    def __dealloc__(self):
+        # one that the worker may still come to must stay where it is
+        if self.command != NULL and command_done(self.command):
+            free(self.command)
+
+
 cdef class Core:
     """One NAT core, owned by the thread that calls it, until a worker takes it over with ``attach``."""
 
@@ -540,13 +557,19 @@ cdef class Core:
         free(command)
         return answer
 
-    cdef bint _wait(self, nat_command *command):
+    cdef bint _push(self, nat_command *command):
         patience = time.monotonic() + COMMAND_PATIENCE
         while not nat_command_push(self.core, command):
             if time.monotonic() > patience:
                 return False
             with nogil:
                 usleep(50)
+        return True
+
+    cdef bint _wait(self, nat_command *command):
+        if not self._push(command):
+            return False
+        patience = time.monotonic() + COMMAND_PATIENCE
         cdef uint64_t seen = command.cursor
         while not command_done(command):
             with nogil:
@@ -597,6 +620,26 @@ cdef class Core:
     def commit(self, records):
         """Lets the packets of these pending sessions go; returns how many sessions there were."""
         return self._records(NAT_CMD_COMMIT, records)
+
+    def post_commit(self, records):
+        """As ``commit``, without waiting for the worker; returns a Posted."""
+        cdef Posted posted = Posted()
+        posted.buffer = np.array(records, RECORD, copy=True, ndmin=1)
+        cdef uint8_t[::1] view = posted.buffer.view(np.uint8)
+        posted.command = <nat_command *>calloc(1, sizeof(nat_command))
+        if posted.command == NULL:
+            raise MemoryError
+        posted.command.op, posted.command.count = NAT_CMD_COMMIT, len(posted.buffer)
+        posted.command.buffer = &view[0] if len(view) else NULL
+        with self.lock:
+            self._alive()
+            self.abandoned = [one for one in self.abandoned if not isinstance(one, Posted) or one.result() is None]
+            self.abandoned.append(posted)
+            if not self.attached:
+                nat_command_now(self.core, posted.command)
+            elif not self._push(posted.command):
+                raise TimeoutError("the worker does not answer: it is stopped, or events are not taken")
+        return posted
 
     def adopt(self):
         """The peer's sessions become ours, and their timers restart; returns how many there were."""
@@ -654,6 +697,11 @@ cdef class Core:
             view = events.view(np.uint8)
             n = nat_events(self.core, <nat_event *>&view[0], <unsigned>len(events))
         return events[:n]
+
+    def events_sleep(self):
+        """Before waiting for the worker's wake-up: true when there is nothing to take, and the next event wakes."""
+        self._alive()
+        return nat_events_sleep(self.core)
 
     def verdicts(self):
         """Packets by verdict; shape (len(Verdict),)."""

@@ -237,4 +237,5 @@ const struct nat_api nat_api = {
     .cut = nat_cut,
     .announce = nat_announce,
     .flush = nat_flush,
+    .wake = events_wake,
 };

@@ -205,6 +205,7 @@ struct nat_core {
     _Alignas(64) _Atomic uint32_t event_tail; /* written by the owner */
     uint32_t event_head_seen;
     _Alignas(64) _Atomic uint32_t event_head; /* written by the reader */
+    _Atomic bool reader_sleeps;
     _Alignas(64) struct nat_command *commands[COMMAND_RING];
     _Atomic uint32_t command_tail;
     _Alignas(64) _Atomic uint32_t command_head;
@@ -330,6 +331,7 @@ bool event_room_to_update(struct nat_core *core);
 /* There must be room. */
 void event_emit(struct nat_core *core, enum nat_event_type type, unsigned reason, uint32_t session);
 bool commands_step(struct nat_core *core);
+bool events_wake(struct nat_core *core);
 
 /* --- routes.c ----------------------------------------------------------------------------------------- */
 bool is_own_address(const struct nat_core *core, uint32_t address);

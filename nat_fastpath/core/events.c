@@ -57,6 +57,24 @@ unsigned nat_events(struct nat_core *core, struct nat_event *out, unsigned max)
     return n;
 }
 
+bool nat_events_sleep(struct nat_core *core)
+{
+    atomic_store(&core->reader_sleeps, true);
+    if (atomic_load(&core->event_tail) == atomic_load_explicit(&core->event_head, memory_order_relaxed))
+        return true;
+    atomic_store(&core->reader_sleeps, false);
+    return false;
+}
+
+bool events_wake(struct nat_core *core)
+{
+    /* A sleeper that this look misses is seen by the next one: the worker turns all the time. */
+    if (!atomic_load_explicit(&core->reader_sleeps, memory_order_relaxed) ||
+        atomic_load_explicit(&core->event_tail, memory_order_relaxed) == atomic_load(&core->event_head))
+        return false;
+    return atomic_exchange(&core->reader_sleeps, false);
+}
+
 bool nat_command_push(struct nat_core *core, struct nat_command *command)
 {
     uint32_t tail = atomic_load_explicit(&core->command_tail, memory_order_relaxed);

@@ -379,6 +379,9 @@ void nat_command_now(struct nat_core *core, struct nat_command *command);
 
 /* From any one other thread. */
 bool nat_command_push(struct nat_core *core, struct nat_command *command);
+/* The reader of events is about to sleep and wants to be woken by the next one; false: there are some
+ * already. */
+bool nat_events_sleep(struct nat_core *core);
 unsigned nat_events(struct nat_core *core, struct nat_event *out, unsigned max);
 /* The gauges in it are brought up to date by this call. */
 const struct nat_stats *nat_stats(struct nat_core *core);
@@ -395,6 +398,9 @@ struct nat_api {
     bool (*cut)(const uint8_t *, uint16_t, struct nat_piece *);
     void (*announce)(struct nat_core *);
     void (*flush)(struct nat_core *);
+    /* For the driver, after a burst or a poll: whether the reader of events sleeps and has something to read
+     * now. True once. */
+    bool (*wake)(struct nat_core *);
 };
 extern const struct nat_api nat_api;
 

@@ -83,7 +83,7 @@ ffibuilder.cdef(
     struct worker;
     struct worker_port { uint16_t port_id; uint8_t fill_checksums; };
     struct worker_config {
-        const struct nat_api *api; struct nat_core *core; void *pool; int cpu; int adaptive; unsigned n_ports;
+        const struct nat_api *api; struct nat_core *core; void *pool; int cpu; int adaptive; int wake_fd; unsigned n_ports;
         struct worker_port ports[...]; };
     struct worker_stats {
         uint64_t loops, loops_with_packets, sleeps, total_ns, busy_ns, sleep_max_ns, outbox_no_buffer,

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <time.h>
 
@@ -255,6 +256,8 @@ static void *run(void *argument)
             packets |= receive(w, port, now);
         bool worked = packets | w->config.api->poll(w->config.core, now);
         worked |= send_own(w);
+        if (w->config.wake_fd >= 0 && w->config.api->wake(w->config.core))
+            eventfd_write(w->config.wake_fd, 1);
         for (unsigned port = 0; port < w->config.n_ports; port++)
             if (w->tx[port].n)
                 transmit(w, port);

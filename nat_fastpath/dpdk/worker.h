@@ -22,6 +22,7 @@ struct worker_config {
     void *pool;   /* struct rte_mempool, for the core's own frames */
     int cpu;      /* -1: wherever the system likes */
     int adaptive; /* sleep when idle; otherwise poll all the time */
+    int wake_fd;  /* eventfd that wakes the reader of events, -1 without */
     unsigned n_ports;
     struct worker_port ports[NAT_MAX_PORTS];
 };

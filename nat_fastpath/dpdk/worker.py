@@ -16,7 +16,8 @@ class Worker:
     """Runs ``core`` on ``ports``, whose order is that of the core's ports, in a thread of its own.
 
     ``idle`` is ``busy`` (polls all the time, the least latency) or ``adaptive`` (sleeps when there is nothing
-    to do, never longer than ``idle_bound_us``). While it runs the core belongs to it.
+    to do, never longer than ``idle_bound_us``). ``wake_fd`` is an eventfd that is written when events come while their
+    reader sleeps (``Core.events_sleep``). While it runs the core belongs to it.
     """
 
     idle_bound_us: int = lib.WORKER_IDLE_BOUND_US
@@ -29,13 +30,14 @@ class Worker:
         *,
         cpu: int | None = None,
         idle: str = "adaptive",
+        wake_fd: int | None = None,
     ) -> None:
         if idle not in IDLE_MODES:
             raise ValueError(f"idle: {idle!r} is none of {', '.join(IDLE_MODES)}")
         if len(ports) != len(core.config.ports):
             raise ValueError(f"{len(ports)} ports for a core that has {len(core.config.ports)}")
         self._core, self._ports, self._pool = core, tuple(ports), pool
-        self._cpu, self._adaptive = cpu, idle == "adaptive"
+        self._cpu, self._adaptive, self._wake_fd = cpu, idle == "adaptive", wake_fd
         self._worker = ffi.NULL
         self._total_ns = self._busy_ns = 0
 
@@ -53,6 +55,7 @@ class Worker:
         config.pool = self._pool._pool
         config.cpu = -1 if self._cpu is None else self._cpu
         config.adaptive = self._adaptive
+        config.wake_fd = -1 if self._wake_fd is None else self._wake_fd
         config.n_ports = len(self._ports)
         for i, port in enumerate(self._ports):
             config.ports[i].port_id = port.port_id

@@ -376,3 +376,20 @@ def test_core_of_a_worker_is_not_touched() -> None:
     nat.core.close()
     with pytest.raises(RuntimeError, match="closed"):
         nat.core.counters()
+
+
+def test_a_commit_that_is_not_waited_for() -> None:
+    nat = Nat(synchronous=True)
+    assert nat.send(udp(CLIENT, 4000, SERVER, 53)).verdict is Verdict.HELD
+    posted = nat.core.post_commit(nat.sessions())
+    assert posted.result() == 1
+    assert [result.verdict for result in nat.core.take()] == [Verdict.FORWARD]
+
+
+def test_the_reader_of_events_may_sleep() -> None:
+    nat = Nat()
+    assert nat.core.events_sleep()
+    nat.send(udp(CLIENT, 4000, SERVER, 53))
+    assert not nat.core.events_sleep(), "there is something to read"
+    nat.core.events()
+    assert nat.core.events_sleep()
