@@ -6,14 +6,14 @@ BIN := .venv/bin
 C_FILES = $(shell git ls-files '*.c' '*.h')
 PY_TYPED = nat_control nat_fastpath switch_agent
 
-.PHONY: help build test lint bench fuzz demo clean packages root
+.PHONY: help build test lint bench bench-failover fuzz demo clean packages root
 
 help:
 	@echo "make build   .venv with the extensions compiled"
 	@echo "make demo    a client, the pair and an outside in namespaces, real traffic, one kill"
 	@echo "make test    all tests (root)"
 	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make bench   measurements, with the floor beside them"
+	@echo "make bench   measurements, with the floor beside them; bench-failover: what a failover costs (root)"
 	@echo "make fuzz    libFuzzer on the packet path (FUZZ_SECONDS=60)"
 	@echo "make clean   all that was built"
 
@@ -44,6 +44,11 @@ lint: build
 
 bench: build
 	$(BIN)/python -m bench
+
+# 25 trials of each kind of kill, ten of the other ends, and new flows in the three modes: half an hour, on a quiet machine
+bench-failover: root build
+	tools/as-root.sh $(BIN)/python -m bench failover --all
+	tools/as-root.sh $(BIN)/python -m bench newflow
 
 FUZZ_SECONDS ?= 60
 fuzz: build
