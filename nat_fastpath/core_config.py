@@ -80,7 +80,12 @@ class CoreConfig:
     tcp_established_timeout: float = 7440
     tcp_transitory_timeout: float = 240
     icmp_timeout: float = 60
-    quarantine: float = 0
+    quarantine: float = 0  # a freed external port rests so long
+    quarantine_ports: int = 0  # so many at once; 0: all
+    port_ranges: tuple[tuple[int, int], ...] = ()  # of own, only these are handed out; (): all
+    port_preservation: bool = False
+    port_parity: bool = False
+    flow_hash: str = "fnv"
     synchronous: bool = False
     instance: int = 0
     epoch: int = 0

@@ -20,7 +20,7 @@ import numpy as np
 
 cdef extern from "engine_tables.h" nogil:
     enum:
-        NAT_ABI, NAT_VERDICT_COUNT, NAT_MAX_PORTS, NAT_MAX_ROUTES, NAT_MAX_RANGES, NAT_OUTBOX_BYTES
+        NAT_ABI, NAT_VERDICT_COUNT, NAT_MAX_PORTS, NAT_MAX_ROUTES, NAT_MAX_RANGES, NAT_MAX_PORT_SPANS, NAT_OUTBOX_BYTES
         NAT_FORWARD, NAT_REPLY, NAT_FRAGMENT, NAT_HELD
         NAT_EVENT_OPEN, NAT_EVENT_CLOSE, NAT_EVENT_UPDATE
         NAT_CLOSE_IDLE, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT
@@ -98,6 +98,9 @@ cdef extern from "engine_tables.h" nogil:
         uint16_t port_last
         uint16_t own_first
         uint16_t own_last
+    struct nat_port_span:
+        uint16_t first
+        uint16_t last
     struct nat_config:
         uint32_t abi
         uint8_t instance
@@ -105,6 +108,9 @@ cdef extern from "engine_tables.h" nogil:
         uint8_t filtering
         uint8_t n_ports
         uint8_t synchronous
+        uint8_t port_preservation
+        uint8_t port_parity
+        uint8_t flow_hash
         uint32_t epoch
         uint32_t max_sessions
         uint32_t max_mappings
@@ -123,6 +129,9 @@ cdef extern from "engine_tables.h" nogil:
         uint32_t timeout_tcp_transitory_ms
         uint32_t timeout_icmp_ms
         uint32_t quarantine_ms
+        uint32_t quarantine_ports
+        uint8_t n_port_spans
+        nat_port_span *port_spans
         uint64_t seed
         uint8_t n_pool
         uint8_t n_routes
@@ -210,6 +219,7 @@ FLAG_OFFLOAD = NAT_SESSION_OFFLOAD
 
 _SIDES = {"internal": 0, "external": 1}
 _MAPPINGS = {"endpoint-independent": 0, "endpoint-dependent": 1}
+_HASHES = {"fnv": 0, "aes": 1}
 _FILTERINGS = {"address-and-port-dependent": 0, "address-dependent": 1, "endpoint-independent": 2}
 
 Result = namedtuple("Result", ("verdict", "port", "frame", "frames"))
@@ -248,7 +258,8 @@ cdef class _Configuration:
         memset(&self.c, 0, sizeof(self.c))
         self.neighbours = NULL
         cdef nat_config *c = &self.c
-        for name, limit in (("ports", NAT_MAX_PORTS), ("pool", NAT_MAX_RANGES), ("routes", NAT_MAX_ROUTES)):
+        limits = ("ports", NAT_MAX_PORTS), ("pool", NAT_MAX_RANGES), ("routes", NAT_MAX_ROUTES)
+        for name, limit in (*limits, ("port_ranges", NAT_MAX_PORT_SPANS)):
             if len(getattr(config, name)) > limit:
                 raise CoreError(f"{name}: {len(getattr(config, name))}, and a core takes {limit} at most")
         if len(config.neighbours) >= 1 << 16:
@@ -276,6 +287,13 @@ cdef class _Configuration:
         c.timeout_tcp_transitory_ms = _milliseconds(config.tcp_transitory_timeout)
         c.timeout_icmp_ms = _milliseconds(config.icmp_timeout)
         c.quarantine_ms = _milliseconds(config.quarantine)
+        c.quarantine_ports = config.quarantine_ports
+        c.port_preservation = config.port_preservation
+        c.port_parity = config.port_parity
+        c.flow_hash = _choice(_HASHES, config.flow_hash, "flow_hash")
+        c.n_port_spans = len(config.port_ranges)
+        for i, (first, last) in enumerate(config.port_ranges):
+            c.port_spans[i].first, c.port_spans[i].last = first, last
         c.seed = config.seed
         c.n_ports = len(config.ports)
         for i, port in enumerate(config.ports):

@@ -9,7 +9,7 @@
     1000000000ull        /* the whole table is seen once in this time, so a timeout is late by no more */
 #define SWEEP_STEP 1024u /* sessions looked at in one step at most */
 #define CLOSE_STEP 64u   /* and closed, which is dearer */
-#define WAKE_STEP 64u
+#define WAKE_STEP 256u   /* more than can be freed in one step, so that no rest is long for want of waking */
 
 static bool expired(const struct nat_core *core, const struct session *s)
 {

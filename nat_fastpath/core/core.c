@@ -98,6 +98,12 @@ static const char *config_fault(const struct nat_config *c)
         return "event_ring is a power of two";
     if (!c->n_pool || c->n_pool > NAT_MAX_RANGES || c->n_routes > NAT_MAX_ROUTES)
         return "there are 1 to 64 pool ranges and up to 64 routes";
+    if (c->n_port_spans > NAT_MAX_PORT_SPANS)
+        return "there are up to 16 port ranges";
+    for (unsigned i = 0; i < c->n_port_spans; i++)
+        if (c->port_spans[i].first > c->port_spans[i].last ||
+            (i && c->port_spans[i].first <= c->port_spans[i - 1].last))
+            return "port ranges are ascending and do not overlap";
     for (unsigned i = 0; i < c->n_routes; i++)
         if (c->routes[i].length > 32 || c->routes[i].port >= c->n_ports ||
             (!c->routes[i].connected && !c->routes[i].gateway))
@@ -121,8 +127,14 @@ struct nat_core *nat_create(const struct nat_config *config, char *error, size_t
     core->config = completed(config);
     core->config.neighbours = NULL; /* the caller's, and read only here */
     struct nat_config *c = &core->config;
-    if (!c->seed && getrandom(&c->seed, sizeof c->seed, 0) != (ssize_t)sizeof c->seed)
-        c->seed = 1;
+    uint32_t key[8];
+    for (unsigned i = 0; i < 8; i++)
+        key[i] = (uint32_t)(c->seed >> (i & 1 ? 32 : 0));
+    if (!c->seed && getrandom(key, sizeof key, 0) != (ssize_t)sizeof key) {
+        snprintf(error, error_size, "the system gives no random numbers (getrandom), and ports need them");
+        nat_destroy(core);
+        return NULL;
+    }
     TABLE_CONDITIONS;
     bool complete = true;
 #define TAKE(part, array, entries, size)                                                                     \
@@ -141,6 +153,7 @@ struct nat_core *nat_create(const struct nat_config *config, char *error, size_t
         nat_destroy(core);
         return NULL;
     }
+    random_start(&core->pool.random, key);
 
     core->flows.n_buckets = flow_table_buckets(2ull * c->max_sessions);
     core->mapping_index.n_buckets = independent ? flow_table_buckets(c->max_mappings) : 0;
@@ -220,6 +233,10 @@ const struct nat_stats *nat_stats(struct nat_core *core)
     stats->mappings = core->has_mappings ? core->mapping_slab.used : core->session_slab.used;
     stats->hosts = core->host_slab.used;
     stats->neighbours = core->neighbour_slab.used;
+    stats->ports_resting = 0;
+    for (unsigned p = 0; p < POOL_PROTOCOLS; p++)
+        stats->ports_resting += core->pool.resting[p];
+    stats->rests_cut = core->pool.rests_cut;
     stats->held = core->held_slab.used;
     stats->datagrams = core->datagram_slab.used;
     stats->events = atomic_load(&core->event_tail) - atomic_load(&core->event_head);

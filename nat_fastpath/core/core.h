@@ -56,7 +56,8 @@ struct mapping {
     uint32_t slot; /* of the pool */
     uint16_t internal_port, external_port;
     uint8_t protocol; /* 0: free, and `slot` links it */
-    uint8_t reserved[3];
+    uint8_t rests;    /* its port, when it ends: not all of its sessions were seen to end */
+    uint8_t reserved[2];
 };
 static_assert(sizeof(struct mapping) == 32, "memory per mapping is promised");
 

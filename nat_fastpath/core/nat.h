@@ -14,11 +14,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define NAT_BURST 32u      /* packets handled together; a caller may pass any number */
-#define NAT_MAX_PORTS 8u   /* interfaces of one core */
-#define NAT_MAX_ROUTES 64u /* per core, connected ones included */
-#define NAT_MAX_RANGES 64u /* address ranges of the pool */
-#define NAT_OUTBOX 256u    /* frames the core may have waiting to be sent on its own behalf */
+#define NAT_BURST 32u          /* packets handled together; a caller may pass any number */
+#define NAT_MAX_PORTS 8u       /* interfaces of one core */
+#define NAT_MAX_ROUTES 64u     /* per core, connected ones included */
+#define NAT_MAX_RANGES 64u     /* address ranges of the pool */
+#define NAT_MAX_PORT_SPANS 16u /* and of its ports */
+#define NAT_OUTBOX 256u        /* frames the core may have waiting to be sent on its own behalf */
 #define NAT_OUTBOX_BYTES 128u
 
 enum nat_side { NAT_INTERNAL = 0, NAT_EXTERNAL = 1 };
@@ -28,6 +29,8 @@ enum nat_filtering {
     NAT_FILTER_ADDRESS = 1,
     NAT_FILTER_ENDPOINT_INDEPENDENT = 2,
 };
+
+enum nat_flow_hash { NAT_HASH_FNV = 0, NAT_HASH_AES = 1 };
 
 /* What became of a packet. Every verdict has a counter, so no packet can vanish unnamed. */
 #define NAT_VERDICTS(V)                                                                                      \
@@ -84,6 +87,7 @@ enum nat_verdict { NAT_VERDICTS(NAT_VERDICT_ENUM) NAT_VERDICT_COUNT };
     G(mappings, "mappings that exist")                                                                       \
     G(hosts, "inside hosts that have a session")                                                             \
     G(neighbours, "next hops that are known or being resolved")                                              \
+    G(ports_resting, "freed external ports that rest before they are used again")                            \
     G(held, "packets held now")                                                                              \
     G(datagrams, "datagrams whose fragments are told apart now")                                             \
     G(events, "events waiting to be read")
@@ -94,6 +98,10 @@ enum nat_verdict { NAT_VERDICTS(NAT_VERDICT_ENUM) NAT_VERDICT_COUNT };
     C(mappings_opened, "mappings opened")                                                                    \
     C(mappings_closed, "mappings closed")                                                                    \
     C(unpaired, "mappings on another address than their host's, because that was exhausted")                 \
+    C(parity_missed, "mappings on a port of the other parity, because none of the right one was free")       \
+    C(class_missed, "mappings on a port of the other class (0-1023, or above), for the same reason")         \
+    C(no_port_resting, "packets refused for want of a port while ports were resting")                        \
+    C(rests_cut, "ports that rested for less than their time, because no more may rest at once")             \
     C(icmp_errors_translated, "ICMP errors translated")                                                      \
     C(icmp_errors_sent, "ICMP errors of our own")                                                            \
     C(icmp_errors_limited, "ICMP errors of our own not sent because of the rate limit")                      \
@@ -248,14 +256,20 @@ struct nat_pool_range {
     uint16_t own_first, own_last;   /* ports that this core may hand out */
 };
 
+struct nat_port_span {
+    uint16_t first, last; /* inclusive */
+};
+
 struct nat_config {
     uint32_t abi; /* NAT_ABI */
     uint8_t instance;
     uint8_t mapping;   /* enum nat_mapping_mode */
     uint8_t filtering; /* enum nat_filtering */
     uint8_t n_ports;
-    uint8_t synchronous; /* a new session is pending until committed */
-    uint8_t reserved[3];
+    uint8_t synchronous;       /* a new session is pending until committed */
+    uint8_t port_preservation; /* the inside port, where it is free */
+    uint8_t port_parity;       /* even for even (UDP) */
+    uint8_t flow_hash;         /* enum nat_flow_hash */
     uint32_t epoch;
     uint32_t max_sessions;
     uint32_t max_mappings; /* 0: max_sessions */
@@ -270,8 +284,11 @@ struct nat_config {
     uint32_t icmp_rate;          /* ICMP errors of our own per second */
     uint32_t hold_ms;            /* a packet is held no longer */
     uint32_t timeout_udp_ms, timeout_tcp_established_ms, timeout_tcp_transitory_ms, timeout_icmp_ms;
-    uint32_t quarantine_ms; /* a freed external port rests so long */
-    uint64_t seed;          /* of the port choice; 0 takes one from the system */
+    uint32_t quarantine_ms;                              /* a freed external port rests so long */
+    uint32_t quarantine_ports;                           /* so many at once at most; 0: all */
+    uint8_t n_port_spans;                                /* 0: all of each range's own ports are handed out */
+    struct nat_port_span port_spans[NAT_MAX_PORT_SPANS]; /* ascending: only these of them */
+    uint64_t seed; /* for tests, which need the same choices again; 0 takes keys from the system */
     uint8_t n_pool, n_routes;
     uint16_t n_neighbours;
     struct nat_port_config ports[NAT_MAX_PORTS];

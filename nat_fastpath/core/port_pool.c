@@ -22,6 +22,40 @@ static uint64_t range_addresses(const struct nat_pool_range *range)
     return (uint64_t)range->last - range->first + 1;
 }
 
+/* What this core hands out of a range: its own part, less what the configuration leaves out. Returns how
+ * many. */
+static uint32_t own_spans(const struct nat_config *config, const struct nat_pool_range *range,
+                          struct nat_port_span own[NAT_MAX_PORT_SPANS], unsigned *n)
+{
+    struct nat_port_span all = {1, UINT16_MAX};
+    uint32_t ports = 0;
+    *n = 0;
+    for (unsigned i = 0; i < (config->n_port_spans ? config->n_port_spans : 1); i++) {
+        const struct nat_port_span *span = config->n_port_spans ? &config->port_spans[i] : &all;
+        uint16_t first = span->first > range->own_first ? span->first : range->own_first;
+        uint16_t last = span->last < range->own_last ? span->last : range->own_last;
+        if (first > last)
+            continue;
+        own[(*n)++] = (struct nat_port_span){first, last};
+        ports += (uint32_t)last - first + 1;
+    }
+    return ports;
+}
+
+/* How many ports may rest at once. */
+static uint64_t queue_size(const struct nat_config *config)
+{
+    if (!config->quarantine_ms)
+        return 0;
+    uint64_t own = 0;
+    struct nat_port_span spans[NAT_MAX_PORT_SPANS];
+    unsigned n;
+    for (unsigned i = 0; i < config->n_pool; i++)
+        own += range_addresses(&config->pool[i]) * POOL_PROTOCOLS *
+               own_spans(config, &config->pool[i], spans, &n);
+    return config->quarantine_ports && config->quarantine_ports < own ? config->quarantine_ports : own;
+}
+
 uint64_t port_pool_bytes(const struct nat_config *config)
 {
     uint64_t bytes = 0, addresses = 0;
@@ -32,7 +66,7 @@ uint64_t port_pool_bytes(const struct nat_config *config)
         bytes += range_addresses(range) * POOL_PROTOCOLS * per_protocol;
         addresses += range_addresses(range);
     }
-    return bytes + (addresses + 63) / 64 * 8 * POOL_PROTOCOLS;
+    return bytes + (addresses + 63) / 64 * 8 * POOL_PROTOCOLS + queue_size(config) * sizeof(uint32_t);
 }
 
 static int by_address(const void *a, const void *b)
@@ -60,28 +94,52 @@ static void bitmap_clear(struct port_bitmap *map, uint32_t bit)
     map->top &= ~(1ull << bit / 4096);
 }
 
-/* First set bit at or after `from`, wrapping round; the bitmap must not be empty. */
-static uint32_t bitmap_next(const struct port_bitmap *map, uint32_t from)
+/* First set bit of `from`..`last`, POOL_NONE if there is none: three words however full the pool is. */
+static uint32_t bitmap_first(const struct port_bitmap *map, uint32_t from, uint32_t last)
 {
     uint64_t word = map->bits[from / 64] & ~0ull << from % 64;
-    if (word)
-        return from / 64 * 64 + (uint32_t)__builtin_ctzll(word);
-    /* later words of the same 4096 */
-    uint32_t group = from / 4096, in_group = from / 64 % 64;
-    word = in_group == 63 ? 0 : map->middle[group] & ~0ull << (in_group + 1);
+    uint32_t at = from / 64;
     if (!word) {
-        uint64_t later = map->top & ~0ull << (group + 1);
-        group = (uint32_t)__builtin_ctzll(later ? later : map->top);
-        word = map->middle[group];
+        /* later words of the same 4096 */
+        uint32_t group = from / 4096, in_group = from / 64 % 64;
+        word = in_group == 63 ? 0 : map->middle[group] & ~0ull << (in_group + 1);
+        if (!word) {
+            uint64_t later = map->top & ~0ull << (group + 1);
+            if (!later)
+                return POOL_NONE;
+            group = (uint32_t)__builtin_ctzll(later);
+            word = map->middle[group];
+        }
+        at = group * 64 + (uint32_t)__builtin_ctzll(word);
+        word = map->bits[at];
     }
-    uint32_t at = group * 64 + (uint32_t)__builtin_ctzll(word);
-    return at * 64 + (uint32_t)__builtin_ctzll(map->bits[at]);
+    uint32_t bit = at * 64 + (uint32_t)__builtin_ctzll(word);
+    return bit <= last ? bit : POOL_NONE;
+}
+
+/* Even ports come first, then the odd ones, so that those of one parity are neighbours and a search for them
+ * is no longer than any other. Without `parity` bits are in the order of ports. */
+static uint32_t bit_of(const struct port_pool *pool, const struct pool_range *range, uint32_t port)
+{
+    uint32_t first = range->config.port_first, last = range->config.port_last;
+    if (!pool->parity)
+        return port - first;
+    uint32_t first_even = (first + 1) / 2;
+    return port & 1 ? last / 2 + 1 - first_even + port / 2 - first / 2 : port / 2 - first_even;
+}
+
+static bool ours(const struct pool_range *range, uint32_t port)
+{
+    for (unsigned i = 0; i < range->n_own; i++)
+        if (port >= range->own[i].first && port <= range->own[i].last)
+            return true;
+    return false;
 }
 
 bool port_pool_create(struct port_pool *pool, const struct nat_config *config, char *error, size_t error_size)
 {
     memset(pool, 0, sizeof *pool);
-    uint64_t addresses = 0, slots = 0, bit_words = 0;
+    uint64_t addresses = 0, slots = 0, bit_words = 0, own = 0;
     for (unsigned i = 0; i < config->n_pool; i++)
         pool->ranges[i].config = config->pool[i];
     pool->n_ranges = config->n_pool;
@@ -97,6 +155,7 @@ bool port_pool_create(struct port_pool *pool, const struct nat_config *config, c
             return false;
         }
         range->span = range_span(c);
+        own += own_spans(config, c, range->own, &range->n_own);
         range->address_base = (uint32_t)addresses;
         range->slot_base = (uint32_t)slots;
         addresses += range_addresses(c);
@@ -108,14 +167,24 @@ bool port_pool_create(struct port_pool *pool, const struct nat_config *config, c
                  "the pool needs 1 to 65535 addresses and fewer than 2^31 (address, protocol, port) triples");
         return false;
     }
+    if (!own) {
+        snprintf(error, error_size, "the port ranges leave this core no port to hand out");
+        return false;
+    }
     pool->n_addresses = (uint32_t)addresses;
     pool->n_slots = (uint32_t)slots;
+    pool->preservation = config->port_preservation;
+    pool->parity = config->port_parity;
     pool->quarantine_ms = config->quarantine_ms;
+    pool->queue_size = (uint32_t)queue_size(config);
     pool->slots = memory_take(slots * sizeof *pool->slots);
     pool->bitmaps = memory_take(addresses * POOL_PROTOCOLS * sizeof *pool->bitmaps);
     pool->bits = memory_take(bit_words * sizeof *pool->bits);
     pool->usable[0] = memory_take(POOL_PROTOCOLS * words(pool->n_addresses) * sizeof(uint64_t));
-    if (!pool->slots || !pool->bitmaps || !pool->bits || !pool->usable[0]) {
+    if (pool->queue_size)
+        pool->queue = memory_take((uint64_t)pool->queue_size * sizeof *pool->queue);
+    if (!pool->slots || !pool->bitmaps || !pool->bits || !pool->usable[0] ||
+        (pool->queue_size && !pool->queue)) {
         port_pool_destroy(pool);
         snprintf(error, error_size, "no memory for the port pool");
         return false;
@@ -133,12 +202,13 @@ bool port_pool_create(struct port_pool *pool, const struct nat_config *config, c
                 struct port_bitmap *map = &pool->bitmaps[index * POOL_PROTOCOLS + p];
                 map->bits = bits;
                 bits += words(range->span);
-                for (uint32_t port = c->own_first; port <= c->own_last; port++)
-                    bitmap_set(map, port - c->port_first);
-                pool->usable[p][index / 64] |= 1ull << index % 64;
+                for (unsigned k = 0; k < range->n_own; k++)
+                    for (uint32_t port = range->own[k].first; port <= range->own[k].last; port++)
+                        bitmap_set(map, bit_of(pool, range, port));
+                if (map->free)
+                    pool->usable[p][index / 64] |= 1ull << index % 64;
             }
     }
-    pool->random = config->seed | 1;
     return true;
 }
 
@@ -151,17 +221,8 @@ void port_pool_destroy(struct port_pool *pool)
     memory_give(pool->bitmaps, (uint64_t)pool->n_addresses * POOL_PROTOCOLS * sizeof *pool->bitmaps);
     memory_give(pool->bits, bit_words * sizeof *pool->bits);
     memory_give(pool->usable[0], (uint64_t)POOL_PROTOCOLS * words(pool->n_addresses) * sizeof(uint64_t));
+    memory_give(pool->queue, (uint64_t)pool->queue_size * sizeof *pool->queue);
     memset(pool, 0, sizeof *pool);
-}
-
-uint64_t pool_random(struct port_pool *pool)
-{
-    uint64_t x = pool->random;
-    x ^= x >> 12;
-    x ^= x << 25;
-    x ^= x >> 27;
-    pool->random = x;
-    return x * 0x2545f4914f6cdd1dull;
 }
 
 static const struct pool_range *range_of(const struct port_pool *pool, uint32_t address)
@@ -226,20 +287,93 @@ static void usable_changed(struct port_pool *pool, uint32_t index, unsigned prot
         pool->usable[protocol][index / 64] &= ~bit;
 }
 
-bool pool_take(struct port_pool *pool, uint32_t index, uint8_t protocol, uint16_t *port)
+/* A random one of the ports in low..high that we hand out; POOL_NONE: there are none. */
+static uint32_t any_own(struct port_pool *pool, const struct pool_range *range, uint32_t low, uint32_t high)
+{
+    uint32_t n = 0, first[NAT_MAX_PORT_SPANS], many[NAT_MAX_PORT_SPANS];
+    for (unsigned i = 0; i < range->n_own; i++) {
+        uint32_t from = range->own[i].first > low ? range->own[i].first : low;
+        uint32_t to = range->own[i].last < high ? range->own[i].last : high;
+        first[i] = from;
+        many[i] = from <= to ? to - from + 1 : 0;
+        n += many[i];
+    }
+    if (!n)
+        return POOL_NONE;
+    uint32_t at = random_below(&pool->random, n);
+    unsigned i = 0;
+    for (; at >= many[i]; i++)
+        at -= many[i];
+    return first[i] + at;
+}
+
+/* The first free port from `start` on, wrapping round in low..high; with the pool's parity layout, only those
+ * of the parity of `start`. POOL_NONE: there is none. */
+static uint32_t free_within(const struct port_pool *pool, const struct pool_range *range,
+                            const struct port_bitmap *map, uint32_t low, uint32_t high, uint32_t start)
+{
+    if (low < range->config.port_first)
+        low = range->config.port_first;
+    if (high > range->config.port_last)
+        high = range->config.port_last;
+    uint32_t step = 1;
+    if (pool->parity) {
+        step = 2;
+        low += (low ^ start) & 1;
+        high -= (high ^ start) & 1;
+    }
+    if (low > high)
+        return POOL_NONE;
+    if (start < low || start > high)
+        start = low;
+    uint32_t first = bit_of(pool, range, low), from = bit_of(pool, range, start);
+    uint32_t bit = bitmap_first(map, from, bit_of(pool, range, high));
+    if (bit == POOL_NONE && from > first)
+        bit = bitmap_first(map, first, from - 1);
+    return bit == POOL_NONE ? POOL_NONE : low + (bit - first) * step;
+}
+
+int pool_take(struct port_pool *pool, uint32_t index, uint8_t protocol, uint16_t wanted, uint16_t *port)
 {
     unsigned p = pool_protocol(protocol);
     struct port_bitmap *map = &pool->bitmaps[index * POOL_PROTOCOLS + p];
     if (!map->free)
-        return false;
-    const struct nat_pool_range *c = &range_at(pool, index)->config;
-    uint32_t own = (uint32_t)c->own_last - c->own_first + 1;
-    uint32_t from = (uint32_t)((pool_random(pool) >> 32) * own >> 32) + (c->own_first - c->port_first);
-    uint32_t bit = bitmap_next(map, from);
-    bitmap_clear(map, bit);
+        return POOL_EXHAUSTED;
+    const struct pool_range *range = range_at(pool, index);
+    uint32_t found = POOL_NONE;
+    int missed = 0;
+    if (pool->preservation && ours(range, wanted)) {
+        uint32_t bit = bit_of(pool, range, wanted);
+        if (map->bits[bit / 64] >> bit % 64 & 1)
+            found = wanted;
+    }
+    /* Parity before class, since somebody asked for it: RTP's pair of ports needs it. A query's identifier
+     * has neither (RFC 5508), a TCP port no parity (RFC 5382). */
+    bool parity = pool->parity && protocol == 17, classes = protocol != 1, low_class = wanted < 1024;
+    uint32_t start[2]; /* in the class of `wanted`, in the other one */
+    for (unsigned try = 0; found == POOL_NONE && try < 4; try++) {
+        unsigned other_class = parity ? try & 1 : try >> 1, other_parity = parity ? try >> 1 : try & 1;
+        if ((other_class && !classes) || (other_parity && !pool->parity))
+            continue;
+        bool is_low = low_class != other_class;
+        uint32_t low = classes && !is_low ? 1024 : 0, high = classes && is_low ? 1023 : UINT16_MAX;
+        if (!other_parity) {
+            start[other_class] = any_own(pool, range, low, high);
+            if (parity && start[other_class] != POOL_NONE)
+                start[other_class] ^= (start[other_class] ^ wanted) & 1;
+        }
+        if (start[other_class] == POOL_NONE)
+            continue;
+        found = free_within(pool, range, map, low, high, start[other_class] ^ other_parity);
+        if (other_class && found != POOL_NONE && start[0] != POOL_NONE)
+            missed |= POOL_CLASS_MISSED;
+    }
+    if (parity && (found ^ wanted) & 1)
+        missed |= POOL_PARITY_MISSED;
+    *port = (uint16_t)found;
+    bitmap_clear(map, bit_of(pool, range, found));
     usable_changed(pool, index, p);
-    *port = (uint16_t)(c->port_first + bit);
-    return true;
+    return missed;
 }
 
 uint32_t pool_usable_address(const struct port_pool *pool, uint8_t protocol, uint32_t from)
@@ -256,9 +390,9 @@ uint32_t pool_usable_address(const struct port_pool *pool, uint8_t protocol, uin
     return POOL_NONE;
 }
 
-/* Where a slot's triple lies: its bitmap, its bit, and whether the port is one that we may hand out. */
+/* Where a slot's triple lies: its bitmap and its port. */
 static const struct pool_range *locate(const struct port_pool *pool, uint32_t slot, uint32_t *index,
-                                       unsigned *protocol, uint32_t *bit)
+                                       unsigned *protocol, uint32_t *port)
 {
     unsigned low = 0, high = pool->n_ranges;
     while (high - low > 1) {
@@ -270,30 +404,25 @@ static const struct pool_range *locate(const struct port_pool *pool, uint32_t sl
     }
     const struct pool_range *range = &pool->ranges[low];
     uint32_t offset = slot - range->slot_base;
-    *bit = offset % range->span;
+    *port = range->config.port_first + offset % range->span;
     *protocol = offset / range->span % POOL_PROTOCOLS;
     *index = range->address_base + offset / range->span / POOL_PROTOCOLS;
     return range;
 }
 
-static bool ours(const struct pool_range *range, uint32_t bit)
-{
-    uint32_t port = range->config.port_first + bit;
-    return port >= range->config.own_first && port <= range->config.own_last;
-}
-
 bool pool_claim(struct port_pool *pool, uint32_t slot)
 {
-    uint32_t index, bit;
+    uint32_t index, port;
     unsigned protocol;
-    const struct pool_range *range = locate(pool, slot, &index, &protocol, &bit);
+    const struct pool_range *range = locate(pool, slot, &index, &protocol, &port);
+    if (pool->slots[slot] & POOL_RESTING) {
+        pool->resting[protocol]--;
+        return true;
+    }
     if (pool->slots[slot] != POOL_FREE)
         return false;
-    if (ours(range, bit)) {
-        struct port_bitmap *map = &pool->bitmaps[index * POOL_PROTOCOLS + protocol];
-        if (!(map->bits[bit / 64] >> bit % 64 & 1))
-            return false;
-        bitmap_clear(map, bit);
+    if (ours(range, port)) {
+        bitmap_clear(&pool->bitmaps[index * POOL_PROTOCOLS + protocol], bit_of(pool, range, port));
         usable_changed(pool, index, protocol);
     }
     return true;
@@ -301,33 +430,67 @@ bool pool_claim(struct port_pool *pool, uint32_t slot)
 
 void pool_return(struct port_pool *pool, uint32_t slot)
 {
-    uint32_t index, bit;
+    uint32_t index, port;
     unsigned protocol;
-    const struct pool_range *range = locate(pool, slot, &index, &protocol, &bit);
+    const struct pool_range *range = locate(pool, slot, &index, &protocol, &port);
     pool->slots[slot] = POOL_FREE;
-    if (ours(range, bit)) {
-        bitmap_set(&pool->bitmaps[index * POOL_PROTOCOLS + protocol], bit);
+    if (ours(range, port)) {
+        bitmap_set(&pool->bitmaps[index * POOL_PROTOCOLS + protocol], bit_of(pool, range, port));
         usable_changed(pool, index, protocol);
     }
 }
 
+void pool_unclaim(struct port_pool *pool, uint32_t slot)
+{
+    uint32_t index, port;
+    unsigned protocol;
+    locate(pool, slot, &index, &protocol, &port);
+    if (pool->slots[slot] & POOL_RESTING)
+        pool->resting[protocol]++;
+    else
+        pool_return(pool, slot);
+}
+
+/* Takes the first of the queue out of it. Whether it was still resting: a claimed one is not. */
+static bool wake_first(struct port_pool *pool)
+{
+    uint64_t place = pool->queue_head++;
+    uint32_t slot = pool->queue[place % pool->queue_size];
+    if (--pool->marks[pool->mark_head].count == 0)
+        pool->mark_head = (pool->mark_head + 1) % POOL_MARKS;
+    if (pool->slots[slot] != (POOL_RESTING | (uint32_t)place))
+        return false;
+    uint32_t index, port;
+    unsigned protocol;
+    locate(pool, slot, &index, &protocol, &port);
+    pool->resting[protocol]--;
+    pool_return(pool, slot);
+    return true;
+}
+
 void pool_give(struct port_pool *pool, uint32_t slot, uint64_t now_ms)
 {
-    if (!pool->quarantine_ms) {
+    uint32_t index, port;
+    unsigned protocol;
+    const struct pool_range *range = locate(pool, slot, &index, &protocol, &port);
+    if (!pool->queue_size || !ours(range, port)) {
         pool_return(pool, slot);
         return;
     }
-    if (pool->resting++)
-        pool->slots[pool->queue_tail] = POOL_RESTING | slot;
-    else
-        pool->queue_head = slot;
-    pool->queue_tail = slot;
-    pool->slots[slot] = POOL_RESTING;
-    /* one mark per step: with 256 steps to a rest, 512 marks cannot run out while pool_wake is called */
+    if (pool->queue_tail - pool->queue_head == pool->queue_size)
+        pool->rests_cut += wake_first(pool);
+    pool->queue[pool->queue_tail % pool->queue_size] = slot;
+    pool->slots[slot] = POOL_RESTING | (uint32_t)pool->queue_tail;
+    pool->queue_tail++;
+    pool->resting[protocol]++;
+    /* One mark per step: 512 marks are two rests. Should they run out nevertheless, because nobody calls
+     * pool_wake, the last one takes all on: a rest may be longer then, never shorter. */
     uint32_t last = (pool->mark_tail + POOL_MARKS - 1) % POOL_MARKS;
     bool full = (pool->mark_tail + 1) % POOL_MARKS == pool->mark_head;
     if (pool->mark_head != pool->mark_tail &&
         (full || now_ms < pool->marks[last].ms + pool->quarantine_ms / 256 + 1)) {
+        if (full)
+            pool->marks[last].ms = now_ms;
         pool->marks[last].count++;
         return;
     }
@@ -339,17 +502,10 @@ void pool_give(struct port_pool *pool, uint32_t slot, uint64_t now_ms)
 unsigned pool_wake(struct port_pool *pool, uint64_t now_ms, unsigned bound)
 {
     unsigned woken = 0;
-    while (pool->mark_head != pool->mark_tail && woken < bound) {
-        uint64_t due = pool->marks[pool->mark_head].ms + pool->quarantine_ms + pool->quarantine_ms / 256 + 1;
-        if (now_ms < due)
-            break;
-        uint32_t slot = pool->queue_head;
-        pool->queue_head = pool->slots[slot] & ~POOL_RESTING;
-        pool->resting--;
-        pool_return(pool, slot);
+    while (pool->mark_head != pool->mark_tail && woken < bound &&
+           now_ms >= pool->marks[pool->mark_head].ms + pool->quarantine_ms + pool->quarantine_ms / 256 + 1) {
+        wake_first(pool);
         woken++;
-        if (--pool->marks[pool->mark_head].count == 0)
-            pool->mark_head = (pool->mark_head + 1) % POOL_MARKS;
     }
     return woken;
 }

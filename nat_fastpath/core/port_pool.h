@@ -11,10 +11,12 @@
 #include <stdint.h>
 
 #include "nat.h"
+#include "random.h"
 
-#define POOL_NONE UINT32_MAX     /* no such triple */
-#define POOL_FREE 0u             /* slot of a triple that nobody uses */
-#define POOL_RESTING 0x80000000u /* slot of a triple in quarantine; the rest of it links the queue */
+#define POOL_NONE UINT32_MAX /* no such triple */
+#define POOL_FREE 0u         /* slot of a triple that nobody uses */
+#define POOL_RESTING                                                                                         \
+    0x80000000u /* slot of a triple in quarantine; the rest of it is its place in the queue */
 #define POOL_PROTOCOLS 3u
 #define POOL_MARKS 512u
 
@@ -31,6 +33,8 @@ struct pool_range {
     uint32_t address_base; /* index of its first address among all of the pool */
     uint32_t slot_base;
     uint32_t span; /* ports per address and protocol */
+    unsigned n_own;
+    struct nat_port_span own[NAT_MAX_PORT_SPANS]; /* what we hand out, ascending */
 };
 
 struct port_pool {
@@ -41,9 +45,16 @@ struct port_pool {
     struct port_bitmap *bitmaps; /* [address][protocol] */
     uint64_t *bits;
     uint64_t *usable[POOL_PROTOCOLS]; /* bit per address: it has a free port */
-    uint64_t random;                  /* xorshift64* state */
+    struct random_source random;
+    bool preservation, parity;
     uint64_t quarantine_ms;
-    uint32_t resting, queue_head, queue_tail;
+    /* Slots in the order in which they were freed. One that a record of the peer claims meanwhile stays in
+     * the queue and is passed over: its slot no longer names this place. */
+    uint32_t *queue;
+    uint32_t queue_size;
+    uint64_t queue_head, queue_tail;
+    uint32_t resting[POOL_PROTOCOLS];
+    uint64_t rests_cut; /* ended early, because no more ports may rest at once */
     struct {
         uint64_t ms;
         uint32_t count;
@@ -62,19 +73,25 @@ uint32_t pool_address_index(const struct port_pool *pool, uint32_t address);
 uint32_t pool_address_at(const struct port_pool *pool, uint32_t index);
 /* Index of the slot of a triple, POOL_NONE when the pool has no such triple. `protocol` is the IP number. */
 uint32_t pool_slot(const struct port_pool *pool, uint32_t address, uint8_t protocol, uint16_t port);
-/* Takes a free port of the address, beginning the search at a random one. False: it has none. */
-bool pool_take(struct port_pool *pool, uint32_t address_index, uint8_t protocol, uint16_t *port);
+/* Takes a free port of the address for the inside port `wanted`: that one itself (with `preservation`), else
+ * one of its parity (with `parity`, UDP) and class (0-1023 or above), from a random point on. What could not
+ * be kept comes back as POOL_*_MISSED; POOL_EXHAUSTED: the address has no port at all. */
+enum { POOL_EXHAUSTED = -1, POOL_PARITY_MISSED = 1, POOL_CLASS_MISSED = 2 };
+int pool_take(struct port_pool *pool, uint32_t address_index, uint8_t protocol, uint16_t wanted,
+              uint16_t *port);
 /* Any address with a free port for this protocol, searching from `from` on; POOL_NONE: there is none. */
 uint32_t pool_usable_address(const struct port_pool *pool, uint8_t protocol, uint32_t from);
-/* Marks one given triple as used. False: it is used already, or resting. */
+/* Takes one given triple out of the free or resting ones: the peer knows why. False: it is used already. The
+ * slot itself is the caller's to write, or pool_unclaim makes all as it was. */
 bool pool_claim(struct port_pool *pool, uint32_t slot);
-/* Gives a triple back; it is free at once, or after its rest. */
+void pool_unclaim(struct port_pool *pool, uint32_t slot);
+/* Gives a triple back; one that we hand out is free after its rest, the peer's at once: the peer lets it
+ * rest. */
 void pool_give(struct port_pool *pool, uint32_t slot, uint64_t now_ms);
-/* Gives back a triple that was never seen outside: it need not rest. */
+/* Gives back a triple that need not rest. */
 void pool_return(struct port_pool *pool, uint32_t slot);
 /* Ends the rest of ports whose time has come, at most `bound`. Returns how many. */
 unsigned pool_wake(struct port_pool *pool, uint64_t now_ms, unsigned bound);
-uint64_t pool_random(struct port_pool *pool);
 
 static inline unsigned pool_protocol(uint8_t protocol)
 {

@@ -205,15 +205,21 @@ static void fill_session(struct session *s, const struct session_request *r, uin
 static bool take_port(struct nat_core *core, struct host *host, struct session_request *r)
 {
     uint32_t index = host->external;
-    if (!pool_take(&core->pool, index, r->protocol, &r->external_port)) {
+    int missed = pool_take(&core->pool, index, r->protocol, r->internal_port, &r->external_port);
+    if (missed == POOL_EXHAUSTED) {
         index = pool_usable_address(&core->pool, r->protocol, index);
-        if (index == POOL_NONE || !pool_take(&core->pool, index, r->protocol, &r->external_port))
+        if (index == POOL_NONE) {
+            core->stats.no_port_resting += core->pool.resting[pool_protocol(r->protocol)] != 0;
             return false;
+        }
+        missed = pool_take(&core->pool, index, r->protocol, r->internal_port, &r->external_port);
         if (host->sessions == 0)
             host->external = (uint16_t)index;
         else
             core->stats.unpaired++;
     }
+    core->stats.parity_missed += (missed & POOL_PARITY_MISSED) != 0;
+    core->stats.class_missed += (missed & POOL_CLASS_MISSED) != 0;
     r->external_addr = pool_address_at(&core->pool, index);
     return true;
 }
@@ -359,11 +365,16 @@ bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason rea
 
     uint32_t h = host_find(core, session_internal_addr(s));
     struct host *host = &core->hosts[h];
+    /* RFC 6888, REQ-8: a TCP port may be used again at once where connections are tracked. Of one that both
+     * sides finished, and were then silent for the transitory time, no segment is left; a reset may be
+     * forged. */
+    bool rests = s->protocol != PROTO_TCP || s->tcp_state != NAT_TCP_CLOSING || reason != NAT_CLOSE_IDLE;
     bool last = true;
     uint32_t slot;
     if (core->has_mappings) {
         struct mapping *m = &core->mappings[cold->mapping];
         slot = m->slot;
+        rests = m->rests |= rests;
         last = --m->sessions == 0;
         if (last)
             mapping_remove(core, cold->mapping);
@@ -371,7 +382,10 @@ bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason rea
         slot = pool_slot(&core->pool, session_external_addr(s), s->protocol, session_external_port(s));
     }
     if (last) {
-        pool_give(&core->pool, slot, core->now_ns / 1000000);
+        if (rests)
+            pool_give(&core->pool, slot, core->now_ns / 1000000);
+        else
+            pool_return(&core->pool, slot);
         host->mappings--;
         core->stats.mappings_closed++;
     }
@@ -586,7 +600,7 @@ refuse_mapping:
         mapping_remove(core, mapping);
 refuse_port:
     if (new_mapping)
-        pool_return(&core->pool, slot);
+        pool_unclaim(&core->pool, slot);
 refuse:
     host_drop_if_idle(core, h);
     return false;
