@@ -351,12 +351,23 @@ def show_pool(config: ConfigOption = None, socket: SocketOption = None, as_json:
         pool = _one("pool", config, socket)
     if as_json:
         return _print_json(pool)
-    first, last = pool["ports"]
+    ports = ", ".join(f"{first}-{last}" for first, last in pool["port_ranges"])
     rows = [
         ("addresses", f"{pool['addresses']}: {', '.join(pool['ranges'])}"),
-        ("ports", f"{first}-{last}, {pool['capacity']} endpoints of each protocol"),
+        ("ports", f"{ports}, {pool['capacity']} endpoints of each protocol"),
         ("mappings", f"{pool['used']}, {pool['unpaired']} ever on another address than their host's"),
-        ("refused", f"{pool['refused']} packets for want of a port"),
+        (
+            "resting",
+            f"{pool['resting']} freed ports rest, {pool['rests_cut']} rested for less than their time",
+        ),
+        (
+            "refused",
+            f"{pool['refused']} packets for want of a port, {pool['refused_while_resting']} of them while ports rested",
+        ),
+        (
+            "missed",
+            f"{pool['parity_missed']} times the parity, {pool['class_missed']} the class of the inside port",
+        ),
     ]
     _table("pool", ("", ""), rows)
     used = [(use["address"], use["hosts"], use["mappings"]) for use in pool["in_use"]]

@@ -20,9 +20,7 @@ from nat_control.config_reader import (
     a_device,
     a_mac,
     a_network,
-    a_port_range,
     a_socket,
-    address_range,
     an_address,
     an_instance,
     an_interface,
@@ -30,7 +28,6 @@ from nat_control.config_reader import (
     host_in,
     integer,
     load_yaml,
-    shown,
     the_cores,
 )
 from nat_control.pair_config import KEYS as PAIR_KEYS
@@ -46,9 +43,21 @@ from nat_control.pair_config import (
     read_peer,
     read_switch,
 )
+from nat_control.pool_config import (
+    MAX_POOL_ADDRESSES,
+    MAX_POOL_TRIPLES,
+    MAX_PORT_RANGES,
+    MAX_TIMEOUT,
+    Located,
+    Pool,
+    read_addresses,
+    read_pool,
+)
 from nat_fastpath.core_config import CoreConfig, NeighbourConfig, PoolRange, PortConfig, RouteConfig
 
 __all__ = [
+    "MAX_PORT_RANGES",
+    "MAX_TIMEOUT",
     "Config",
     "ConfigError",
     "Control",
@@ -76,16 +85,14 @@ __all__ = [
 MAPPINGS = ("endpoint-independent", "endpoint-dependent")
 FILTERINGS = ("address-and-port-dependent", "address-dependent", "endpoint-independent")
 DRIVERS = ("auto", "af_xdp", "af_packet")  # of kernel interfaces
+FLOW_HASHES = ("fnv", "aes")
 IDLE_MODES = ("adaptive", "busy")
 
 # What the core's arrays hold; see nat.h and port_pool_create().
 MAX_ROUTES = 64
 MAX_RANGES = 64
-MAX_POOL_ADDRESSES = 65535
-MAX_POOL_TRIPLES = 2**31 - 1
 MAX_SESSIONS = 1 << 24
 MAX_STATIC_NEIGHBOURS = 1024  # per port
-MAX_TIMEOUT = 30 * 86400  # the core's ages are 32-bit milliseconds and wrap after 49 days
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +130,6 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """External addresses as inclusive ranges, ascending and disjoint, all with the same ``ports``."""
-
-    ranges: tuple[tuple[IPv4Address, IPv4Address], ...]
-    ports: tuple[int, int] = (1024, 65535)
-
-    @property
-    def n_addresses(self) -> int:
-        return sum(int(last) - int(first) + 1 for first, last in self.ranges)
-
-
-@dataclass(frozen=True, slots=True)
 class Timeouts:
     """Seconds without a packet after which a session ends."""
 
@@ -160,6 +155,7 @@ class Nat:
     pool: Pool
     mapping: str = MAPPINGS[0]
     filtering: str = FILTERINGS[0]
+    flow_hash: str = FLOW_HASHES[0]
     max_sessions: int = 65536
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
@@ -231,11 +227,19 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "pool": True,
         "mapping": False,
         "filtering": False,
+        "flow_hash": False,
         "max_sessions": False,
         "timeouts": False,
         "limits": False,
     },
-    "pool": {"addresses": True, "ports": False},
+    "pool": {
+        "addresses": True,
+        "ports": False,
+        "port_preservation": False,
+        "parity": False,
+        "quarantine": False,
+        "quarantine_ports": False,
+    },
     "timeouts": {"udp": False, "tcp_established": False, "tcp_transitory": False, "icmp": False},
     "limits": {"sessions_per_host": False, "mappings_per_host": False, "new_sessions_per_second": False},
     "workers": {"cores": False, "idle": False},
@@ -326,56 +330,20 @@ def _check_port(reader: Reader, port: Port) -> None:
         one_mac(f"{path}.mac", neighbour.address, neighbour.mac)
 
 
-_Located = tuple[int, int, str]  # first, last, path
-
-
-def _read_addresses(section: Section) -> list[_Located]:
-    """The pool's ranges as they stand in the file: one text, or a list of them, each perhaps with commas."""
-    at = section.path("addresses")
-    value = section.values.get("addresses", "")
-    items = [(at, value)] if isinstance(value, str) else section.items("addresses", MAX_POOL_ADDRESSES)
-    found: list[_Located] = []
-    for path, item in items:
-        if not isinstance(item, str):
-            section.reader.fault(path, f"{shown(item)} is no text such as 198.51.100.10-198.51.100.13")
-            continue
-        for text in item.split(","):
-            try:
-                first, last = address_range(text.strip())
-                found.append((int(first), int(last), path))
-            except ValueError as error:
-                if section.reader.good(at) and "addresses" in section.values:
-                    section.reader.fault(path, str(error))
-    if value == []:
-        section.reader.fault(at, "the pool has no address")
-    return found
-
-
-def _merged(reader: Reader, located: list[_Located]) -> tuple[tuple[IPv4Address, IPv4Address], ...]:
-    """Ascending ranges; neighbouring ones become one, overlapping ones are an error."""
-    ranges: list[tuple[int, int]] = []
-    for first, last, path in sorted(located):
-        if ranges and first <= ranges[-1][1]:
-            reader.fault(path, f"{IPv4Address(first)} is in the pool already")
-            first = ranges[-1][1] + 1
-        if ranges and first == ranges[-1][1] + 1:
-            ranges[-1] = (ranges[-1][0], max(last, ranges[-1][1]))
-        else:
-            ranges.append((first, last))
-    return tuple((IPv4Address(first), IPv4Address(last)) for first, last in ranges)
-
-
 def _known_ports(config: Config) -> tuple[int, int]:
     """Of each pool address; those that are not ours are the peer's, now or when it comes."""
     paired = config.peer is not None and config.peer.mode != "off"
     return (1, 65535) if paired or config.switch else config.nat.pool.ports
 
 
-def _check_pool(reader: Reader, located: list[_Located], config: Config) -> None:
+def _check_pool(reader: Reader, located: list[Located], config: Config) -> None:
     pool, (low, high) = config.nat.pool, _known_ports(config)
     at = "nat.pool.addresses"
     if reader.good(at) and len(pool.ranges) > MAX_RANGES:
         reader.fault(at, f"{len(pool.ranges)} separate ranges, and {MAX_RANGES} at most are possible")
+    if config.peer is not None and len(pool.ranges) * len(pool.port_ranges) > MAX_RANGES:
+        reader.fault("nat.pool.ports", f"{len(pool.ranges)} address ranges with {len(pool.port_ranges)} port "
+                     f"ranges each, and {MAX_RANGES} in all are possible with a peer")  # fmt: skip
     if pool.n_addresses > MAX_POOL_ADDRESSES:
         reader.fault(at, f"{pool.n_addresses} addresses, and {MAX_POOL_ADDRESSES} at most are possible")
     elif pool.n_addresses * 3 * (high - low + 1) > MAX_POOL_TRIPLES:
@@ -418,8 +386,8 @@ def parse(mapping: object, source: str = "config") -> Config:
     ports = tuple(_read_port(side, sides.section(side, "port")) for side in KEYS["ports"])
     nat = root.section("nat", "nat")
     pool_section = nat.section("pool", "pool")
-    located = _read_addresses(pool_section)
-    pool = Pool(_merged(reader, located), pool_section.get("ports", a_port_range, Pool(()).ports))
+    located = read_addresses(pool_section)
+    pool = read_pool(reader, pool_section, located)
     timeouts, limits = nat.section("timeouts", "timeouts"), nat.section("limits", "limits")
     workers, control = root.section("workers", "workers"), root.section("control", "control")
     present = {
@@ -434,6 +402,7 @@ def parse(mapping: object, source: str = "config") -> Config:
             pool=pool,
             mapping=nat.get("mapping", choice(MAPPINGS), MAPPINGS[0]),
             filtering=nat.get("filtering", choice(FILTERINGS), FILTERINGS[0]),
+            flow_hash=nat.get("flow_hash", choice(FLOW_HASHES), FLOW_HASHES[0]),
             max_sessions=nat.get("max_sessions", integer(1, MAX_SESSIONS), 65536),
             timeouts=Timeouts(
                 udp=timeouts.get("udp", integer(1, MAX_TIMEOUT), 300),
@@ -472,7 +441,7 @@ def parse(mapping: object, source: str = "config") -> Config:
     return config
 
 
-def _check(reader: Reader, config: Config, located: list[_Located]) -> None:
+def _check(reader: Reader, config: Config, located: list[Located]) -> None:
     internal, external = config.ports
     for port in config.ports:
         _check_port(reader, port)
@@ -511,6 +480,10 @@ def warnings(config: Config) -> tuple[str, ...]:
         seconds = getattr(config.nat.timeouts, name)
         if seconds < least:
             found.append(f"nat.timeouts.{name}: {seconds} s is less than the {least} s of {reason}")
+    if config.nat.pool.quarantine < 120:
+        found.append(
+            f"nat.pool.quarantine: {config.nat.pool.quarantine} s is less than the 120 s of RFC 6888 REQ-8"
+        )
     external = config.ports[1]
     if external.gateway is None and IPv4Network("0.0.0.0/0") not in {
         route.prefix for route in external.routes
@@ -564,6 +537,12 @@ def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreCon
         pool=tuple(PoolRange(first, last, _known_ports(config), pool.ports) for first, last in pool.ranges),
         routes=tuple(routes),
         neighbours=tuple(neighbours),
+        port_ranges=pool.port_ranges if len(pool.port_ranges) > 1 else (),
+        port_preservation=pool.port_preservation,
+        port_parity=pool.parity,
+        quarantine=pool.quarantine,
+        quarantine_ports=pool.quarantine_ports,
+        flow_hash=config.nat.flow_hash,
         mapping=config.nat.mapping,
         filtering=config.nat.filtering,
         max_sessions=config.nat.max_sessions,

@@ -9,6 +9,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -156,6 +157,30 @@ def a_port_range(value: object) -> tuple[int, int]:
     if not 1 <= low <= high <= 65535:
         raise ValueError(f"{shown(value)} is not allowed: {what}, the lower one first")
     return low, high
+
+
+def port_ranges(most: int) -> Callable[[object], tuple[tuple[int, int], ...]]:
+    """``A-B``, several with commas or as a list: ascending when read, whatever their order in the file."""
+
+    def read(value: object) -> tuple[tuple[int, int], ...]:
+        parts: list[object] = []
+        for item in value if isinstance(value, list) else [value]:
+            parts += [part.strip() for part in item.split(",")] if isinstance(item, str) else [item]
+        found = sorted(a_port_range(part) for part in parts)
+        if not 1 <= len(found) <= most:
+            raise ValueError(f"{len(found)} port ranges, and 1 to {most} are possible")
+        for (_, last), (first, _) in pairwise(found):
+            if first <= last:
+                raise ValueError(f"{first} is in two port ranges")
+        return tuple(found)
+
+    return read
+
+
+def flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{shown(value)} is not allowed: true or false")
+    return value
 
 
 def the_cores(value: object) -> tuple[int, ...]:

@@ -33,7 +33,9 @@ HAND_OVER = 2.0  # seconds that the peer has to take the traffic
 def pools(config: Config) -> tuple[PoolRange, ...]:
     """What this instance hands out, as Hello tells it."""
     return tuple(
-        PoolRange(int(first), int(last), *config.nat.pool.ports) for first, last in config.nat.pool.ranges
+        PoolRange(int(first), int(last), low, high)
+        for first, last in config.nat.pool.ranges
+        for low, high in config.nat.pool.port_ranges
     )
 
 

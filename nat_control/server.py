@@ -250,10 +250,16 @@ class Server:
             "ranges": [f"{low}-{high}" for low, high in pool.ranges],
             "ports": [first, last],
             "addresses": pool.n_addresses,
-            "capacity": pool.n_addresses * (last - first + 1),  # of each protocol
+            "port_ranges": [list(span) for span in pool.port_ranges],
+            "capacity": pool.n_addresses * pool.n_ports,  # of each protocol
             "used": counters["mappings_opened"] - counters["mappings_closed"],
             "unpaired": counters["unpaired"],
             "refused": int(verdicts[engine.Verdict["DROP_NO_PORT"]]),
+            "resting": counters["ports_resting"],
+            "refused_while_resting": counters["no_port_resting"],
+            "rests_cut": counters["rests_cut"],
+            "parity_missed": counters["parity_missed"],
+            "class_missed": counters["class_missed"],
             "in_use": [
                 {"address": _dotted(addresses[i]), "hosts": int(users[i]), "mappings": int(mappings[i])}
                 for i in range(min(len(addresses), SHOWN))

@@ -90,6 +90,8 @@ static const char *config_fault(const struct nat_config *c)
         return "a core needs an internal and an external port";
     if (c->mapping > NAT_MAPPING_ENDPOINT_DEPENDENT || c->filtering > NAT_FILTER_ENDPOINT_INDEPENDENT)
         return "mapping or filtering is none that exists";
+    if (c->flow_hash > NAT_HASH_AES)
+        return "flow_hash is none that exists";
     if (!c->max_sessions || c->max_sessions > LARGEST_TABLE)
         return "max_sessions is 1 to 2^30";
     if (!c->max_neighbours || c->max_neighbours >= NONE16 || !c->max_held || c->max_held >= NONE16)
@@ -127,11 +129,18 @@ struct nat_core *nat_create(const struct nat_config *config, char *error, size_t
     core->config = completed(config);
     core->config.neighbours = NULL; /* the caller's, and read only here */
     struct nat_config *c = &core->config;
-    uint32_t key[8];
-    for (unsigned i = 0; i < 8; i++)
+    uint32_t key[8 + 20]; /* of the ports, of the hash */
+    for (unsigned i = 0; i < 28; i++)
         key[i] = (uint32_t)(c->seed >> (i & 1 ? 32 : 0));
     if (!c->seed && getrandom(key, sizeof key, 0) != (ssize_t)sizeof key) {
         snprintf(error, error_size, "the system gives no random numbers (getrandom), and ports need them");
+        nat_destroy(core);
+        return NULL;
+    }
+    flow_hasher_fnv(&core->hasher);
+    if (c->flow_hash == NAT_HASH_AES && !flow_hasher_aes(&core->hasher, key + 8)) {
+        snprintf(error, error_size,
+                 "flow_hash aes needs a CPU with AES instructions, and this one has none: use fnv");
         nat_destroy(core);
         return NULL;
     }
@@ -177,7 +186,6 @@ struct nat_core *nat_create(const struct nat_config *config, char *error, size_t
     core->timeout_ms[TIMER_ICMP] = c->timeout_icmp_ms;
     core->timeout_ms[TIMER_TCP_TRANSITORY] = c->timeout_tcp_transitory_ms;
     core->timeout_ms[TIMER_TCP_ESTABLISHED] = c->timeout_tcp_established_ms;
-    core->hash_many = flow_hash_choose(&core->hash_name);
     core->announce_at = UINT64_MAX;
     /* buckets start full */
     core->new_sessions.credit_ns = core->icmp_errors.credit_ns = UINT64_MAX / 2;
@@ -236,6 +244,8 @@ const struct nat_stats *nat_stats(struct nat_core *core)
     stats->ports_resting = 0;
     for (unsigned p = 0; p < POOL_PROTOCOLS; p++)
         stats->ports_resting += core->pool.resting[p];
+    stats->index_steps = core->flows.looked_at + core->mapping_index.looked_at + core->host_index.looked_at +
+                         core->permission_index.looked_at;
     stats->rests_cut = core->pool.rests_cut;
     stats->held = core->held_slab.used;
     stats->datagrams = core->datagram_slab.used;

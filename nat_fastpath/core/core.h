@@ -143,8 +143,7 @@ bool bucket_spend(struct token_bucket *bucket, uint32_t rate, uint32_t depth, ui
 struct nat_core {
     struct nat_config config;
     struct nat_stats stats;
-    flow_hash_many_fn hash_many;
-    const char *hash_name;
+    struct flow_hasher hasher;
     uint32_t now_ms; /* of the burst or poll under way; ages are differences, so wrapping does no harm */
     uint64_t now_ns;
     uint32_t timeout_ms[TIMERS];

@@ -204,7 +204,8 @@ static bool command_step(struct nat_core *core, struct nat_command *command)
                            net16(record->internal_port), net16(record->remote_port), record->protocol)
                 : flow_key(net32(record->remote_addr), net32(record->external_addr),
                            net16(record->remote_port), net16(record->external_port), record->protocol);
-        uint32_t at = session_find(core, &key, flow_hash(key.addrs, key.ports, key.protocol), direction);
+        uint32_t at = session_find(
+            core, &key, flow_hash_of(&core->hasher, key.addrs, key.ports, key.protocol), direction);
         if (at != NONE32) {
             session_record(core, at, record);
             command->result = 1;

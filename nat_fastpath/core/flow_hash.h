@@ -2,10 +2,15 @@
  *
  * FNV-1a, 32 bit, of the 13 bytes of a 5-tuple as they lie in the packet: source, destination, source port,
  * destination port, protocol; then a final mix, because FNV's raw bits fill a table unevenly.
+ *
+ * FNV has no key, so whoever knows it finds keys that crowd chosen buckets. Where the CPU has AES, the same
+ * key as one block through four rounds under secret round keys is for those who must not be able to.
  */
 #ifndef FLOW_HASH_H
 #define FLOW_HASH_H
 
+#include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #define FNV_BASIS 2166136261u
@@ -39,10 +44,34 @@ static inline uint32_t flow_hash(uint64_t addrs, uint32_t ports, uint8_t protoco
     return mix32(h);
 }
 
-/* hashes[i] = flow_hash(addrs[i], ports[i], protocols[i]) for i < n; the arrays must hold a multiple of 16
- * entries, of which those from n on may be anything. Chosen once for the CPU it runs on. */
-typedef void (*flow_hash_many_fn)(const uint64_t *addrs, const uint32_t *ports, const uint8_t *protocols,
-                                  uint32_t *hashes, unsigned n);
-flow_hash_many_fn flow_hash_choose(const char **name);
+/* What a core hashes with, chosen once at its start. */
+struct flow_hasher {
+    /* hashes[i] of (addrs[i], ports[i], protocols[i]) for i < n; the arrays must hold a multiple of 16
+     * entries, of which those from n on may be anything. */
+    void (*many)(const struct flow_hasher *hasher, const uint64_t *addrs, const uint32_t *ports,
+                 const uint8_t *protocols, uint32_t *hashes, unsigned n);
+    /* The same of one; NULL: flow_hash() itself, inline. */
+    uint32_t (*one)(const struct flow_hasher *hasher, uint64_t addrs, uint32_t ports, uint8_t protocol);
+    const char *name;
+    _Alignas(16) uint32_t key[20]; /* five round keys */
+};
+void flow_hasher_fnv(struct flow_hasher *hasher);
+/* False: the CPU has no AES instructions. */
+bool flow_hasher_aes(struct flow_hasher *hasher, const uint32_t key[20]);
+
+static inline uint32_t flow_hash_of(const struct flow_hasher *hasher, uint64_t addrs, uint32_t ports,
+                                    uint8_t protocol)
+{
+    return __builtin_expect(hasher->one != NULL, 0) ? hasher->one(hasher, addrs, ports, protocol)
+                                                    : flow_hash(addrs, ports, protocol);
+}
+
+/* Of the keys of the smaller tables: `plain` is their hash without a key, the rest is what it was made from.
+ */
+static inline uint32_t small_hash_of(const struct flow_hasher *hasher, uint32_t plain, uint64_t a, uint32_t b,
+                                     uint8_t c)
+{
+    return __builtin_expect(hasher->one != NULL, 0) ? hasher->one(hasher, a, b, c) : plain;
+}
 
 #endif

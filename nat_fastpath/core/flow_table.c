@@ -36,6 +36,7 @@ bool flow_table_insert(struct flow_table *table, uint32_t hash, uint32_t value)
     for (unsigned at = 0; at < n; at++) {
         struct flow_bucket *bucket = &table->buckets[steps[at].bucket];
         int slot = free_slot(bucket);
+        table->looked_at++;
         if (slot < 0) {
             for (unsigned i = 0; i < FLOW_TABLE_SLOTS && n < FLOW_TABLE_SEARCH; i++) {
                 uint32_t to = flow_table_other(table, bucket->signature[i], steps[at].bucket);

@@ -30,6 +30,7 @@ struct flow_table {
     struct flow_bucket *buckets;
     uint32_t n_buckets;
     uint32_t entries;
+    uint64_t looked_at; /* buckets, by all insertions: what new sessions cost */
 };
 
 /* Buckets for `entries` at a load of 0.85. */

@@ -169,7 +169,8 @@ enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *
         return verdict;
     if (raw32(q.ip + 12) != raw32(ip + 16))
         return NAT_DROP_ICMP_EMBEDDED; /* an error goes to whom it quotes */
-    uint32_t at = session_find(core, &q.key, flow_hash(q.key.addrs, q.key.ports, q.key.protocol), direction);
+    uint32_t at = session_find(
+        core, &q.key, flow_hash_of(&core->hasher, q.key.addrs, q.key.ports, q.key.protocol), direction);
     if (at == NONE32)
         return NAT_DROP_ICMP_NO_SESSION;
     const struct session *s = &core->sessions[at];

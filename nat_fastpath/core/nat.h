@@ -102,6 +102,7 @@ enum nat_verdict { NAT_VERDICTS(NAT_VERDICT_ENUM) NAT_VERDICT_COUNT };
     C(class_missed, "mappings on a port of the other class (0-1023, or above), for the same reason")         \
     C(no_port_resting, "packets refused for want of a port while ports were resting")                        \
     C(rests_cut, "ports that rested for less than their time, because no more may rest at once")             \
+    C(index_steps, "buckets that insertions into the indexes looked at")                                     \
     C(icmp_errors_translated, "ICMP errors translated")                                                      \
     C(icmp_errors_sent, "ICMP errors of our own")                                                            \
     C(icmp_errors_limited, "ICMP errors of our own not sent because of the rate limit")                      \

@@ -189,7 +189,7 @@ static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packe
         return is_query_reply(l4[0]) ? NAT_DROP_ICMP_NO_SESSION : NAT_DROP_ICMP_TYPE;
 
     struct flow_key key = packet_key(ip, l4, OUT);
-    uint32_t hash = flow_hash(key.addrs, key.ports, key.protocol);
+    uint32_t hash = flow_hash_of(&core->hasher, key.addrs, key.ports, key.protocol);
     uint32_t at = session_find(core, &key, hash, OUT);
     if (at != NONE32)
         return session_packet(core, packet, l2, at, OUT, false);
@@ -240,7 +240,7 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
     }
 
     struct flow_key key = packet_key(ip, l4, IN);
-    uint32_t hash = flow_hash(key.addrs, key.ports, key.protocol);
+    uint32_t hash = flow_hash_of(&core->hasher, key.addrs, key.ports, key.protocol);
     uint32_t at = session_find(core, &key, hash, IN);
     if (at != NONE32)
         return session_packet(core, packet, l2, at, IN, hairpinned);
@@ -450,7 +450,7 @@ static void batch_parse(struct nat_core *core, struct batch *batch, struct nat_p
     }
     if (!batch->common)
         return;
-    core->hash_many(batch->addrs, batch->ports, batch->protocols, batch->hashes, n);
+    core->hasher.many(&core->hasher, batch->addrs, batch->ports, batch->protocols, batch->hashes, n);
     for (unsigned i = 0; i < n; i++)
         if (batch->common >> i & 1)
             __builtin_prefetch(&core->flows.buckets[flow_table_first(&core->flows, batch->hashes[i])]);

@@ -19,9 +19,9 @@ uint32_t session_find(const struct nat_core *core, const struct flow_key *key, u
     return NONE32;
 }
 
-static uint32_t session_hash(const struct session *s, int direction)
+static uint32_t session_hash(const struct nat_core *core, const struct session *s, int direction)
 {
-    return flow_hash(s->addrs[direction], s->ports[direction], s->protocol);
+    return flow_hash_of(&core->hasher, s->addrs[direction], s->ports[direction], s->protocol);
 }
 
 void session_set_timer(struct session *s)
@@ -36,9 +36,11 @@ void session_set_timer(struct session *s)
 
 /* --- hosts ------------------------------------------------------------------------------------------ */
 
+#define host_hash(core, address) small_hash_of(&(core)->hasher, mix32(address), address, 0, 0)
+
 static uint32_t host_find(const struct nat_core *core, uint32_t address)
 {
-    struct flow_cursor cursor = flow_cursor(&core->host_index, mix32(address));
+    struct flow_cursor cursor = flow_cursor(&core->host_index, host_hash(core, address));
     uint32_t value;
     while ((value = flow_cursor_next(&cursor)) != FLOW_TABLE_NONE)
         if (core->hosts[value - 1].address == address)
@@ -52,7 +54,7 @@ static uint32_t host_add(struct nat_core *core, uint32_t address)
     uint32_t at = SLAB_TAKE(&core->host_slab, core->hosts, address);
     if (at == NONE32)
         return NONE32;
-    if (!flow_table_insert(&core->host_index, mix32(address), at + 1)) {
+    if (!flow_table_insert(&core->host_index, host_hash(core, address), at + 1)) {
         SLAB_GIVE(&core->host_slab, core->hosts, address, at);
         return NONE32;
     }
@@ -67,22 +69,24 @@ static void host_drop_if_idle(struct nat_core *core, uint32_t at)
     struct host *host = &core->hosts[at];
     if (host->sessions)
         return;
-    flow_table_remove(&core->host_index, mix32(host->address), at + 1);
+    flow_table_remove(&core->host_index, host_hash(core, host->address), at + 1);
     SLAB_GIVE(&core->host_slab, core->hosts, address, at);
 }
 
 /* --- mappings --------------------------------------------------------------------------------------- */
 
-static uint32_t mapping_hash(uint8_t protocol, uint32_t address, uint16_t port)
+static uint32_t mapping_hash(const struct nat_core *core, uint8_t protocol, uint32_t address, uint16_t port)
 {
-    return mix32(mix32(address) + ((uint32_t)port << 8 | protocol));
+    uint32_t plain = mix32(mix32(address) + ((uint32_t)port << 8 | protocol));
+    return small_hash_of(&core->hasher, plain, address, port, protocol);
 }
 
 static uint32_t mapping_find(const struct nat_core *core, uint8_t protocol, uint32_t address, uint16_t port)
 {
     if (!core->mapping_index.n_buckets)
         return NONE32;
-    struct flow_cursor cursor = flow_cursor(&core->mapping_index, mapping_hash(protocol, address, port));
+    struct flow_cursor cursor =
+        flow_cursor(&core->mapping_index, mapping_hash(core, protocol, address, port));
     uint32_t value;
     while ((value = flow_cursor_next(&cursor)) != FLOW_TABLE_NONE) {
         const struct mapping *m = &core->mappings[value - 1];
@@ -96,8 +100,8 @@ static void mapping_remove(struct nat_core *core, uint32_t at)
 {
     struct mapping *m = &core->mappings[at];
     if (core->mapping_index.n_buckets)
-        flow_table_remove(&core->mapping_index, mapping_hash(m->protocol, m->internal_addr, m->internal_port),
-                          at + 1);
+        flow_table_remove(&core->mapping_index,
+                          mapping_hash(core, m->protocol, m->internal_addr, m->internal_port), at + 1);
     m->protocol = 0;
     SLAB_GIVE(&core->mapping_slab, core->mappings, slot, at);
 }
@@ -110,7 +114,7 @@ static uint32_t mapping_add(struct nat_core *core, const struct session_request 
         return NONE32;
     if (core->mapping_index.n_buckets &&
         !flow_table_insert(&core->mapping_index,
-                           mapping_hash(r->protocol, r->internal_addr, r->internal_port), at + 1)) {
+                           mapping_hash(core, r->protocol, r->internal_addr, r->internal_port), at + 1)) {
         SLAB_GIVE(&core->mapping_slab, core->mappings, slot, at);
         return NONE32;
     }
@@ -128,14 +132,14 @@ static uint32_t mapping_add(struct nat_core *core, const struct session_request 
 
 /* --- permissions ------------------------------------------------------------------------------------ */
 
-static uint32_t permission_hash(uint32_t mapping, uint32_t remote)
+static uint32_t permission_hash(const struct nat_core *core, uint32_t mapping, uint32_t remote)
 {
-    return mix32(mix32(remote) + mapping);
+    return small_hash_of(&core->hasher, mix32(mix32(remote) + mapping), remote, mapping, 0);
 }
 
 static uint32_t permission_find(const struct nat_core *core, uint32_t mapping, uint32_t remote)
 {
-    struct flow_cursor cursor = flow_cursor(&core->permission_index, permission_hash(mapping, remote));
+    struct flow_cursor cursor = flow_cursor(&core->permission_index, permission_hash(core, mapping, remote));
     uint32_t value;
     while ((value = flow_cursor_next(&cursor)) != FLOW_TABLE_NONE)
         if (core->permissions[value - 1].mapping == mapping && core->permissions[value - 1].remote == remote)
@@ -150,7 +154,7 @@ static bool permission_add(struct nat_core *core, uint32_t mapping, uint32_t rem
         at = SLAB_TAKE(&core->permission_slab, core->permissions, mapping);
         if (at == NONE32)
             return false;
-        if (!flow_table_insert(&core->permission_index, permission_hash(mapping, remote), at + 1)) {
+        if (!flow_table_insert(&core->permission_index, permission_hash(core, mapping, remote), at + 1)) {
             SLAB_GIVE(&core->permission_slab, core->permissions, mapping, at);
             return false;
         }
@@ -165,7 +169,7 @@ static void permission_remove(struct nat_core *core, uint32_t mapping, uint32_t 
     uint32_t at = permission_find(core, mapping, remote);
     if (--core->permissions[at].sessions)
         return;
-    flow_table_remove(&core->permission_index, permission_hash(mapping, remote), at + 1);
+    flow_table_remove(&core->permission_index, permission_hash(core, mapping, remote), at + 1);
     SLAB_GIVE(&core->permission_slab, core->permissions, mapping, at);
 }
 
@@ -174,11 +178,11 @@ static void permission_remove(struct nat_core *core, uint32_t mapping, uint32_t 
 static bool index_session(struct nat_core *core, uint32_t at)
 {
     const struct session *s = &core->sessions[at];
-    if (!flow_table_insert(&core->flows, session_hash(s, OUT), 1 + (at << 1 | OUT)))
+    if (!flow_table_insert(&core->flows, session_hash(core, s, OUT), 1 + (at << 1 | OUT)))
         return false;
-    if (flow_table_insert(&core->flows, session_hash(s, IN), 1 + (at << 1 | IN)))
+    if (flow_table_insert(&core->flows, session_hash(core, s, IN), 1 + (at << 1 | IN)))
         return true;
-    flow_table_remove(&core->flows, session_hash(s, OUT), 1 + (at << 1 | OUT));
+    flow_table_remove(&core->flows, session_hash(core, s, OUT), 1 + (at << 1 | OUT));
     return false;
 }
 
@@ -240,8 +244,8 @@ static uint32_t add_session(struct nat_core *core, const struct session_request 
         return NONE32;
     }
     if (core->has_permissions && !permission_add(core, mapping, r->remote_addr)) {
-        flow_table_remove(&core->flows, session_hash(s, OUT), 1 + (at << 1 | OUT));
-        flow_table_remove(&core->flows, session_hash(s, IN), 1 + (at << 1 | IN));
+        flow_table_remove(&core->flows, session_hash(core, s, OUT), 1 + (at << 1 | OUT));
+        flow_table_remove(&core->flows, session_hash(core, s, IN), 1 + (at << 1 | IN));
         s->protocol = 0;
         SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
         return NONE32;
@@ -355,8 +359,8 @@ bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason rea
         hold_release(core, at,
                      reason == NAT_CLOSE_HOLD_TIMEOUT ? NAT_DROP_HOLD_TIMEOUT : NAT_DROP_SESSION_GONE);
     event_emit(core, NAT_EVENT_CLOSE, reason, at);
-    flow_table_remove(&core->flows, session_hash(s, OUT), 1 + (at << 1 | OUT));
-    flow_table_remove(&core->flows, session_hash(s, IN), 1 + (at << 1 | IN));
+    flow_table_remove(&core->flows, session_hash(core, s, OUT), 1 + (at << 1 | OUT));
+    flow_table_remove(&core->flows, session_hash(core, s, IN), 1 + (at << 1 | IN));
     for (int d = 0; d < 2; d++)
         if (s->neighbour[d] != NONE16)
             neighbour_leave(core, s->neighbour[d]);
@@ -418,7 +422,8 @@ enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, u
     struct flow_key outbound = flow_key(net32(m->internal_addr), net32(remote_addr), net16(m->internal_port),
                                         net16(r->remote_port), protocol);
     if (core->config.mapping == NAT_MAPPING_ENDPOINT_DEPENDENT &&
-        session_find(core, &outbound, flow_hash(outbound.addrs, outbound.ports, protocol), OUT) != NONE32)
+        session_find(core, &outbound, flow_hash_of(&core->hasher, outbound.addrs, outbound.ports, protocol),
+                     OUT) != NONE32)
         return NAT_DROP_FILTERED;
     r->mapping = user - 1;
     r->internal_addr = m->internal_addr;
@@ -475,7 +480,7 @@ uint32_t session_by_record(const struct nat_core *core, const struct nat_record 
     struct flow_key key =
         flow_key(net32(record->internal_addr), net32(record->remote_addr), net16(record->internal_port),
                  net16(record->remote_port), record->protocol);
-    return session_find(core, &key, flow_hash(key.addrs, key.ports, key.protocol), OUT);
+    return session_find(core, &key, flow_hash_of(&core->hasher, key.addrs, key.ports, key.protocol), OUT);
 }
 
 static void take_counters(struct nat_core *core, uint32_t at, const struct nat_record *record)
@@ -538,7 +543,9 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
         return false;
     struct flow_key inbound = flow_key(net32(r.remote_addr), net32(r.external_addr), net16(r.remote_port),
                                        net16(r.external_port), r.protocol);
-    if (session_find(core, &inbound, flow_hash(inbound.addrs, inbound.ports, inbound.protocol), IN) != NONE32)
+    if (session_find(core, &inbound,
+                     flow_hash_of(&core->hasher, inbound.addrs, inbound.ports, inbound.protocol),
+                     IN) != NONE32)
         return false;
 
     enum nat_verdict why;

@@ -112,11 +112,13 @@ def test_an_example_makes_a_core(path: Path) -> None:
 def test_defaults_are_those_of_the_schema() -> None:
     nat = c.parse(GOOD).nat
     properties = SCHEMA["properties"]["nat"]["properties"]
-    for name in ("mapping", "filtering", "max_sessions"):
+    for name in ("mapping", "filtering", "flow_hash", "max_sessions"):
         assert getattr(nat, name) == properties[name]["default"]
     for name in ("timeouts", "limits"):
         for key, schema in properties[name]["properties"].items():
             assert getattr(getattr(nat, name), key) == schema["default"]
+    for name in ("port_preservation", "parity", "quarantine", "quarantine_ports"):
+        assert getattr(nat.pool, name) == properties["pool"]["properties"][name]["default"]
     assert "{}-{}".format(*nat.pool.ports) == properties["pool"]["properties"]["ports"]["default"]
     assert c.parse(changed("nat.pool", {"addresses": "198.51.100.10"})).nat.pool.ports == (1024, 65535)
     workers = SCHEMA["properties"]["workers"]["properties"]
@@ -223,6 +225,12 @@ SHAPE = [
     ("nat.pool.ports", "all", "nat.pool.ports", "1024-65535"),
     ("nat.pool.ports", 0, "nat.pool.ports", "1024-65535"),
     ("nat.pool.ports", 65536, "nat.pool.ports", "1024-65535"),
+    ("nat.pool.ports", [4000 + 2 * at for at in range(17)], "nat.pool.ports", "17 port ranges, and 1 to 16"),
+    ("nat.pool.ports", [], "nat.pool.ports", "0 port ranges"),
+    ("nat.pool.parity", "yes", "nat.pool.parity", "true or false"),
+    ("nat.pool.port_preservation", 1, "nat.pool.port_preservation", "true or false"),
+    ("nat.pool.quarantine", -1, "nat.pool.quarantine", "whole number from 0"),
+    ("nat.flow_hash", "siphash", "nat.flow_hash", "fnv, aes"),
     ("nat.mapping", "endpoint-independant", "nat.mapping", "did you mean endpoint-independent?"),
     ("nat.filtering", None, "nat.filtering", "none of: address-and-port-dependent, address-dependent"),
     ("nat.max_sessions", 0, "nat.max_sessions", "from 1 to 16777216"),
@@ -305,6 +313,7 @@ MEANING = [
     ("nat.pool.addresses", [f"192.0.2.{i}" for i in range(1, 131, 2)], "nat.pool.addresses", "65 separate"),
     ("nat.pool.addresses", "20.0.0.0/16", "nat.pool.addresses", "65536 addresses, and 65535"),
     ("nat.pool.addresses", "20.0.0.0/17", "nat.pool.addresses", "2^31"),
+    ("nat.pool.ports", "4000-5000, 5000-6000", "nat.pool.ports", "5000 is in two port ranges"),
     ("nat.pool.ports", "65535-1024", "nat.pool.ports", "the lower one first"),
     ("nat.pool.ports", "0-99999", "nat.pool.ports", "1024-65535"),
 ]
@@ -438,6 +447,13 @@ def test_schema_refuses_what_the_parser_refuses(path: str, value: object, where:
         ("nat.pool.addresses", "198.51.100.10 - 198.51.100.13 ,192.0.2.0/31"),
         ("nat.pool.ports", 4000),
         ("nat.pool.ports", "1-65535"),
+        ("nat.pool.ports", "6000-7000, 1024-2000"),
+        ("nat.pool.ports", [4000, "5000-5999"]),
+        ("nat.pool.port_preservation", True),
+        ("nat.pool.parity", True),
+        ("nat.pool.quarantine", 0),
+        ("nat.pool.quarantine_ports", 10),
+        *(("nat.flow_hash", name) for name in c.FLOW_HASHES),
         ("nat.max_sessions", 1 << 24),
         ("nat.timeouts.udp", 30 * 86400),
         ("nat.limits", {"sessions_per_host": 1, "mappings_per_host": 2, "new_sessions_per_second": 10**8}),
@@ -474,6 +490,8 @@ def test_schema_and_parser_know_the_same_keys_and_choices() -> None:
     assert tuple(nat["mapping"]["enum"]) == c.MAPPINGS
     assert tuple(parts["port"]["properties"]["driver"]["enum"]) == c.DRIVERS
     assert tuple(nat["filtering"]["enum"]) == c.FILTERINGS
+    assert tuple(nat["flow_hash"]["enum"]) == c.FLOW_HASHES
+    assert nat["pool"]["properties"]["ports"]["oneOf"][2]["maxItems"] == c.MAX_PORT_RANGES
     assert tuple(SCHEMA["properties"]["workers"]["properties"]["idle"]["enum"]) == c.IDLE_MODES
     assert nat["max_sessions"]["maximum"] == c.MAX_SESSIONS
     assert parts["seconds"]["maximum"] == c.MAX_TIMEOUT
