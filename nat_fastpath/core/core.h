@@ -320,6 +320,12 @@ static inline void session_own(struct session *session, uint8_t foreign)
 uint32_t session_by_record(const struct nat_core *core, const struct nat_record *record);
 void session_set_timer(struct session *session);
 
+/* --- permissions.c ----------------------------------------------------------------------------------- */
+/* NONE32: this mapping admits nobody at that address. */
+uint32_t permission_find(const struct nat_core *core, uint32_t mapping, uint32_t remote);
+bool permission_add(struct nat_core *core, uint32_t mapping, uint32_t remote);
+void permission_remove(struct nat_core *core, uint32_t mapping, uint32_t remote);
+
 /* --- ageing.c ---------------------------------------------------------------------------------------- */
 bool ageing_step(struct nat_core *core);
 
