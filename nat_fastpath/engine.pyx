@@ -179,7 +179,9 @@ cdef extern from "engine_tables.h" nogil:
     const nat_stats *nat_stats_of "nat_stats"(nat_core *core)
 
 cdef extern from "flow_hash.h":
-    void flow_hash_choose(const char **name)
+    struct flow_hasher:
+        const char *name
+    void flow_hasher_fnv(flow_hasher *hasher)
 
 cdef extern from * nogil:
     """
@@ -341,9 +343,9 @@ cdef class _Configuration:
 
 def hash_path():
     """The code that hashes on this CPU: "avx512", "avx2" or "baseline"."""
-    cdef const char *name
-    flow_hash_choose(&name)
-    return name.decode()
+    cdef flow_hasher hasher
+    flow_hasher_fnv(&hasher)
+    return hasher.name.decode()
 
 
 def memory_for(config):
