@@ -9,14 +9,16 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-from nat_control.dataplane import Capabilities, Ids, NextHops, Records
-from nat_fastpath.engine import FLAG_FOREIGN, NEIGHBOUR_STATES, Core
+from nat_control.dataplane import Capabilities, Ids, Mask, NextHops, Records
+from nat_fastpath.engine import NEIGHBOUR_STATES, Core
+from nat_fastpath.errors import EventRingFull
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 BATCH = 4096
 SHORT = 0.0005  # seconds between two looks at a command that the worker has
+PAUSE = 0.001  # seconds between two looks at a full event ring
 KNOWN = [NEIGHBOUR_STATES.index(name) for name in ("reachable", "probe", "static")]
 
 
@@ -40,15 +42,20 @@ class CorePlane:
     async def install(self, records: Records) -> int:
         return await self._call(self.core.install, records)
 
-    async def missing(self, records: Records) -> Ids:
-        held = await self._call(self.core.holds, records)
-        return np.asarray(records["id"][~held])
+    async def holds(self, records: Records) -> Mask:
+        return await self._call(self.core.holds, records)
 
     async def update(self, records: Records) -> int:
         return await self._call(self.core.update, records)
 
     async def delete(self, records: Records) -> int:
-        return await self._call(self.core.delete, records)
+        ended = 0
+        while True:
+            try:
+                return ended + await self._call(self.core.delete, records)
+            except EventRingFull as full:  # whoever drives this plane takes its events meanwhile
+                ended, records = ended + full.result, records[full.handled :]
+                await asyncio.sleep(PAUSE)
 
     async def commit(self, records: Records) -> int:
         """See DataPlane. Packets wait for this one: no other thread stands between it and the worker."""
@@ -61,14 +68,7 @@ class CorePlane:
         return await self._call(self.core.adopt)
 
     async def cede(self, instance: int, besides: Ids) -> int:
-        ceded = await self._call(self.core.cede, instance)
-        if not len(besides):
-            return ceded
-        async for page in self.sessions():
-            ours = page[np.isin(page["id"], besides)]
-            ours["flags"] &= 0xFF ^ FLAG_FOREIGN
-            ceded -= await self.install(ours)
-        return ceded
+        return await self._call(self.core.cede, instance, besides)
 
     async def next_hops(self) -> NextHops:
         found = await self._call(self.core.neighbours)

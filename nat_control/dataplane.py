@@ -19,6 +19,7 @@ Records = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype RECORD
 NextHops = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype NEIGHBOUR
 Events = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype EVENT
 Ids = np.ndarray[Any, np.dtype[np.uint64]]  # shape (n,), RECORD["id"]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]  # shape (n,)
 
 NO_RECORDS: Records = np.empty(0, RECORD)
 NO_RECORDS.flags.writeable = False
@@ -55,19 +56,21 @@ class DataPlane(Protocol):
     async def install(self, records: Records) -> int:
         """Returns when the plane really holds them (a switch: after the barrier), and how many it holds.
 
-        A session that is held under the same id already counts, and takes the record's ownership
-        (FLAG_FOREIGN). One that contradicts another held session is refused: its inside endpoint has another
-        external one, its external endpoint another inside one, or its 5-tuple is taken under another id.
+        A session that is held already (see ``holds``) counts, and takes the record's ownership (FLAG_FOREIGN).
+        One that contradicts a held session is refused: its inside endpoint has another external one, its
+        external endpoint another inside one, or its 5-tuple is taken under another id. So is one for which
+        there is no room.
         """
 
-    async def missing(self, records: Records) -> Ids:
-        """Ids of those that are not held under this 5-tuple and id; asked after an install fell short."""
+    async def holds(self, records: Records) -> Mask:
+        """Which of them are held under this 5-tuple, external endpoint and id; asked after an install fell short."""
 
     async def update(self, records: Records) -> int:
-        """TCP state, times and counters of sessions that are held; others are left out. Returns how many were."""
+        """TCP state, times and counters of sessions that are held; others are left out. Returns how many are."""
 
     async def delete(self, records: Records) -> int:
-        """Ends the sessions with these 5-tuples and ids; returns how many there were."""
+        """Ends those of these sessions that are held; returns how many there were. Each end is an event, for
+        which the driver may have to make room before this returns."""
 
     async def commit(self, records: Records) -> int:
         """Releases held packets of these pending sessions; returns how many there were."""
@@ -76,7 +79,8 @@ class DataPlane(Protocol):
         """The peer is lost: its sessions become ours, all their timers restart in full. Returns how many."""
 
     async def cede(self, instance: int, besides: Ids) -> int:
-        """The peer is back: sessions with its instance number in their id are its own again, but not ``besides``."""
+        """The peer is back: sessions with its instance number in their id are its own again; those of the ids
+        ``besides``, which it could not take, are ours. Returns how many became the peer's."""
 
     async def next_hops(self) -> NextHops:
         """Those with an address whose MAC is known."""

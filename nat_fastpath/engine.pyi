@@ -101,18 +101,19 @@ class Core:
         """Returns how many are held now; one that was held under its id only takes the record's FLAG_FOREIGN."""
     def delete(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int:
         """Ends the sessions of these records (by 5-tuple and id); returns how many there were.
-        Raises BufferError when the event ring fills up; the message says how many records are done."""
+        Raises nat_fastpath.errors.EventRingFull."""
     def commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
     def post_commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> Posted:
         """As ``commit``, without waiting for the worker. Raises TimeoutError when it takes no more commands."""
     def adopt(self) -> int:
         """The peer's sessions become ours, and their timers restart; returns how many there were."""
-    def cede(self, instance: int) -> int:
-        """Sessions with this instance in their id become the peer's, which ages them from now on; how many."""
+    def cede(self, instance: int, besides: Sequence[int] | np.ndarray[Any, np.dtype[np.uint64]] = ()) -> int:
+        """Sessions with this instance in their id become the peer's, which ages them from now on; how many.
+        Those with the ids ``besides`` become ours."""
     def update(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int:
         """TCP state, idle time and counters of the sessions that are held; returns how many were."""
     def holds(self, records: np.ndarray[Any, np.dtype[np.void]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Whether each is held under its 5-tuple and id; shape (n,)."""
+        """Whether each is held under its 5-tuple, external endpoint and id; shape (n,)."""
     def neighbours(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
     def learn(self, neighbours: np.ndarray[Any, np.dtype[np.void]]) -> int:
         """Next hops that the peer knows, dtype NEIGHBOUR: the later confirmation counts. One with ``mac`` 0 is

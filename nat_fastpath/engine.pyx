@@ -18,6 +18,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from nat_fastpath.errors import EventRingFull
+
 cdef extern from "engine_tables.h" nogil:
     enum:
         NAT_ABI, NAT_VERDICT_COUNT, NAT_MAX_PORTS, NAT_MAX_ROUTES, NAT_MAX_RANGES, NAT_MAX_PORT_SPANS, NAT_OUTBOX_BYTES
@@ -625,8 +627,7 @@ cdef class Core:
     cdef _records(self, unsigned op, records):
         done, cursor = self._command(op, np.array(records, RECORD, copy=True, ndmin=1), 0)
         if cursor < np.size(records):
-            raise BufferError(f"the event ring is full: {cursor} of {np.size(records)} records are done; "
-                              "take events() and go on with the others")
+            raise EventRingFull(cursor, np.size(records), done)
         return done
 
     def install(self, records):
@@ -665,11 +666,10 @@ cdef class Core:
         """The peer's sessions become ours, and their timers restart; returns how many there were."""
         return self._command(NAT_CMD_ADOPT, np.zeros(1, RECORD), 0)[0]
 
-    def cede(self, instance):
-        """Sessions with this instance in their id become the peer's, which ages them from now on; how many."""
-        record = np.zeros(1, RECORD)
-        record["id"] = instance << 52
-        return self._command(NAT_CMD_CEDE, record, 0)[0]
+    def cede(self, instance, besides=()):
+        """Sessions with this instance in their id become the peer's, but those with the ids ``besides`` ours; how many."""
+        ids = np.unique(np.asarray(besides, np.uint64))
+        return self._command(NAT_CMD_CEDE, np.insert(ids, 0, instance), 0)[0]
 
     def update(self, records):
         """TCP state, idle time and counters of the sessions that are held; returns how many were."""

@@ -107,7 +107,7 @@ class AgentPlane(OpenFlowDataPlane):
     """Sessions that the agent itself opens: their packets leave after the switch has their rules (output commit)."""
 
     async def commit(self, records: Records) -> int:
-        records = records[~np.isin(records["id"], await self.missing(records))]
+        records = records[await self.holds(records)]
         try:
             await self._offload(records)
         except (ChannelLost, SwitchError) as error:

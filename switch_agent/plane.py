@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nat_control.dataplane import Capabilities, DataPlane, Ids, NextHops, Records
+from nat_control.dataplane import Capabilities, DataPlane, Ids, Mask, NextHops, Records
 from switch_agent import channel as openflow
 from switch_agent import codec, nexthops
 from switch_agent.activity import ACTIVITY, NO_ACTIVITY, Activity, applied, since
@@ -108,24 +108,25 @@ class OpenFlowDataPlane:
         """See DataPlane; a session without room on the switch is held as well. Raises ChannelLost."""
         held = await self._store.install(records)
         if held < len(records):
-            records = records[~np.isin(records["id"], await self._store.missing(records))]
+            records = records[await self._store.holds(records)]
         await self._offload(records)
         return held
 
-    async def missing(self, records: Records) -> Ids:
-        return await self._store.missing(records)
+    async def holds(self, records: Records) -> Mask:
+        return await self._store.holds(records)
 
     async def update(self, records: Records) -> int:
         """See DataPlane. Rules are written anew where the next hop inside is another one now."""
         held = await self._store.update(records)
-        if len(ruled := records[self.has_rules(records)]):
-            await self._offload(ruled)
+        ruled = records[self.has_rules(records)]
+        if len(ruled) and held < len(records):
+            ruled = ruled[await self._store.holds(ruled)]
+        await self._offload(ruled)
         return held
 
     async def delete(self, records: Records) -> int:
         """See DataPlane. Without a connection the rules go when the switch is reconciled."""
-        gone = await self._store.missing(records)
-        await self.withdraw(records[~np.isin(records["id"], gone)] if len(gone) else records)
+        await self.withdraw(records[await self._store.holds(records)])
         return await self._store.delete(records)
 
     async def commit(self, records: Records) -> int:

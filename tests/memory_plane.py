@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
 
-from nat_control.dataplane import NO_RECORDS, Capabilities, Events, Ids, Records
+from nat_control.dataplane import NO_RECORDS, Capabilities, Events, Ids, Mask, NextHops, Records
 from nat_fastpath.engine import (
     EVENT,
     EVENT_CLOSE,
@@ -19,6 +19,7 @@ from nat_fastpath.engine import (
     EVENT_UPDATE,
     FLAG_FOREIGN,
     FLAG_PENDING,
+    NEIGHBOUR,
     RECORD,
 )
 
@@ -71,6 +72,7 @@ class MemoryPlane:
         self.mapping: dict[Endpoint, Endpoint] = {}  # inside -> external
         self.owner: dict[Endpoint, Endpoint] = {}  # external -> inside
         self.ended: set[int] = set()  # ids of all sessions that were held once
+        self.hops: dict[tuple[int, int], np.void] = {}  # port, address -> dtype NEIGHBOUR; ages stand still
         self._own = own
         self._rng = rng or random.Random(0)
         self._users: dict[Endpoint, int] = {}  # sessions of each inside endpoint
@@ -137,8 +139,8 @@ class MemoryPlane:
     def install(self, records: Records) -> int:
         return sum(self._install(record) for record in rows(records))
 
-    def missing(self, records: Records) -> Ids:
-        return np.array([r["id"] for r in rows(records) if self._known(r) is None], np.uint64)
+    def holds(self, records: Records) -> Mask:
+        return np.array([self._known(record) is not None for record in rows(records)], np.bool_)
 
     def update(self, records: Records) -> int:
         found = [(self._known(record), record) for record in rows(records)]
@@ -169,14 +171,26 @@ class MemoryPlane:
 
     def cede(self, instance: int, besides: Ids) -> int:
         kept = set(besides.tolist())
-        given = [
-            held
-            for held in self.held.values()
-            if int(held["id"]) >> 52 & 0xFF == instance and int(held["id"]) not in kept
-        ]
-        for held in given:
-            held["flags"] |= FLAG_FOREIGN
-        return len(given)
+        given = 0
+        for held in self.held.values():
+            if int(held["id"]) >> 52 & 0xFF != instance:
+                continue
+            if int(held["id"]) in kept:
+                held["flags"] &= 0xFF ^ FLAG_FOREIGN
+            else:
+                given += not held["flags"] & FLAG_FOREIGN
+                held["flags"] |= FLAG_FOREIGN
+        return given
+
+    def learn(self, next_hops: NextHops) -> int:
+        news = 0
+        for hop in rows(next_hops):
+            place = int(hop["port"]), int(hop["address"])
+            known = self.hops.get(place)
+            if known is None or hop["confirmed_ms"] < known["confirmed_ms"]:
+                news += known is None or hop["mac"] != known["mac"]
+                self.hops[place] = hop.copy()
+        return news
 
     def records(self) -> Records:
         return together(list(self.held.values()))
@@ -192,7 +206,8 @@ class MemoryPlane:
 
     def _known(self, record: np.void) -> np.void | None:
         held = self.held.get(key_of(record))
-        return held if held is not None and held["id"] == record["id"] else None
+        same = held is not None and held["id"] == record["id"] and outside(held) == outside(record)
+        return held if same else None
 
     def _install(self, record: np.void) -> bool:
         known = self._known(record)
@@ -236,8 +251,8 @@ class AsyncMemoryPlane:
     async def install(self, records: Records) -> int:
         return self.plane.install(records)
 
-    async def missing(self, records: Records) -> Ids:
-        return self.plane.missing(records)
+    async def holds(self, records: Records) -> Mask:
+        return self.plane.holds(records)
 
     async def update(self, records: Records) -> int:
         return self.plane.update(records)
@@ -253,6 +268,12 @@ class AsyncMemoryPlane:
 
     async def cede(self, instance: int, besides: Ids) -> int:
         return self.plane.cede(instance, besides)
+
+    async def next_hops(self) -> NextHops:
+        return np.array(list(self.plane.hops.values()), NEIGHBOUR)
+
+    async def learn(self, next_hops: NextHops) -> int:
+        return self.plane.learn(next_hops)
 
     async def sessions(self) -> AsyncIterator[Records]:
         held = self.plane.records()

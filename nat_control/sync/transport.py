@@ -273,7 +273,7 @@ class Transport:
     async def _install(self, op: int, records: Records) -> None:
         refused: Ids = NO_IDS
         if await self._in_parts(self._plane.install, records) < len(records):
-            refused = await self._plane.missing(records)
+            refused = records["id"][~await self._plane.holds(records)]
         self._done(lambda now: self.protocol.plane_done(op, now, refused))
 
     async def _delete(self, op: int, records: Records) -> None:

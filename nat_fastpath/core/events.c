@@ -105,6 +105,14 @@ bool nat_command_push(struct nat_core *core, struct nat_command *command)
         command->cursor == 0 || command->result == command->count;                                           \
     })
 
+/* Its 5-tuple is that of the record already. */
+static bool is_session(const struct nat_core *core, uint32_t at, const struct nat_record *record)
+{
+    const struct session *s = &core->sessions[at];
+    return core->cold[at].id == record->id && session_external_addr(s) == record->external_addr &&
+           session_external_port(s) == record->external_port;
+}
+
 static bool for_records(struct nat_core *core, struct nat_command *command)
 {
     struct nat_record *records = command->buffer;
@@ -112,7 +120,7 @@ static bool for_records(struct nat_core *core, struct nat_command *command)
     for (; command->cursor < command->count && command->cursor < end; command->cursor++) {
         struct nat_record *record = &records[command->cursor];
         uint32_t at = session_by_record(core, record);
-        bool held = at != NONE32 && core->cold[at].id == record->id;
+        bool held = at != NONE32 && is_session(core, at, record);
         if (command->op == NAT_CMD_CHECK)
             record->reserved0 = held;
         if (command->op == NAT_CMD_INSTALL) {
@@ -145,22 +153,40 @@ static bool for_neighbours(struct nat_core *core, struct nat_command *command)
     return command->cursor == command->count;
 }
 
+static bool is_among(uint64_t id, const uint64_t *sorted, uint64_t n)
+{
+    while (n) {
+        uint64_t half = n / 2;
+        if (sorted[half] == id)
+            return true;
+        if (sorted[half] < id) {
+            sorted += half + 1;
+            n -= half + 1;
+        } else {
+            n = half;
+        }
+    }
+    return false;
+}
+
 /* Ownership goes to whoever carries the traffic: nobody else sees when a session was last used. */
 static bool change_owner(struct nat_core *core, struct nat_command *command)
 {
-    const uint8_t owner = command->op == NAT_CMD_CEDE ? NAT_SESSION_FOREIGN : 0;
-    const struct nat_record *of = command->buffer;
+    const bool cede = command->op == NAT_CMD_CEDE;
+    const uint64_t *ids = command->buffer;
     uint64_t end = command->cursor + COMMAND_STEP;
     for (; command->cursor < core->session_slab.top && command->cursor < end; command->cursor++) {
         struct session *s = &core->sessions[command->cursor];
-        if (!s->protocol || (s->flags & NAT_SESSION_FOREIGN) == owner)
+        uint64_t id = core->cold[command->cursor].id;
+        if (!s->protocol || (cede && nat_id_instance(id) != ids[0]))
             continue;
-        if (owner && nat_id_instance(core->cold[command->cursor].id) != nat_id_instance(of->id))
+        uint8_t owner = cede && !is_among(id, ids + 1, command->count - 1) ? NAT_SESSION_FOREIGN : 0;
+        if ((s->flags & NAT_SESSION_FOREIGN) == owner)
             continue;
         session_own(s, owner);
         if (!owner)
             s->last_ms = core->now_ms;
-        command->result++;
+        command->result += !cede || owner;
     }
     return command->cursor >= core->session_slab.top;
 }

@@ -315,11 +315,13 @@ enum nat_command_op {
     NAT_CMD_NEIGHBOURS,   /* gather nat_neighbour_record */
     NAT_CMD_HOSTS,        /* gather nat_host_record */
     NAT_CMD_ADOPT,        /* the peer's sessions become ours, and their timers restart; result: how many */
-    NAT_CMD_CEDE,         /* sessions with the instance of the id of the record at buffer become the peer's */
-    NAT_CMD_UPDATE,       /* TCP state, idle time and counters of the sessions of the records at buffer */
-    NAT_CMD_CHECK,        /* sets reserved0 to 1 in those records at buffer whose sessions are held */
-    NAT_CMD_LEARN, /* the nat_neighbour_records at buffer are what the peer knows; result: how many were
-                      news. A mac of 0 asks for that next hop */
+    NAT_CMD_CEDE, /* buffer: an instance number, then ids in order, all uint64. Sessions with this instance in
+                     their id become the peer's, but those of these ids ours; result: how many became the
+                     peer's */
+    NAT_CMD_UPDATE, /* TCP state, idle time and counters of the sessions of the records at buffer */
+    NAT_CMD_CHECK,  /* sets reserved0 to 1 in those records at buffer whose sessions are held */
+    NAT_CMD_LEARN,  /* the nat_neighbour_records at buffer are what the peer knows; result: how many were
+                       news. A mac of 0 asks for that next hop */
 };
 struct nat_command {
     uint32_t op;

@@ -310,7 +310,7 @@ class Node:
         match action:
             case do.Install(op, records):
                 installed = plane.install(records)
-                refused = plane.missing(records) if installed < len(records) else NO_IDS
+                refused = records["id"][~plane.holds(records)] if installed < len(records) else NO_IDS
                 self.report(lambda: protocol.plane_done(op, world.now, refused))
             case do.Delete(op, records):
                 plane.delete(records)
