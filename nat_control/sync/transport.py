@@ -22,6 +22,7 @@ from nat_control.sync.protocol import Protocol
 
 READ_BYTES = 1 << 18
 QUEUED_RECORDS = 1 << 17  # of the peer, not yet given to the plane
+STEP_RECORDS = 64  # that an operation of the plane counts for by itself, even one of no record
 QUEUED_BYTES = 64 << 20  # written and not taken by the kernel; a peer that far behind is lost
 PACE_BYTES = 1 << 20  # more than that unsent, and InitState waits
 BACKOFF = (0.05, 2.0)  # seconds between two attempts to connect, first and longest
@@ -163,6 +164,7 @@ class Transport:
             self._writer = writer
             self._carry_out(self.protocol.connected(self._clock()))
             await self._read(reader)
+            await _drained(reader)
             writer.close()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(writer.wait_closed(), GOODBYE)
@@ -177,13 +179,15 @@ class Transport:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         decoder = Decoder()
-        while self._writer is not None and (data := await reader.read(READ_BYTES)):
-            try:
+        try:
+            while self._writer is not None and (data := await reader.read(READ_BYTES)):
                 for epoch, message in decoder.feed(data):
                     self._carry_out(self.protocol.received(epoch, message, self._clock()))
-            except CodecError as error:
-                self._carry_out(self.protocol.broken(str(error), self._clock()))
-            await self._room.wait()
+                    await self._room.wait()
+            if self._writer is not None:
+                decoder.end()
+        except CodecError as error:
+            self._carry_out(self.protocol.broken(str(error), self._clock()))
 
     # -- actions
 
@@ -210,7 +214,7 @@ class Transport:
             case do.StateChanged() | do.Conflicts() | do.DigestCompared() | do.Carry() | do.PeerCarries():
                 self._notice(action)
             case do.Learn(next_hops):
-                self._queue(partial(self._plane.learn, next_hops))
+                self._queue(partial(self._plane.learn, next_hops), len(next_hops))
             case do.Install(op, records):
                 self._queue(partial(self._install, op, records), len(records))
             case do.Delete(op, records):
@@ -247,6 +251,7 @@ class Transport:
     # -- the plane, one operation after the other
 
     def _queue(self, step: Step, records: int = 0) -> None:
+        records += STEP_RECORDS
         self._work.put_nowait((records, step))
         self._records += records
         if self._records > QUEUED_RECORDS:
@@ -323,6 +328,14 @@ def _prepare(writer: asyncio.StreamWriter) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE.items():
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+async def _drained(reader: asyncio.StreamReader) -> None:
+    """Reads until the peer's end: what lies unread at a close is answered with a reset, which overtakes our Error."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(GOODBYE):
+            while await reader.read(READ_BYTES):
+                pass
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
-import os
 import select
 import socket
 import time
@@ -29,6 +27,7 @@ from switch_agent.nexthops import NextHops, Route, key
 from switch_agent.ovs import OpenVSwitch
 from switch_agent.pipeline import Pipeline, Side
 from switch_agent.plane import OpenFlowDataPlane
+from tests.entered import entered
 from tests.memory_plane import AsyncMemoryPlane, MemoryPlane
 
 T = TypeVar("T")
@@ -39,7 +38,6 @@ CLIENT, REMOTE, EXTERNAL = "10.0.0.5", "203.0.113.7", "198.51.100.10"
 INTERNAL_PORT, EXTERNAL_PORT, REMOTE_PORT = 5000, 33333, 53
 GATEWAY = IPv4Address("198.51.100.254")
 DEVICES = {"client": 1, "outside": 2, "inner": 3, "outer": 4}  # interfaces of the switch and their ports
-CLONE_NEWNET = 0x40000000
 
 
 def mac_number(mac: str) -> int:
@@ -113,22 +111,9 @@ class Wire:
     """Raw frames on an interface of a namespace."""
 
     def __init__(self, namespace: Namespace, device: str) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        home, there = (
-            os.open(path, os.O_RDONLY)
-            for path in ("/proc/thread-self/ns/net", f"/run/netns/{namespace.full_name}")
-        )
-        try:
-            if libc.setns(there, CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "setns")
-            try:
-                self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-                self.socket.bind((device, 0))
-            finally:
-                libc.setns(home, CLONE_NEWNET)
-        finally:
-            os.close(home)
-            os.close(there)
+        with entered(namespace):
+            self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+            self.socket.bind((device, 0))
         self.socket.setblocking(False)
 
     def send(self, packet: Packet) -> bytes:
