@@ -14,7 +14,7 @@ help:
 	@echo "make test    all tests (root)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   measurements, with the floor beside them; bench-failover: what a failover costs (root)"
-	@echo "make fuzz    libFuzzer on the packet path (FUZZ_SECONDS=60)"
+	@echo "make fuzz    fuzzers on packets and on messages of peers and switches (FUZZ_SECONDS=60)"
 	@echo "make clean   all that was built"
 
 packages:
