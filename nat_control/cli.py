@@ -390,6 +390,7 @@ def show_ports(config: ConfigOption = None, socket: SocketOption = None, as_json
                 "address",
                 f"{port['address']}, MAC {port['mac']}, MTU {port['mtu']}, gateway {port['gateway'] or '-'}",
             ),
+            *((("VLAN", port["vlan"]),) if port["vlan"] else ()),
             *((("not by AF_XDP", port["not_af_xdp"]),) if port["not_af_xdp"] else ()),
             *(("changed", change) for change in port["changes"]),
             ("in", f"{_rate(8 * rates['rx_bytes'])}, {rates['rx_packets']:.0f} packets/s"),

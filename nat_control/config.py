@@ -124,6 +124,7 @@ class Port:
     gateway: IPv4Address | None = None
     gateway_mac: bytes | None = None
     mtu: int = 1500
+    vlan: int = 0  # untagged
     driver: str = "auto"
     routes: tuple[Route, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
@@ -217,6 +218,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "gateway_mac": False,
         "mac": False,
         "mtu": False,
+        "vlan": False,
         "driver": False,
         "routes": False,
         "neighbours": False,
@@ -276,6 +278,7 @@ def _read_port(side: str, section: Section) -> Port:
         gateway=section.get("gateway", an_address, None),
         gateway_mac=section.get("gateway_mac", a_mac, None),
         mtu=section.get("mtu", integer(576, 9000), 1500),
+        vlan=section.get("vlan", integer(1, 4094), 0),
         driver=section.get("driver", choice(DRIVERS), "auto"),
         routes=tuple(routes),
         neighbours=tuple(neighbours),
@@ -445,9 +448,8 @@ def _check(reader: Reader, config: Config, located: list[Located]) -> None:
     internal, external = config.ports
     for port in config.ports:
         _check_port(reader, port)
-    same_device = internal.device and internal.device == external.device
-    if reader.good("ports.internal.device", "ports.external.device") and same_device:
-        reader.fault("ports.external.device", f"{external.device} is the internal port's device too")
+    if internal.device and internal.device == external.device:
+        _check_shared_device(reader, internal, external)
     if reader.good("ports.internal.address", "ports.external.address"):
         inside, outside = internal.address.network, external.address.network
         if inside.overlaps(outside):
@@ -458,6 +460,19 @@ def _check(reader: Reader, config: Config, located: list[Located]) -> None:
             "ports", f"{routes} routes with subnets and gateways, and {MAX_ROUTES} at most are possible"
         )
     _check_pool(reader, located, config)
+
+
+def _check_shared_device(reader: Reader, internal: Port, external: Port) -> None:
+    """One device for both ports: their VLANs tell them apart, and MAC and driver are the device's."""
+    at, device = "ports.external", external.device
+    if internal.vlan == external.vlan and reader.good(f"{at}.vlan", "ports.internal.vlan"):
+        reader.fault(
+            f"{at}.device", f"{device} is the internal port's device too: say another, or different VLANs"
+        )
+    for key in ("mac", "driver"):
+        same = getattr(internal, key) == getattr(external, key)
+        if not same and reader.good(f"{at}.{key}", f"ports.internal.{key}"):
+            reader.fault(f"{at}.{key}", f"the internal port has another one, and both are on {device}")
 
 
 def load(path: str | Path) -> Config:
@@ -529,9 +544,10 @@ def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreCon
         macs = [config.virtual.mac] * len(config.ports)
     peer = config.peer if config.peer and config.peer.mode != "off" else None
     hold = peer.hold if peer else None
+    tags = config.switch is None  # OpenFlowDataPlane adds and removes those of an agent
     return CoreConfig(
         ports=tuple(
-            PortConfig(port.side, port.mac or mac, port.address.ip, port.mtu)
+            PortConfig(port.side, port.mac or mac, port.address.ip, port.mtu, port.vlan if tags else 0)
             for port, mac in zip(config.ports, macs, strict=True)
         ),
         pool=tuple(PoolRange(first, last, _known_ports(config), pool.ports) for first, last in pool.ranges),

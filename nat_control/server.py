@@ -77,7 +77,7 @@ class Server:
         mtu = max(port.mtu for port in config.ports)
         self.eal = Eal(
             memory_mb=packet_memory_mb(config),
-            devices=[port.device for port in config.ports],
+            devices=sorted({port.device for port in config.ports}),
         )
         undo.callback(self.eal.close)
         memory = "hugepages" if self.eal.hugepages else "ordinary memory (no hugepages are free)"
@@ -88,23 +88,29 @@ class Server:
         self.pool = pool
         self.ports: list[Port] = []
         for i, port in enumerate(config.ports):
-            opened = Port(
-                port.device,
-                pool,
-                index=i,
-                mtu=port.mtu,
-                mac=config.virtual.mac if config.virtual else port.mac,
-                addresses=_addresses(config, i),
-                state_dir=state,
-                force=force,
-                driver=port.driver,
-            )
-            undo.callback(opened.close)
+            if port.device == config.ports[0].device and self.ports:
+                opened = self.ports[0]  # one device, whose VLANs are both ports
+            else:
+                on_it = [k for k, other in enumerate(config.ports) if other.device == port.device]
+                opened = Port(
+                    port.device,
+                    pool,
+                    index=i,
+                    mtu=max(config.ports[k].mtu for k in on_it),
+                    mac=config.virtual.mac if config.virtual else port.mac,
+                    addresses=[address for k in on_it for address in _addresses(config, k)],
+                    state_dir=state,
+                    force=force,
+                    driver=port.driver,
+                    tagged=any(config.ports[k].vlan for k in on_it),
+                )
+                undo.callback(opened.close)
             self.ports.append(opened)
             carrier = (
                 f"{opened.kernel_interface} by {opened.driver}" if opened.kernel_interface else opened.driver
             )
-            say(f"{port.name}: {carrier}, MAC {opened.mac.hex(':')}, {port.address}, MTU {port.mtu}")
+            vlan = f", VLAN {port.vlan}" if port.vlan else ""
+            say(f"{port.name}: {carrier}{vlan}, MAC {opened.mac.hex(':')}, {port.address}, MTU {port.mtu}")
             if opened.not_af_xdp:
                 say(f"{port.name}: not by AF_XDP: {opened.not_af_xdp}")
             for change in opened.changes:
@@ -292,6 +298,7 @@ class Server:
                 "address": str(port.address),
                 "gateway": str(port.gateway) if port.gateway else None,
                 "mtu": port.mtu,
+                "vlan": port.vlan or None,
                 "link": opened.link()._asdict(),
                 "rates": {
                     name.removesuffix(f".{i}"): round(rate, 1)

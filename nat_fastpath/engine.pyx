@@ -57,7 +57,8 @@ cdef extern from "engine_tables.h" nogil:
         uint8_t *data
         uint32_t length
         uint32_t segment
-        uint32_t capacity
+        uint16_t capacity
+        uint16_t headroom
         uint8_t port
         uint8_t verdict
         uint16_t mtu
@@ -358,6 +359,8 @@ def memory_for(config):
 # An answer may be longer than the question: an ICMP error has up to 576 bytes.
 cdef enum:
     ANSWER_BYTES = 640
+    HEADROOM = 4  # for a VLAN tag
+    MOST_CAPACITY = 0xFFFF - HEADROOM
 # Without any progress for so long, the worker is taken for dead.
 COMMAND_PATIENCE = 2.0  # seconds
 
@@ -484,12 +487,13 @@ cdef class Core:
                 if not 0 <= port < self.configuration.c.n_ports:
                     raise ValueError(f"port {port}: there are {self.configuration.c.n_ports}")
                 packets[i].length = packets[i].segment = len(frame)
-                packets[i].capacity = max(len(frame), ANSWER_BYTES)
+                packets[i].capacity = min(max(len(frame), ANSWER_BYTES), MOST_CAPACITY)
+                packets[i].headroom = HEADROOM
                 packets[i].port = port
-                packets[i].data = <uint8_t *>malloc(packets[i].capacity)
-                if packets[i].data == NULL:
+                packets[i].cookie = malloc(HEADROOM + max(len(frame), ANSWER_BYTES))
+                if packets[i].cookie == NULL:
                     raise MemoryError
-                packets[i].cookie = packets[i].data
+                packets[i].data = <uint8_t *>packets[i].cookie + HEADROOM
                 if len(frame):
                     view = frame
                     memcpy(packets[i].data, &view[0], len(frame))

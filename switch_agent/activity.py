@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,18 @@ def since(before: Activity, now: Activity) -> Activity:
     return np.asarray(carried[(carried["packets_out"] > 0) | (carried["packets_in"] > 0)])
 
 
-def applied(records: Records, carried: Activity, header: int) -> Records:
-    """Those of ``records`` that have carried something, with it added and just used. ``header``: bytes of a frame's own."""
+def applied(records: Records, carried: Activity, headers: Sequence[int]) -> Records:
+    """Those of ``records`` that have carried something, with it added and just used.
+
+    ``headers``: bytes of a frame's own, outbound and inbound.
+    """
     if not len(carried):
         return records[:0]
     at = np.minimum(np.searchsorted(carried["id"], records["id"]), len(carried) - 1)
     active = carried["id"][at] == records["id"]
     found, of = records[active].copy(), carried[at[active]]
     found["idle_ms"] = 0
-    for direction in ("out", "in"):
+    for direction, header in zip(("out", "in"), headers, strict=True):
         packets = of[f"packets_{direction}"]
         found[f"packets_{direction}"] += packets
         found[f"bytes_{direction}"] += of[f"frame_bytes_{direction}"] - packets * np.uint64(header)

@@ -87,8 +87,8 @@ def pipeline_of(config: Config) -> Pipeline:
         for port in config.ports
     ]
     return Pipeline(
-        internal=Side(ports.internal, ports.server_internal, 0, own, gateways[0]),
-        external=Side(ports.external, ports.server_external, 0, outside, gateways[1]),
+        internal=Side(ports.internal, ports.server_internal, internal.vlan, own, gateways[0]),
+        external=Side(ports.external, ports.server_external, external.vlan, outside, gateways[1]),
         mac=int.from_bytes(config.virtual.mac, "big"),
     )
 

@@ -378,12 +378,11 @@ class OpenFlowDataPlane:
         """Tells the store what the switch has carried since the last call; returns for how many sessions."""
         now = await self.activity()
         self._seen, carried = now, since(self._seen, now)
-        header = (
-            18 if self._pipeline.internal.vlan else 14
-        )  # Ethernet; what is padded to 60 bytes counts as such
+        # Ethernet, by where they came from; what is padded to 60 bytes counts as such
+        headers = [18 if side.vlan else 14 for side in self._sides]
         refreshed = 0
         async for page in self._store.sessions():
-            if len(active := applied(page, carried, header)):
+            if len(active := applied(page, carried, headers)):
                 refreshed += await self._store.update(active)
         return refreshed
 

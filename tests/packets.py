@@ -8,6 +8,7 @@ static neighbour entry, so that nothing waits for ARP unless a test wants it to.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -142,6 +143,12 @@ def vlan(ip_packet: Packet, tag: int, port: int = INSIDE) -> bytes:
     return bytes(Ether(src=host_mac(ip_packet.src), dst=OUR_MAC[port]) / Dot1Q(vlan=tag) / ip_packet)
 
 
+def retagged(data: bytes, vlan: int, priority: int = 0) -> bytes:
+    """The frame with this tag in front, ``priority`` being its upper four bits; as it is for VLAN 0."""
+    tag = b"\x81\x00" + (priority << 12 | vlan).to_bytes(2, "big")
+    return data[:12] + tag + data[12:] if vlan else data
+
+
 # -- the oracle -------------------------------------------------------------------------------------------
 
 
@@ -227,6 +234,12 @@ def config(**changes: Any) -> CoreConfig:
         "seed": 7,
     }
     return CoreConfig(**{**defaults, **changes})
+
+
+def tagged_ports(inside: int, outside: int, external_mtu: int = 1500) -> tuple[PortConfig, PortConfig]:
+    """The ports of the drawing above with these VLANs."""
+    internal, external = config().ports
+    return replace(internal, vlan=inside), replace(external, vlan=outside, mtu=external_mtu)
 
 
 def small_pool(ports: int, addresses: int = 1, first: int = 2000) -> tuple[PoolRange, ...]:

@@ -80,8 +80,8 @@ static const char *config_fault(const struct nat_config *c)
     for (unsigned i = 0; i < c->n_ports; i++) {
         if (c->ports[i].side > NAT_EXTERNAL)
             return "a port is internal or external";
-        if (c->ports[i].vlan)
-            return "tagged ports are not carried: give the core the untagged interface";
+        if (c->ports[i].vlan > VLAN_LAST)
+            return "a VLAN is 1 to 4094, and 0 without tag";
         if (c->ports[i].mtu < 68)
             return "the MTU of a port is 68 at least (RFC 791)";
         sides[c->ports[i].side] = true;

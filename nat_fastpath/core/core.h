@@ -370,8 +370,9 @@ bool neighbour_learn(struct nat_core *core, const struct nat_neighbour_record *r
 /* Next hop towards an inside host whose packets, as the peer says, come from this MAC (0: unknown). */
 uint16_t neighbour_inside(struct nat_core *core, uint32_t address, uint64_t mac, enum nat_verdict *why);
 
-/* Writes the link header and sends the packet to its next hop, or holds it. */
-enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, uint16_t neighbour);
+/* Writes the link header, with the tag of that port, and sends the packet to its next hop, or holds it. */
+enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, unsigned l2,
+                                uint16_t neighbour);
 /* The same, for a packet that may be longer than the MTU: then the verdict is FRAGMENT. */
 enum nat_verdict neighbour_send_any(struct nat_core *core, struct nat_packet *packet, uint16_t neighbour);
 /* Sends a translated packet whose session is committed on its way. */
@@ -388,6 +389,25 @@ bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_t *firs
           uint32_t session, int direction);
 struct held unhold(struct nat_core *core, uint16_t *first, uint16_t *last);
 void finish(struct nat_core *core, struct nat_packet *packet, enum nat_verdict verdict);
+
+/* --- link.c ------------------------------------------------------------------------------------------- */
+/* Bytes before the IP header, of a frame that was accepted: it has no tag, or that of its port. */
+static inline unsigned link_bytes(const uint8_t *frame)
+{
+    return get16(frame + 12) == ETHERTYPE_VLAN ? ETH_BYTES + VLAN_BYTES : ETH_BYTES;
+}
+static inline bool has_tag(const struct nat_packet *packet, uint16_t vlan)
+{
+    const uint8_t *tag = packet->data + ETH_BYTES;
+    return packet->segment >= ETH_BYTES + VLAN_BYTES && raw16(tag - 2) == net16(ETHERTYPE_VLAN) &&
+           (get16(tag) & VLAN_ID) == vlan;
+}
+/* The header of a frame of our own; returns its length. */
+unsigned put_link(uint8_t *frame, const uint8_t *to, const struct nat_port_config *port, uint16_t ethertype);
+/* The link header of `port`, which may have a tag, instead of the one of `l2` bytes. Of untagged packets to
+ * untagged ports only the MACs change. */
+enum nat_verdict send_tagged(struct nat_packet *packet, unsigned l2, const uint8_t *to,
+                             const struct nat_port_config *port);
 
 /* --- fragments.c ------------------------------------------------------------------------------------- */
 uint32_t datagrams_capacity(const struct nat_config *config);

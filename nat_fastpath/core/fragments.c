@@ -28,11 +28,6 @@ uint32_t datagrams_capacity(const struct nat_config *config)
     return (n < 1024 ? 1024 : n > 65536 ? 65536 : n) + most_held(config);
 }
 
-static uint32_t link_bytes(const uint8_t *frame)
-{
-    return get16(frame + 12) == ETHERTYPE_VLAN ? ETH_BYTES + VLAN_BYTES : ETH_BYTES;
-}
-
 /* --- the store --------------------------------------------------------------------------------------- */
 
 struct datagram_key datagram_key(const struct nat_packet *packet, const uint8_t *ip, bool hairpinned)
@@ -276,7 +271,7 @@ void fragments_flush(struct nat_core *core)
 
 enum nat_verdict neighbour_send_any(struct nat_core *core, struct nat_packet *packet, uint16_t neighbour)
 {
-    enum nat_verdict verdict = neighbour_send(core, packet, neighbour);
+    enum nat_verdict verdict = neighbour_send(core, packet, link_bytes(packet->data), neighbour);
     packet->mtu = core->config.ports[packet->port].mtu;
     return verdict == NAT_FORWARD && get16(packet->data + link_bytes(packet->data) + 2) > packet->mtu
                ? NAT_FRAGMENT

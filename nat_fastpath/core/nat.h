@@ -44,7 +44,7 @@ enum nat_flow_hash { NAT_HASH_FNV = 0, NAT_HASH_AES = 1 };
     V(DROP_MULTICAST, "drop_multicast", "multicast or broadcast is not translated")                          \
     V(DROP_IPV6, "drop_ipv6", "IPv6 is not translated by a NAT44")                                           \
     V(DROP_ETHERTYPE, "drop_ethertype", "neither IPv4 nor ARP")                                              \
-    V(DROP_VLAN, "drop_vlan", "VLAN tag that this port does not carry")                                      \
+    V(DROP_VLAN, "drop_vlan", "not the VLAN tag of this port")                                               \
     V(DROP_ARP, "drop_arp", "ARP that is malformed or not for us")                                           \
     V(DROP_IP_HEADER, "drop_ip_header", "IP version, header length or total length is wrong")                \
     V(DROP_IP_CHECKSUM, "drop_ip_checksum", "IP header checksum is wrong")                                   \
@@ -122,12 +122,14 @@ struct nat_stats {
 #undef NAT_COUNTER_FIELD
 };
 
-/* A packet on its way through the core. The driver owns the bytes; `cookie` is the driver's own. */
+/* A packet on its way through the core. The driver owns the bytes; `cookie` is the driver's own. `data` moves
+ * where a VLAN tag is put in front (without headroom for it: DROP_VLAN) or taken away. */
 struct nat_packet {
     uint8_t *data;     /* Ethernet header; the first `contiguous` bytes are at data */
     uint32_t length;   /* of the whole frame */
     uint32_t segment;  /* bytes readable at data; equals length unless the driver chains buffers */
-    uint32_t capacity; /* bytes writable at data, for answers that are longer than the question */
+    uint16_t capacity; /* bytes writable at data, for answers that are longer than the question */
+    uint16_t headroom; /* bytes writable before data, for a VLAN tag; with capacity below 2^16 */
     uint8_t port;      /* in: where it came from; out: where it goes, for FORWARD, FRAGMENT and REPLY */
     uint8_t verdict;   /* out: enum nat_verdict */
     uint16_t mtu;      /* out: for FRAGMENT, what nat_cut is to be told */

@@ -234,12 +234,10 @@ static bool send_request(struct nat_core *core, uint8_t port, const uint8_t *to,
     const struct nat_port_config *config = &core->config.ports[port];
     struct outbox_frame *frame = &core->outbox[core->outbox_tail++ % NAT_OUTBOX];
     memset(frame->bytes, 0, sizeof frame->bytes);
+    unsigned l2 = put_link(frame->bytes, to, config, ETHERTYPE_ARP);
+    put_arp(frame->bytes + l2, ARP_REQUEST, config->mac, sender, no_mac, target);
     frame->port = port;
-    frame->length = 60; /* the least that Ethernet carries */
-    memcpy(frame->bytes, to, 6);
-    memcpy(frame->bytes + 6, config->mac, 6);
-    put16(frame->bytes + 12, ETHERTYPE_ARP);
-    put_arp(frame->bytes + ETH_BYTES, ARP_REQUEST, config->mac, sender, no_mac, target);
+    frame->length = (uint8_t)(46 + l2); /* the least that Ethernet carries, when the tag is taken away too */
     core->stats.arp_requests_sent++;
     return true;
 }
@@ -334,7 +332,8 @@ unsigned nat_take(struct nat_core *core, struct nat_packet *out, unsigned max)
     return n;
 }
 
-static enum nat_verdict hold_for_neighbour(struct nat_core *core, struct nat_packet *packet, uint16_t at)
+static __attribute__((noinline)) enum nat_verdict hold_for_neighbour(struct nat_core *core,
+                                                                     struct nat_packet *packet, uint16_t at)
 {
     struct neighbour *n = &core->neighbours[at];
     if (n->held == HELD_PER_NEIGHBOUR || !hold(core, packet, &n->held_first, &n->held_last, NONE32, OUT))
@@ -474,15 +473,19 @@ uint16_t neighbour_inside(struct nat_core *core, uint32_t address, uint64_t mac,
     return by_mac != NONE16 ? by_mac : at;
 }
 
-enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, uint16_t at)
+enum nat_verdict neighbour_send(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint16_t at)
 {
     struct neighbour *n = &core->neighbours[at];
     n->used_ms = core->now_ms;
     packet->port = n->port;
     if (n->state == NAT_NB_INCOMPLETE)
         return hold_for_neighbour(core, packet, at);
-    memcpy(packet->data, n->mac, 6);
-    memcpy(packet->data + 6, core->config.ports[n->port].mac, 6);
+    const struct nat_port_config *config = &core->config.ports[n->port];
+    if (l2 != ETH_BYTES || config->vlan)
+        return send_tagged(packet, l2, n->mac, config);
+    uint8_t *frame = packet->data;
+    memcpy(frame, n->mac, 6);
+    memcpy(frame + 6, config->mac, 6);
     return NAT_FORWARD;
 }
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A packet's whole way, top to bottom. nat_burst takes the common shape (untagged IPv4 without options, whole
- * UDP or TCP, of a known session) through in batches, so that memory is asked for long before it is needed.
+ * A packet's whole way, top to bottom. nat_burst takes the common shape (IPv4 without options, whole UDP or
+ * TCP, of a known session) through in batches, so that memory is asked for long before it is needed.
  * Whatever differs in anything goes through `packet_alone`, which is the definition of what this NAT does.
  */
 #include "core.h"
@@ -116,7 +116,7 @@ translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigne
     patch_check(ip + 10, l3 + TTL_DELTA);
     if (s->flags & NAT_SESSION_PENDING)
         return hold_for_session(core, packet, at, direction);
-    return cut ? neighbour_send_any(core, packet, neighbour) : neighbour_send(core, packet, neighbour);
+    return cut ? neighbour_send_any(core, packet, neighbour) : neighbour_send(core, packet, l2, neighbour);
 }
 
 static enum nat_verdict translate_too_big(struct nat_core *core, struct nat_packet *packet, unsigned l2,
@@ -133,7 +133,7 @@ enum nat_verdict send_committed(struct nat_core *core, struct nat_packet *packet
                                 int direction)
 {
     uint16_t neighbour = core->sessions[session].neighbour[direction];
-    return neighbour == NONE16 ? inbound(core, packet, ETH_BYTES, true)
+    return neighbour == NONE16 ? inbound(core, packet, link_bytes(packet->data), true)
                                : neighbour_send_any(core, packet, neighbour);
 }
 
@@ -338,7 +338,16 @@ static enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *p
     const struct nat_port_config *port = &core->config.ports[packet->port];
     if (packet->segment < ETH_BYTES)
         return NAT_DROP_RUNT;
+    unsigned l2 = ETH_BYTES;
     uint16_t ethertype = get16(data + 12);
+    if (port->vlan) {
+        if (!has_tag(packet, port->vlan))
+            return NAT_DROP_VLAN;
+        l2 += VLAN_BYTES;
+        ethertype = get16(data + 16);
+    }
+    if (ethertype == ETHERTYPE_VLAN || ethertype == ETHERTYPE_SERVICE_VLAN)
+        return NAT_DROP_VLAN;
     if (data[0] & 1) {
         bool broadcast = raw32(data) == 0xffffffffu && raw16(data + 4) == 0xffffu;
         if (!broadcast || ethertype != ETHERTYPE_ARP)
@@ -348,13 +357,10 @@ static enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *p
     }
     if (data[6] & 1)
         return NAT_DROP_ADDRESS;
-    unsigned l2 = ETH_BYTES;
     if (ethertype == ETHERTYPE_ARP)
         return neighbour_arp(core, packet, l2);
     if (ethertype != ETHERTYPE_IPV4)
-        return ethertype == ETHERTYPE_VLAN   ? NAT_DROP_VLAN
-               : ethertype == ETHERTYPE_IPV6 ? NAT_DROP_IPV6
-                                             : NAT_DROP_ETHERTYPE;
+        return ethertype == ETHERTYPE_IPV6 ? NAT_DROP_IPV6 : NAT_DROP_ETHERTYPE;
 
     uint8_t *ip = data + l2;
     if (packet->segment < l2 + IP_BYTES)
@@ -405,28 +411,53 @@ struct batch {
     unsigned n;
     uint32_t common; /* bit per packet: of the common shape */
     uint32_t inside; /* bit per packet: from inside */
+    uint32_t tagged; /* bit per packet */
 };
 
 /* The common shape. What it does not look at (addresses) the session's existence vouches for. */
-static inline bool is_common(const struct nat_core *core, const struct nat_packet *packet)
+static inline __attribute__((always_inline)) bool is_common(const struct nat_port_config *port,
+                                                            const struct nat_packet *packet, unsigned l2)
 {
-    const uint8_t *data = packet->data, *ip = data + ETH_BYTES;
-    const struct nat_port_config *port = &core->config.ports[packet->port];
-    if (packet->segment < ETH_BYTES + IP_BYTES + UDP_BYTES || raw32(data) != raw32(port->mac) ||
-        raw16(data + 4) != raw16(port->mac + 4) || data[6] & 1 || raw16(data + 12) != net16(ETHERTYPE_IPV4) ||
+    const uint8_t *data = packet->data, *ip = data + l2;
+    if (packet->segment < l2 + IP_BYTES + UDP_BYTES || raw32(data) != raw32(port->mac) ||
+        raw16(data + 4) != raw16(port->mac + 4) || data[6] & 1 || raw16(ip - 2) != net16(ETHERTYPE_IPV4) ||
         ip[0] != 0x45)
         return false;
     uint32_t total = get16(ip + 2), bytes = total - IP_BYTES;
-    if (total < IP_BYTES + UDP_BYTES || total > packet->length - ETH_BYTES ||
-        get16(ip + 6) & (IP_MF | IP_OFFSET) || !sums_right(ip, IP_BYTES))
+    if (total < IP_BYTES + UDP_BYTES || total > packet->length - l2 || get16(ip + 6) & (IP_MF | IP_OFFSET) ||
+        !sums_right(ip, IP_BYTES))
         return false;
     const uint8_t *l4 = ip + IP_BYTES;
     if (ip[9] == PROTO_UDP)
         return get16(l4 + 4) >= UDP_BYTES && get16(l4 + 4) <= bytes;
-    if (ip[9] != PROTO_TCP || packet->segment < ETH_BYTES + IP_BYTES + TCP_BYTES || bytes < TCP_BYTES)
+    if (ip[9] != PROTO_TCP || packet->segment < l2 + IP_BYTES + TCP_BYTES || bytes < TCP_BYTES)
         return false;
     unsigned offset = (l4[12] >> 4) * 4u;
     return offset >= TCP_BYTES && offset <= bytes;
+}
+
+static inline __attribute__((always_inline)) void batch_add(struct batch *batch, unsigned i,
+                                                            const struct nat_port_config *port, unsigned l2)
+{
+    const struct nat_packet *packet = &batch->packets[i];
+    if (!is_common(port, packet, l2))
+        return;
+    const uint8_t *ip = packet->data + l2;
+    batch->common |= 1u << i;
+    batch->inside |= (uint32_t)(port->side == NAT_INTERNAL) << i;
+    batch->addrs[i] = raw64(ip + 12);
+    batch->ports[i] = raw32(ip + IP_BYTES);
+    batch->protocols[i] = ip[9];
+}
+
+/* Apart, as all that knows of tags: the way of untagged packets has one comparison for them. */
+static __attribute__((noinline)) void batch_add_tagged(struct batch *batch, unsigned i,
+                                                       const struct nat_port_config *port)
+{
+    if (!has_tag(&batch->packets[i], port->vlan))
+        return;
+    batch->tagged |= 1u << i;
+    batch_add(batch, i, port, ETH_BYTES + VLAN_BYTES);
 }
 
 /* Keys, hashes, and the first line of the index is on its way. */
@@ -434,19 +465,16 @@ static void batch_parse(struct nat_core *core, struct batch *batch, struct nat_p
 {
     batch->packets = packets;
     batch->n = n;
-    batch->common = batch->inside = 0;
+    batch->common = batch->inside = batch->tagged = 0;
     for (unsigned i = 0; i < n; i++) {
         const struct nat_packet *packet = &packets[i];
         core->stats.rx_packets[packet->port]++;
         core->stats.rx_bytes[packet->port] += packet->length;
-        if (!is_common(core, packet))
-            continue;
-        const uint8_t *ip = packet->data + ETH_BYTES;
-        batch->common |= 1u << i;
-        batch->inside |= (uint32_t)(core->config.ports[packet->port].side == NAT_INTERNAL) << i;
-        batch->addrs[i] = raw64(ip + 12);
-        batch->ports[i] = raw32(ip + IP_BYTES);
-        batch->protocols[i] = ip[9];
+        const struct nat_port_config *port = &core->config.ports[packet->port];
+        if (port->vlan)
+            batch_add_tagged(batch, i, port);
+        else
+            batch_add(batch, i, port, ETH_BYTES);
     }
     if (!batch->common)
         return;
@@ -490,7 +518,16 @@ static void batch_probe(struct nat_core *core, struct batch *batch)
     }
 }
 
-static inline enum nat_verdict batch_one(struct nat_core *core, struct batch *batch, unsigned i)
+static __attribute__((noinline)) enum nat_verdict
+translate_tagged(struct nat_core *core, struct nat_packet *packet, uint32_t at, int direction)
+{
+    if (direction == OUT)
+        return translate(core, packet, ETH_BYTES + VLAN_BYTES, IP_BYTES, at, OUT, false, false);
+    return translate(core, packet, ETH_BYTES + VLAN_BYTES, IP_BYTES, at, IN, false, false);
+}
+
+static inline __attribute__((always_inline)) enum nat_verdict
+batch_one(struct nat_core *core, struct batch *batch, unsigned i, bool tags)
 {
     struct nat_packet *packet = &batch->packets[i];
     uint32_t at = batch->session[i];
@@ -503,15 +540,18 @@ static inline enum nat_verdict batch_one(struct nat_core *core, struct batch *ba
     if (s->addrs[direction] != batch->addrs[i] || s->ports[direction] != batch->ports[i] ||
         s->protocol != batch->protocols[i])
         return packet_alone(core, packet);
+    if (tags && batch->tagged >> i & 1)
+        return translate_tagged(core, packet, at, direction);
     if (direction == OUT)
         return translate(core, packet, ETH_BYTES, IP_BYTES, at, OUT, false, false);
     return translate(core, packet, ETH_BYTES, IP_BYTES, at, IN, false, false);
 }
 
-static void batch_finish(struct nat_core *core, struct batch *batch)
+static inline __attribute__((always_inline)) void batch_each(struct nat_core *core, struct batch *batch,
+                                                             bool tags)
 {
     for (unsigned i = 0; i < batch->n; i++) {
-        enum nat_verdict verdict = batch_one(core, batch, i);
+        enum nat_verdict verdict = batch_one(core, batch, i, tags);
         struct nat_packet *packet = &batch->packets[i];
         packet->verdict = (uint8_t)verdict;
         core->stats.verdicts[verdict]++;
@@ -520,6 +560,19 @@ static void batch_finish(struct nat_core *core, struct batch *batch)
         else if (verdict == NAT_FRAGMENT)
             count_pieces(core, packet);
     }
+}
+
+static __attribute__((noinline)) void batch_finish_tagged(struct nat_core *core, struct batch *batch)
+{
+    batch_each(core, batch, true);
+}
+
+static __attribute__((noinline)) void batch_finish(struct nat_core *core, struct batch *batch)
+{
+    if (batch->tagged)
+        batch_finish_tagged(core, batch);
+    else
+        batch_each(core, batch, false);
 }
 
 void nat_burst(struct nat_core *core, struct nat_packet *packets, unsigned n, uint64_t now)

@@ -179,7 +179,7 @@ class Port:
     (``net_memif0,role=client``, ``0000:03:00.0``).  AF_XDP carries a kernel interface where it opens, AF_PACKET
     otherwise; ``driver`` (``af_xdp``, ``af_packet``) wants one of them.  ``mac`` overrides the device's own.  A kernel
     interface is prepared first and put back by ``close``: see kernel_interface.  ``addresses`` are those that
-    the NAT will answer for: the kernel must not have them.
+    the NAT will answer for: the kernel must not have them.  ``tagged``: VLAN tags must come within the frames.
 
     Raises DpdkError, or InterfaceError where the kernel interface cannot be used.
     """
@@ -196,8 +196,9 @@ class Port:
         state_dir: Path,
         force: bool = False,
         driver: str = "auto",
+        tagged: bool = False,
     ) -> None:
-        self.device, self.mtu = device, mtu
+        self.device, self.mtu, self.tagged = device, mtu, tagged
         self.not_af_xdp = ""  # why AF_PACKET carries the kernel interface
         self._interface: Interface | None = None
         self._port_id: int | None = None
@@ -256,9 +257,13 @@ class Port:
             raise DpdkError(f"{what}: the buffers for an MTU of {pool.mtu} are larger than AF_XDP takes")
         if pool.count < AF_XDP_BUFFERS:
             raise DpdkError(f"{what}: AF_XDP needs {AF_XDP_BUFFERS} packet buffers, not {pool.count}")
+        if self.tagged and interface.kind == "veth":
+            raise DpdkError(
+                f"{what}: AF_XDP does not see VLAN tags on a veth, which keeps them beside the frame"
+            )
         interface.before_af_xdp()
         self._open(f"net_af_xdp{index},iface={self.device}", pool, mac)
-        interface.for_af_xdp()
+        interface.for_af_xdp(tagged=self.tagged)
 
     def _open(self, devargs: str, pool: Mempool, mac: bytes | None, ring: Ring | None = None) -> None:
         what = f"device {self.device}"

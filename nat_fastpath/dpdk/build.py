@@ -81,7 +81,7 @@ ffibuilder.cdef(
     struct nat_api;
     struct nat_core;
     struct worker;
-    struct worker_port { uint16_t port_id; uint8_t fill_checksums; };
+    struct worker_port { uint16_t port_id; uint8_t fill_checksums; uint16_t vlan; };
     struct worker_config {
         const struct nat_api *api; struct nat_core *core; void *pool; int cpu; int adaptive; int wake_fd; unsigned n_ports;
         struct worker_port ports[...]; };

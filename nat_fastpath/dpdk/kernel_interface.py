@@ -36,6 +36,8 @@ MERGING = {
     "rx-gro-list": "rx-gro-list",
     "rx-udp-gro-forwarding": "rx-udp-gro-forwarding",
 }
+# takes the tag out of the frame: AF_XDP would never see it, and the driver for AF_PACKET puts it back
+TAG_STRIPPING = {"rx-vlan-offload": "rxvlan"}
 SYSCTLS = {"forwarding": "0", "arp_ignore": "8"}  # 8: do not reply for any address
 SIOCGIFFLAGS, IFF_RUNNING = 0x8913, 0x40
 UPPER_KINDS = {"vlan", "macvlan", "macvtap", "ipvlan", "macsec"}
@@ -80,12 +82,12 @@ def _start_time(pid: int) -> str | None:
         return None
 
 
-def _merging(name: str) -> dict[str, bool]:
-    """Which of the features that merge packets are on, of those that can be changed."""
+def _features(name: str, wanted: dict[str, str]) -> dict[str, bool]:
+    """Which of these features are on, of those that can be changed."""
     features = json.loads(_run("ethtool", "--json", "-k", name))[0]
     return {
         word: features[key]["active"]
-        for key, word in MERGING.items()
+        for key, word in wanted.items()
         if key in features and not features[key]["fixed"]
     }
 
@@ -184,7 +186,7 @@ class Interface:
             "promisc": "PROMISC" in link["flags"],
             "mtu": link["mtu"],
             "mac": link["address"],
-            "features": _merging(name),
+            "features": _features(name, MERGING | TAG_STRIPPING),
             "xdp": "xdp" in link,
             "channels": None,
             "sysctls": {key: _sysctl(name, key).read_text().strip() for key in SYSCTLS},
@@ -259,9 +261,9 @@ class Interface:
         _set_channels(self.name, dict.fromkeys(many, 1))
         self.changes += tuple(f"{kind} channels {n} -> 1" for kind, n in many.items())
 
-    def for_af_xdp(self) -> None:
-        """After AF_XDP attached its program, which turns GRO on."""
-        self._stop_merging()
+    def for_af_xdp(self, *, tagged: bool = False) -> None:
+        """After AF_XDP attached its program, which turns GRO on. ``tagged``: VLAN tags stay in the frames."""
+        self._turn_off(MERGING | TAG_STRIPPING if tagged else MERGING)
 
     def after_af_xdp(self) -> None:
         """Takes back what an AF_XDP that did not open has left."""
@@ -273,7 +275,7 @@ class Interface:
 
     def for_af_packet(self) -> None:
         [link] = _ip("link", "show", "dev", self.name)
-        if link.get("linkinfo", {}).get("info_kind") == "veth":
+        if self.kind == "veth":
             changes = list(self.changes)
             try:
                 attach_pass_program(link["ifindex"])
@@ -286,14 +288,20 @@ class Interface:
                     f"segmentation is off at the other end: ethtool -K {link.get('link', 'PEER')} tso off gso off"
                 )
             self.changes = tuple(changes)
-        self._stop_merging()
+        self._turn_off(MERGING)
 
-    def _stop_merging(self) -> None:
+    def _turn_off(self, wanted: dict[str, str]) -> None:
         """After the XDP program: attaching one turns GRO on."""
-        if merging := [key for key, on in _merging(self.name).items() if on]:
-            _set_features(self.name, dict.fromkeys(merging, False))
-        if merging := [key for key in merging if self._before["features"].get(key)]:
-            self.changes += (f"{', '.join(merging)} off",)
+        if features := [key for key, on in _features(self.name, wanted).items() if on]:
+            _set_features(self.name, dict.fromkeys(features, False))
+        if features := [key for key in features if self._before["features"].get(key)]:
+            self.changes += (f"{', '.join(features)} off",)
+
+    @property
+    def kind(self) -> str:
+        """The kernel's word for a virtual interface (``veth``), empty for hardware."""
+        [link] = _ip("link", "show", "dev", self.name)
+        return str(link.get("linkinfo", {}).get("info_kind", ""))
 
     def restore(self) -> None:
         """Puts everything back and forgets the journal. May be called twice."""
@@ -383,7 +391,7 @@ def _put_back(before: dict[str, Any]) -> bool:
     [link] = _ip("link", "show", "dev", name)
     for key, value in before["sysctls"].items():
         _sysctl(name, key).write_text(value)
-    active = _merging(name)
+    active = _features(name, MERGING | TAG_STRIPPING)
     _set_features(name, {key: on for key, on in before["features"].items() if active.get(key) != on})
     if link["mtu"] != before["mtu"]:
         _run("ip", "link", "set", "dev", name, "mtu", str(before["mtu"]))

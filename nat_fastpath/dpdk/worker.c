@@ -36,6 +36,8 @@ struct worker {
     struct worker_config config;
     pthread_t thread;
     atomic_bool stop;
+    uint8_t device[NAT_MAX_PORTS]; /* the first port on the same device: that one is polled */
+    bool shared[NAT_MAX_PORTS];    /* there are others */
     struct tx_queue tx[NAT_MAX_PORTS];
     struct worker_stats stats;
 };
@@ -53,6 +55,24 @@ static void add(uint64_t *counter, uint64_t n)
     __atomic_store_n(counter, __atomic_load_n(counter, __ATOMIC_RELAXED) + n, __ATOMIC_RELAXED);
 }
 
+static bool is_tagged(const struct rte_mbuf *m)
+{
+    return rte_pktmbuf_data_len(m) >= RTE_ETHER_HDR_LEN + sizeof(struct rte_vlan_hdr) &&
+           rte_pktmbuf_mtod(m, const struct rte_ether_hdr *)->ether_type == RTE_BE16(RTE_ETHER_TYPE_VLAN);
+}
+
+/* Which of the ports on this device a frame is for: its tag says so. One that none of them carries goes to
+ * the first, where the core drops and counts it. */
+static unsigned port_of(const struct worker *w, unsigned device, const struct rte_mbuf *m)
+{
+    const struct rte_vlan_hdr *tag = rte_pktmbuf_mtod_offset(m, const void *, RTE_ETHER_HDR_LEN);
+    const unsigned vlan = is_tagged(m) ? rte_be_to_cpu_16(tag->vlan_tci) & RTE_VLAN_ID_MASK : 0;
+    for (unsigned port = device; port < w->config.n_ports; port++)
+        if (w->device[port] == device && w->config.ports[port].vlan == vlan)
+            return port;
+    return device;
+}
+
 /* A packet from a local sender has only the sum of the pseudo-header in its checksum field: the rest is left
  * to hardware, which a veth has not. A finished checksum that happens to look the same stays what it is, for
  * then the sum gives the same value again. */
@@ -60,11 +80,12 @@ static bool fill_checksum(struct rte_mbuf *m)
 {
     uint8_t *data = rte_pktmbuf_mtod(m, uint8_t *);
     const unsigned length = rte_pktmbuf_data_len(m);
-    const struct rte_ipv4_hdr *ip = (const void *)(data + RTE_ETHER_HDR_LEN);
+    const unsigned l2 = is_tagged(m) ? RTE_ETHER_HDR_LEN + sizeof(struct rte_vlan_hdr) : RTE_ETHER_HDR_LEN;
+    const struct rte_ipv4_hdr *ip = (const void *)(data + l2);
     unsigned field;
 
-    if (m->nb_segs != 1 || length < RTE_ETHER_HDR_LEN + sizeof *ip || ip->version != 4 ||
-        ((struct rte_ether_hdr *)data)->ether_type != RTE_BE16(RTE_ETHER_TYPE_IPV4))
+    if (m->nb_segs != 1 || length < l2 + sizeof *ip || ip->version != 4 ||
+        *(const unaligned_uint16_t *)(data + l2 - sizeof(uint16_t)) != RTE_BE16(RTE_ETHER_TYPE_IPV4))
         return false;
     if (ip->next_proto_id == IPPROTO_TCP)
         field = offsetof(struct rte_tcp_hdr, cksum);
@@ -74,11 +95,10 @@ static bool fill_checksum(struct rte_mbuf *m)
         return false;
     /* nothing is subtracted before it is known to be the smaller one: the core has checked nothing yet */
     const unsigned header = rte_ipv4_hdr_len(ip), total = rte_be_to_cpu_16(ip->total_length);
-    if (header < sizeof *ip || total < header + field + sizeof(uint16_t) ||
-        RTE_ETHER_HDR_LEN + total > length ||
+    if (header < sizeof *ip || total < header + field + sizeof(uint16_t) || l2 + total > length ||
         (ip->fragment_offset & RTE_BE16(RTE_IPV4_HDR_MF_FLAG | RTE_IPV4_HDR_OFFSET_MASK)))
         return false;
-    const unsigned l4 = RTE_ETHER_HDR_LEN + header, l4_length = total - header;
+    const unsigned l4 = l2 + header, l4_length = total - header;
     uint16_t cksum;
     memcpy(&cksum, data + l4 + field, sizeof cksum);
     if (cksum != rte_ipv4_phdr_cksum(ip, 0))
@@ -143,6 +163,11 @@ static void dispatch(struct worker *w, const struct nat_packet *packets, unsigne
 
         if (p->verdict == NAT_HELD)
             continue;
+        const int moved = (int)(p->data - rte_pktmbuf_mtod(m, uint8_t *)); /* a VLAN tag came or went */
+        if (moved < 0)
+            rte_pktmbuf_prepend(m, (uint16_t)-moved);
+        else if (moved > 0)
+            rte_pktmbuf_adj(m, (uint16_t)moved);
         if (p->verdict > NAT_REPLY) {
             if (p->verdict == NAT_FRAGMENT)
                 send_pieces(w, p);
@@ -179,6 +204,8 @@ static bool receive(struct worker *w, unsigned port, uint64_t now)
     const struct worker_port *in = &w->config.ports[port];
     struct rte_mbuf *mbufs[NAT_BURST];
     struct nat_packet packets[NAT_BURST];
+    if (w->device[port] != port)
+        return false; /* it is polled already */
     const unsigned n = rte_eth_rx_burst(in->port_id, 0, mbufs, NAT_BURST);
 
     if (n == 0)
@@ -194,8 +221,9 @@ static bool receive(struct worker *w, unsigned port, uint64_t now)
             .data = rte_pktmbuf_mtod(m, uint8_t *),
             .length = rte_pktmbuf_pkt_len(m),
             .segment = rte_pktmbuf_data_len(m),
-            .capacity = rte_pktmbuf_data_len(m) + (m->nb_segs == 1 ? rte_pktmbuf_tailroom(m) : 0),
-            .port = (uint8_t)port,
+            .capacity = (uint16_t)(rte_pktmbuf_data_len(m) + (m->nb_segs == 1 ? rte_pktmbuf_tailroom(m) : 0)),
+            .headroom = rte_pktmbuf_headroom(m),
+            .port = (uint8_t)(w->shared[port] ? port_of(w, port, m) : port),
             .cookie = m,
         };
     }
@@ -301,6 +329,11 @@ struct worker *worker_start(const struct worker_config *config, char *error, siz
         return NULL;
     }
     w->config = *config;
+    for (unsigned port = 0; port < config->n_ports; port++) {
+        while (config->ports[w->device[port]].port_id != config->ports[port].port_id)
+            w->device[port]++;
+        w->shared[w->device[port]] |= w->device[port] != port;
+    }
 
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);

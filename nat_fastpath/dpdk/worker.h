@@ -14,6 +14,7 @@
 struct worker_port {
     uint16_t port_id;
     uint8_t fill_checksums; /* a kernel interface may leave checksums to hardware that is not there */
+    uint16_t vlan;          /* of the core's port: tells apart those that share a device; 0: untagged */
 };
 
 struct worker_config {

@@ -15,6 +15,8 @@ IDLE_MODES = ("adaptive", "busy")
 class Worker:
     """Runs ``core`` on ``ports``, whose order is that of the core's ports, in a thread of its own.
 
+    One device may be several of them, with a VLAN each.
+
     ``idle`` is ``busy`` (polls all the time, the least latency) or ``adaptive`` (sleeps when there is nothing
     to do, never longer than ``idle_bound_us``). ``wake_fd`` is an eventfd that is written when events come while their
     reader sleeps (``Core.events_sleep``). While it runs the core belongs to it.
@@ -60,6 +62,7 @@ class Worker:
         for i, port in enumerate(self._ports):
             config.ports[i].port_id = port.port_id
             config.ports[i].fill_checksums = port.fill_checksums
+            config.ports[i].vlan = self._core.config.ports[i].vlan
         error = ffi.new("char[256]")
         self._core.attach()
         self._worker = lib.worker_start(config, error, len(error))

@@ -100,6 +100,20 @@ def test_routed_example() -> None:
     assert warning.startswith("nat.pool.addresses: 198.51.100.16 is not on the external subnet")
 
 
+def test_vlans_and_one_device_for_both_ports() -> None:
+    document = changed(f"{INTERNAL}.vlan", 10)
+    document["ports"]["external"] |= {"vlan": 20, "device": document["ports"]["internal"]["device"]}
+    assert [port.vlan for port in c.to_core(c.parse(document), MACS).ports] == [10, 20]
+    del document["ports"]["internal"]["vlan"]
+    assert [port.vlan for port in c.to_core(c.parse(document), MACS).ports] == [0, 20]
+    document["ports"]["internal"]["vlan"] = 20
+    assert "different VLANs" in problems(document)["ports.external.device"]
+    document["ports"]["internal"] |= {"vlan": 10, "mac": M1, "driver": "af_packet"}
+    found = problems(document)
+    assert set(found) == {"ports.external.mac", "ports.external.driver"}
+    assert all("the internal port has another one" in message for message in found.values())
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_an_example_makes_a_core(path: Path) -> None:
     document = yaml.safe_load(path.read_text())
@@ -206,6 +220,10 @@ SHAPE = [
     (f"{INTERNAL}.mtu", 575, f"{INTERNAL}.mtu", "576"),
     (f"{INTERNAL}.mtu", 9001, f"{INTERNAL}.mtu", "9000"),
     (f"{INTERNAL}.mtu", "1500", f"{INTERNAL}.mtu", "'1500' is no whole number"),
+    *(
+        (f"{INTERNAL}.vlan", no, f"{INTERNAL}.vlan", "whole number from 1 to 4094")
+        for no in (0, 4095, "7", True)
+    ),
     (f"{INTERNAL}.mac", "02:00:00:00:00", f"{INTERNAL}.mac", "a MAC, such as"),
     (f"{INTERNAL}.mac", "01:00:00:00:00:00", f"{INTERNAL}.mac", "no unicast MAC"),
     (f"{INTERNAL}.routes", {}, f"{INTERNAL}.routes", "no list"),
@@ -439,6 +457,8 @@ def test_schema_refuses_what_the_parser_refuses(path: str, value: object, where:
         ("instance", "x" * 64),
         (f"{INTERNAL}.mtu", 576),
         (f"{INTERNAL}.mtu", 9000),
+        (f"{INTERNAL}.vlan", 1),
+        (f"{INTERNAL}.vlan", 4094),
         (f"{INTERNAL}.device", "net_pcap0,rx_pcap=a b.pcap"),
         (f"{INTERNAL}.gateway", "10.0.0.254"),
         (f"{INTERNAL}.routes", [{**ROUTE, "mac": M1}]),
