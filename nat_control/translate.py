@@ -2,7 +2,8 @@
 """`tandem-nat translate`: a capture through the very core that carries live traffic.
 
 Time is the capture's own. A packet comes from inside if its source address does (internal subnets and what
-is behind the internal routes); frames of other protocols follow the MACs seen so far. Nothing waits for ARP:
+is behind the internal routes); frames of other protocols follow the MACs seen so far. Where the sides have
+different VLANs, a frame's tag says its side. Nothing waits for ARP:
 next hops that the configuration gives no MAC are made up, and every frame is taken as addressed to us, so
 that captures made elsewhere can be used. The file format is that of libpcap (draft-ietf-opsawg-pcap).
 """
@@ -36,7 +37,7 @@ FRAME_BYTES = 262144  # libpcap's own limit
 OUT_MAGIC, OUT_SNAPLEN = 0xA1B23C4D, 262144
 SETTLE_NS = 1_000_000_000  # of the capture's time between two sweeps for aged sessions
 SECOND = 1_000_000_000
-ARP, IPV4 = b"\x08\x06", b"\x08\x00"
+ARP, IPV4, VLAN = b"\x08\x06", b"\x08\x00", b"\x81\x00"
 
 
 class CaptureError(Exception):
@@ -153,6 +154,13 @@ class PcapWriter:
 # -- which side a frame comes from ------------------------------------------------------------------------
 
 
+def _vlan_and_offset(frame: bytes) -> tuple[int, int]:
+    """Its VLAN (0: untagged), and where its ethertype stands."""
+    if frame[12:14] != VLAN:
+        return 0, 12
+    return int.from_bytes(frame[14:16], "big") & 0xFFF, 16
+
+
 class _Sides:
     """Tells the port of a frame; remembers MACs for frames whose addresses do not say."""
 
@@ -162,6 +170,8 @@ class _Sides:
         self._inside: list[tuple[int, int]] = []
         self._configured: dict[bytes, int] = {}
         self._learned: dict[bytes, int] = {}
+        vlans = {port.vlan: i for i, port in enumerate(config.ports)}
+        self._by_vlan = vlans if len(vlans) == len(config.ports) else {}
         for i, port in enumerate(config.ports):
             if port.side == "internal":
                 prefixes = [port.address.network, *(route.prefix for route in port.routes)]
@@ -171,10 +181,13 @@ class _Sides:
             self._configured |= {mac: i for mac in macs if mac}
 
     def port(self, frame: bytes) -> int:
+        vlan, at = _vlan_and_offset(frame)
+        if vlan in self._by_vlan:
+            return self._by_vlan[vlan]
         mac = frame[6:12]
         if mac in self._configured:
             return self._configured[mac]
-        offset = {IPV4: 26, ARP: 28}.get(frame[12:14], len(frame))
+        offset = at + {IPV4: 14, ARP: 16}.get(frame[at : at + 2], len(frame))
         address = int.from_bytes(frame[offset : offset + 4], "big")
         if not address:  # not IPv4, or a host that has no address yet
             return self._learned.get(mac, self._internal)
@@ -226,8 +239,9 @@ def _survey(capture: Capture) -> tuple[int, set[int]]:
     addresses: set[int] = set()
     for packet in capture:
         packets += 1
-        if packet.frame[12:14] == IPV4 and len(packet.frame) >= 34:
-            addresses.update(struct.unpack_from("!II", packet.frame, 26))
+        _, at = _vlan_and_offset(packet.frame)
+        if packet.frame[at : at + 2] == IPV4 and len(packet.frame) >= at + 22:
+            addresses.update(struct.unpack_from("!II", packet.frame, at + 14))
     return packets, addresses
 
 

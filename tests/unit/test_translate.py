@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from scapy.layers.inet import IP, TCP, UDP
-from scapy.layers.l2 import Ether
+from scapy.layers.l2 import Dot1Q, Ether
 from scapy.utils import PcapNgWriter, rdpcap
 
 from nat_control.config import Config, parse
@@ -19,7 +19,7 @@ POOL = {f"198.51.100.{last}" for last in range(10, 14)}
 BASE = 1_700_000_000
 
 
-def config(**internal: object) -> Config:
+def config(external: dict[str, object] | None = None, **internal: object) -> Config:
     return parse(
         {
             "instance": "capture",
@@ -30,6 +30,7 @@ def config(**internal: object) -> Config:
                     "address": "198.51.100.1/24",
                     "gateway": "198.51.100.254",
                     "gateway_mac": packets.GATEWAY_MAC,
+                    **(external or {}),
                 },
             },
             "nat": {"pool": {"addresses": ["198.51.100.10-198.51.100.13"], "ports": "1024-65535"}},
@@ -96,6 +97,26 @@ def test_a_reply_finds_its_way_back(tmp_path: Path) -> None:
     back = rdpcap(str(second))[1]
     assert (back[IP].dst, back[UDP].dport) == (packets.CLIENT, 5001)
     assert back[Ether].dst == packets.host_mac(packets.CLIENT)
+
+
+@pytest.mark.parametrize("vlans", [(10, 20), (10, 0), (0, 20), (10, 10)])
+def test_vlans(tmp_path: Path, vlans: tuple[int, int]) -> None:
+    """A frame's tag says its side, and its packet leaves with the other side's; another tag is counted."""
+    inside, outside = vlans
+    sides = config({"vlan": outside} if outside else {}, **({"vlan": inside} if inside else {}))
+    out = tmp_path / "out.pcap"
+    sent = (0.0, packets.retagged(outbound(), inside))
+    translate(write(tmp_path / "in.pcap", [sent]), out, sides)
+    (left,) = rdpcap(str(out))
+    assert (Dot1Q in left and left[Dot1Q].vlan) == (outside or False)
+    back = packets.udp(packets.SERVER, 53, left[IP].src, left[UDP].sport)
+    answer = packets.retagged(packets.frame(back, packets.OUTSIDE, "02:00:00:00:09:09"), outside)
+    wrong = packets.retagged(outbound(), 99)
+    summary = translate(write(tmp_path / "in.pcap", [sent, (1.0, answer), (2.0, wrong)]), out, sides)
+    assert summary["verdicts"] == {"forward": 2, "drop_vlan": 1}
+    arrived = rdpcap(str(out))[1]
+    assert (Dot1Q in arrived and arrived[Dot1Q].vlan) == (inside or False)
+    assert (arrived[IP].dst, arrived[UDP].dport) == (packets.CLIENT, 5001)
 
 
 def test_frames_to_any_mac_are_taken_as_ours(tmp_path: Path) -> None:
