@@ -31,6 +31,20 @@ static const uint8_t peer_mac[2][6] = {{2, 0, 0xa, 0, 0, 5}, {2, 0, 0, 0, 1, 0xf
 #define POOL_LAST (OUTSIDE_NET + 11)
 #define PORT_FIRST 2000u
 #define PORTS 32u
+#define HEADROOM 4u
+
+/* The tag of each port, 0: none; of the core of this run. */
+static uint16_t port_vlan[2];
+
+static inline uint32_t link_of(uint8_t port)
+{
+    return port_vlan[port] ? ETH_BYTES + VLAN_BYTES : ETH_BYTES;
+}
+/* Bytes before the IP header, whatever port it is for. */
+static inline uint32_t link_bytes(const uint8_t *data, uint32_t length)
+{
+    return length >= ETH_BYTES && get16(data + 12) == ETHERTYPE_VLAN ? ETH_BYTES + VLAN_BYTES : ETH_BYTES;
+}
 
 static inline bool in_pool(uint32_t address)
 {
@@ -90,6 +104,8 @@ static inline struct nat_core *make_core(uint8_t shape, uint8_t limits)
     };
     memcpy(c.ports[0].mac, port_mac[0], 6);
     memcpy(c.ports[1].mac, port_mac[1], 6);
+    c.ports[0].vlan = port_vlan[0] = shape & 128 ? 10 : 0;
+    c.ports[1].vlan = port_vlan[1] = limits & 128 ? (shape & 32 ? 10 : 20) : 0;
     char error[256];
     struct nat_core *core = nat_create(&c, error, sizeof error);
     REQUIRE(core, error);
@@ -119,9 +135,9 @@ static inline bool transport_right(const uint8_t *ip, uint32_t bytes)
     return transport_sum(ip, header, bytes) == 0xffff;
 }
 
-/* What a frame was before it went in; kept in its buffer, behind what the core may write. */
+/* What a frame was before it went in. */
 struct sent {
-    uint16_t check; /* of UDP, 0 meaning none */
+    uint8_t *buffer; /* data may have moved in it */
     bool was_right, was_udp_unsummed;
 };
 
@@ -130,45 +146,47 @@ static inline bool is_fragment(const uint8_t *ip)
     return get16(ip + 6) & (IP_MF | IP_OFFSET);
 }
 
-static inline struct sent inspect(const uint8_t *data, uint32_t length)
+static inline void inspect(const uint8_t *data, uint32_t length, struct sent *sent)
 {
-    struct sent sent = {0};
-    const uint8_t *ip = data + ETH_BYTES;
-    if (length < ETH_BYTES + IP_BYTES || get16(data + 12) != ETHERTYPE_IPV4 || ip[0] >> 4 != 4)
-        return sent;
+    sent->was_right = sent->was_udp_unsummed = false;
+    uint32_t l2 = link_bytes(data, length);
+    const uint8_t *ip = data + l2;
+    if (length < l2 + IP_BYTES || get16(ip - 2) != ETHERTYPE_IPV4 || ip[0] >> 4 != 4)
+        return;
     uint32_t header = (ip[0] & 15u) * 4, total = get16(ip + 2);
-    if (header < IP_BYTES || total > length - ETH_BYTES || total < header + 8 || is_fragment(ip))
-        return sent;
+    if (header < IP_BYTES || total > length - l2 || total < header + 8 || is_fragment(ip))
+        return;
     uint32_t least = ip[9] == PROTO_TCP ? TCP_BYTES : 8;
     if (total < header + least || (ip[9] == PROTO_UDP && get16(ip + header + 4) > total - header))
-        return sent;
-    sent.was_right = transport_right(ip, total);
-    sent.was_udp_unsummed = ip[9] == PROTO_UDP && !raw16(ip + header + 6);
-    return sent;
+        return;
+    sent->was_right = transport_right(ip, total);
+    sent->was_udp_unsummed = ip[9] == PROTO_UDP && !raw16(ip + header + 6);
 }
 
 /* The pieces of a packet that is cut: each fits, and together they are the packet. */
 static inline void check_pieces(const struct nat_packet *p)
 {
-    const uint8_t *whole = p->data + ETH_BYTES;
-    uint32_t at = ETH_BYTES + (whole[0] & 15u) * 4;
+    const uint32_t l2 = link_of(p->port);
+    const uint8_t *whole = p->data + l2;
+    uint32_t at = l2 + (whole[0] & 15u) * 4;
     struct nat_piece piece = {0};
     while (nat_cut(p->data, p->mtu, &piece)) {
-        const uint8_t *ip = piece.header + ETH_BYTES;
+        const uint8_t *ip = piece.header + l2;
         uint32_t header = (ip[0] & 15u) * 4, first = (get16(whole + 6) & IP_OFFSET) * 8;
-        bool last = piece.at + piece.bytes == ETH_BYTES + get16(whole + 2);
+        bool last = piece.at + piece.bytes == l2 + get16(whole + 2);
+        REQUIRE(!memcmp(piece.header, p->data, l2), "a piece has the link header of the packet");
         REQUIRE(piece.at == at && piece.bytes, "pieces follow each other");
-        REQUIRE(piece.header_bytes == ETH_BYTES + header && get16(ip + 2) == header + piece.bytes,
+        REQUIRE(piece.header_bytes == l2 + header && get16(ip + 2) == header + piece.bytes,
                 "a piece is as long as it says");
         REQUIRE(get16(ip + 2) <= p->mtu && sums_right(ip, header), "a piece fits, and its header is right");
-        REQUIRE((get16(ip + 6) & IP_OFFSET) * 8 == first + at - ETH_BYTES - (whole[0] & 15u) * 4,
+        REQUIRE((get16(ip + 6) & IP_OFFSET) * 8 == first + at - l2 - (whole[0] & 15u) * 4,
                 "a piece knows its place");
         REQUIRE(last ? !((get16(ip + 6) ^ get16(whole + 6)) & IP_MF)
                      : get16(ip + 6) & IP_MF && piece.bytes % 8 == 0,
                 "only the last piece ends the datagram");
         at += piece.bytes;
     }
-    REQUIRE(at == ETH_BYTES + get16(whole + 2), "the pieces are the packet");
+    REQUIRE(at == l2 + get16(whole + 2), "the pieces are the packet");
 }
 
 static inline void check_result(const struct nat_packet *p, const struct sent *sent)
@@ -177,11 +195,16 @@ static inline void check_result(const struct nat_packet *p, const struct sent *s
         return;
     if (p->verdict == NAT_FRAGMENT)
         check_pieces(p);
-    const uint8_t *ip = p->data + ETH_BYTES;
     REQUIRE(p->port < 2 && p->length <= p->capacity, "an answer lies within its buffer");
     REQUIRE(!memcmp(p->data + 6, port_mac[p->port], 6), "the source MAC is that of the port");
-    if (get16(p->data + 12) == ETHERTYPE_ARP)
+    const uint32_t l2 = link_bytes(p->data, p->length);
+    const uint8_t *ip = p->data + l2;
+    REQUIRE(l2 == link_of(p->port), "what leaves has a tag where its port has one, and no other");
+    REQUIRE(l2 == ETH_BYTES || (get16(p->data + 14) & VLAN_ID) == port_vlan[p->port],
+            "the tag is that of its port");
+    if (get16(ip - 2) == ETHERTYPE_ARP)
         return;
+    REQUIRE(get16(ip - 2) == ETHERTYPE_IPV4, "nothing but ARP and IPv4 leaves");
     uint32_t header = (ip[0] & 15u) * 4, total = get16(ip + 2);
     REQUIRE(sums_right(ip, header), "the IP checksum is right");
     uint32_t source = get32(ip + 12), destination = get32(ip + 16);
@@ -212,24 +235,29 @@ static inline void check_result(const struct nat_packet *p, const struct sent *s
 static inline struct nat_packet make_packet(uint8_t port, const uint8_t *bytes, uint32_t length, bool room)
 {
     uint32_t capacity = room && length < ANSWER_ROOM ? ANSWER_ROOM : length;
-    uint8_t *data = malloc(capacity ? capacity : 1);
+    uint16_t headroom = room ? HEADROOM : 0;
     struct sent *sent = malloc(sizeof *sent);
-    if (!data || !sent)
+    if (!sent)
         abort();
+    sent->buffer = malloc(headroom + capacity ? headroom + capacity : 1);
+    if (!sent->buffer)
+        abort();
+    uint8_t *data = sent->buffer + headroom;
     if (length)
         memcpy(data, bytes, length);
-    *sent = inspect(data, length);
+    inspect(data, length, sent);
     return (struct nat_packet){.data = data,
                                .length = length,
                                .segment = length,
-                               .capacity = capacity,
+                               .capacity = (uint16_t)capacity,
+                               .headroom = headroom,
                                .port = port,
                                .cookie = sent};
 }
 
 static inline void free_packet(const struct nat_packet *p)
 {
-    free(p->data);
+    free(((struct sent *)p->cookie)->buffer);
     free(p->cookie);
 }
 

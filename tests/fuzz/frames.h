@@ -98,8 +98,8 @@ static inline uint32_t make_fragment(uint8_t which, uint8_t *frame, uint32_t len
     return ETH_BYTES + IP_BYTES + bytes;
 }
 
-/* A frame that reaches `port`; returns its length. */
-static inline uint32_t make_frame(uint8_t kind, uint8_t port, const uint8_t *n, uint8_t *frame)
+/* An untagged frame that reaches `port`; returns its length. */
+static inline uint32_t make_untagged(uint8_t kind, uint8_t port, const uint8_t *n, uint8_t *frame)
 {
     memcpy(frame, port_mac[port], 6);
     memcpy(frame + 6, peer_mac[port], 6);
@@ -130,6 +130,21 @@ static inline uint32_t make_frame(uint8_t kind, uint8_t port, const uint8_t *n, 
     put_raw16(icmp + 2, checksum(icmp, ICMP_BYTES + quoted));
     uint32_t from = port ? far_address(n[4]) : near_address(0, n[4]);
     return ETH_BYTES + put_ip(ip, PROTO_ICMP, from, to, 60, (uint16_t)(ICMP_BYTES + quoted));
+}
+
+/* The same with the tag that its port has; `priority` has four bits. */
+static inline uint32_t put_tag(uint8_t port, uint8_t priority, uint8_t *frame, uint32_t length)
+{
+    if (!port_vlan[port])
+        return length;
+    memmove(frame + ETH_BYTES + VLAN_BYTES - 2, frame + ETH_BYTES - 2, length - ETH_BYTES + 2);
+    put16(frame + 12, ETHERTYPE_VLAN);
+    put16(frame + 14, (uint16_t)(priority << 12 | port_vlan[port]));
+    return length + VLAN_BYTES;
+}
+static inline uint32_t make_frame(uint8_t kind, uint8_t port, const uint8_t *n, uint8_t *frame)
+{
+    return put_tag(port, n[6] & 15, frame, make_untagged(kind, port, n, frame));
 }
 
 #endif

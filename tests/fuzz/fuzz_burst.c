@@ -79,8 +79,13 @@ static void step(struct story *s)
         send_burst(s);
         check_take(s->core, &s->final);
         uint8_t bytes[NAT_OUTBOX_BYTES], port;
-        while (nat_outbox(s->core, bytes, &port))
-            REQUIRE(port < 2 && get16(bytes + 12) == ETHERTYPE_ARP, "only ARP of our own");
+        while (nat_outbox(s->core, bytes, &port)) {
+            const uint8_t *type = bytes + link_of(port) - 2;
+            REQUIRE(port < 2 && get16(type) == ETHERTYPE_ARP, "only ARP of our own");
+            REQUIRE(!port_vlan[port] ||
+                        (get16(bytes + 12) == ETHERTYPE_VLAN && get16(bytes + 14) == port_vlan[port]),
+                    "ARP of our own has the tag of its port");
+        }
         break;
     }
     case 4:
@@ -111,9 +116,10 @@ static void step(struct story *s)
         for (unsigned i = 0; i < sizeof numbers; i++)
             numbers[i] = next(s);
         uint8_t port = op >> 4 & 1;
-        uint32_t length = make_frame((op & 15) % FRAME_KINDS, port, numbers, frame);
+        uint32_t length = make_untagged((op & 15) % FRAME_KINDS, port, numbers, frame);
         if (numbers[7] & 0x80)
             length = make_fragment(numbers[7] >> 1, frame, length);
+        length = put_tag(port, numbers[6] & 15, frame, length);
         if (op & 32)
             frame[next(s) % length] = next(s);
         if (op & 64)

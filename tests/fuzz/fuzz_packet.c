@@ -8,7 +8,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
 {
     if (size < 2 || size > 2048)
         return 0;
-    struct nat_core *core = make_core((uint8_t)((input[0] & ~8u) | 32), 0); /* nothing waits */
+    struct nat_core *core = make_core((uint8_t)((input[0] & ~8u) | 32), input[1] & 128); /* nothing waits */
     uint64_t now = 1000000000, final = 0;
     for (uint8_t kind = 0; kind < 3; kind++) {
         uint8_t frame[MAX_FRAME];
