@@ -168,7 +168,12 @@ def other_header(state: str) -> dict[str, str]:
 
 
 def borrow(
-    device: str, state: str, force: bool = False, seconds: float = 0, address: str = ""
+    device: str,
+    state: str,
+    force: bool = False,
+    seconds: float = 0,
+    address: str = "",
+    tagged: bool = False,
 ) -> dict[str, Any]:
     """Takes a kernel interface and keeps it until the end, or tells why not."""
     from ipaddress import IPv4Address
@@ -184,7 +189,10 @@ def borrow(
             state_dir=Path(state),
             force=force,
         )
-        interface.for_af_packet()
+        if tagged:
+            interface.for_af_xdp(tagged=True)
+        else:
+            interface.for_af_packet()
     except InterfaceError as error:
         return {"error": str(error)}
     print("borrowed", flush=True)

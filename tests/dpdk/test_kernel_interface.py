@@ -68,6 +68,24 @@ def test_put_back_at_the_end(host: Host, gro: str, up: str) -> None:
     assert list(Path(host.state, "interfaces").iterdir()) == []
 
 
+@pytest.mark.parametrize("rxvlan", ["on", "off"])
+def test_tags_stay_in_the_frames_where_they_are_needed(host: Host, rxvlan: str) -> None:
+    host.here.run("ethtool", "-K", "port", "rxvlan", rxvlan)
+    before = host.look()
+    taken = [change.split(" off")[0].split(", ") for change in host.borrow()["changes"] if " off" in change]
+    assert not any("rxvlan" in features for features in taken), "AF_PACKET's driver puts them back"
+    assert host.look() == before
+    arguments = ["port", host.state, False, 60, "", True]
+    victim = host.here.start(sys.executable, "-m", process.__name__, "borrow", json.dumps(arguments)).ready(
+        "borrowed"
+    )
+    assert "rx-vlan-offload: off" in host.look()["features"]
+    victim.popen.kill()
+    victim.popen.wait()
+    host.run(process.put_back, host.state)
+    assert host.look() == before
+
+
 def test_repaired_after_a_kill(host: Host) -> None:
     host.here.run("ethtool", "-K", "port", "gro", "on")
     before = host.look()

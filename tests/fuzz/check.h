@@ -105,7 +105,7 @@ static inline struct nat_core *make_core(uint8_t shape, uint8_t limits)
     memcpy(c.ports[0].mac, port_mac[0], 6);
     memcpy(c.ports[1].mac, port_mac[1], 6);
     c.ports[0].vlan = port_vlan[0] = shape & 128 ? 10 : 0;
-    c.ports[1].vlan = port_vlan[1] = limits & 128 ? (shape & 32 ? 10 : 20) : 0;
+    c.ports[1].vlan = port_vlan[1] = limits & 128 ? (shape & 16 ? 10 : 20) : 0;
     char error[256];
     struct nat_core *core = nat_create(&c, error, sizeof error);
     REQUIRE(core, error);

@@ -6,6 +6,7 @@ Formats: see LLVMFuzzerTestOneInput in fuzz_packet.c and fuzz_burst.c.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -26,10 +27,15 @@ def write(folder: Path) -> int:
     """Writes one seed of fuzz_burst for each case, and one of fuzz_packet for each frame; returns how many."""
     n = 0
     for capture in sorted(GOLDEN.glob("*/in.pcap")):
-        story = bytearray((0, 0))
+        # the cases with VLANs have those of check.h
+        vlans = json.loads((capture.parent / "config.json").read_text()).get("vlans", (0, 0))
+        modes = bytes(128 if vlan else 0 for vlan in vlans)
+        story = bytearray(modes)
         for port, data in frames(capture):
             n += 1
-            (folder / "fuzz_packet" / f"{capture.parent.name}-{n}").write_bytes(bytes((0, port | 2)) + data)
+            (folder / "fuzz_packet" / f"{capture.parent.name}-{n}").write_bytes(
+                bytes((modes[0], modes[1] | port | 2)) + data
+            )
             story += bytes((RAW | port << 4 | ROOM,)) + len(data).to_bytes(2, "little") + data
         (folder / "fuzz_burst" / capture.parent.name).write_bytes(story[:1500])
         n += 1

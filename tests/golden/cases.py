@@ -28,6 +28,7 @@ from tests.packets import (
     frame,
     icmp_error,
     parse,
+    retagged,
     tcp,
     udp,
 )
@@ -64,6 +65,11 @@ def inside(packet: Packet, wait: float = 0) -> Step:
 
 def outside(packet: Packet, wait: float = 0) -> Step:
     return wait, OUTSIDE, frame(packet, OUTSIDE)
+
+
+def tagged(step: Step, vlan: int, priority: int = 0) -> Step:
+    wait, port, data = step
+    return wait, port, retagged(data, vlan, priority)
 
 
 @case()
@@ -314,3 +320,46 @@ def fragments_refused() -> Script:
     yield inside(fragments(tcp(CLIENT, 4000, SERVER, 80, "A", LONG), 1480)[0])
     yield outside(fragments(udp(SERVER, 53, "198.51.100.10", 4000, LONG), 1480)[0])
     yield inside(fragments(echo(CLIENT, "10.0.0.1", 7, payload=LONG), 1480)[0])
+
+
+def between_vlans(near: int, far: int) -> Script:
+    """All ways of a packet with these VLANs inside and outside, and other tags than those."""
+    for packet in (udp(CLIENT, 4000, SERVER, 53), tcp(CLIENT, 4000, SERVER, 80), echo(CLIENT, SERVER, 7)):
+        for priority in (0, 5):
+            out = parse((yield tagged(inside(packet), near, priority)))
+        external = out.src, out.payload.id if packet.proto == 1 else out.payload.sport
+        if packet.proto == 1:
+            back = echo(SERVER, *external, reply=True)
+        elif packet.proto == 6:
+            back = tcp(SERVER, 80, *external, "SA")
+        else:
+            back = udp(SERVER, 53, *external)
+            mapped = external
+        for _ in range(2):
+            yield tagged(outside(back), far)
+    yield tagged(inside(udp(CLIENT, 5000, *mapped)), near)
+    yield tagged(inside(udp(CLIENT, 4000, SERVER, 53, ttl=1)), near)
+    yield tagged(inside(udp(CLIENT, 4000, SERVER, 53, LONG[:1400], id=100)), near)
+    for part in fragments(udp(CLIENT, 4000, SERVER, 53, LONG, id=101), 1480):
+        yield tagged(inside(part), near)
+    yield tagged(inside(echo(CLIENT, "10.0.0.1", 5)), near)
+    yield tagged(outside(icmp_error(ROUTER, mapped[0], udp(*mapped, SERVER, 53), 11, 0)), far)
+    yield tagged((0, OUTSIDE, arp(OUTSIDE, 1, GATEWAY_MAC, GATEWAY, "198.51.100.10")), far)
+    for step, vlan in (
+        (inside(udp(CLIENT, 4000, SERVER, 53)), near),
+        (outside(udp(SERVER, 53, *mapped)), far),
+    ):
+        for other in {0, 10, 20, 99} - {vlan}:
+            yield tagged(step, other)
+
+
+@case(vlans=[10, 20], external_mtu=1000, filtering="endpoint-independent")
+def vlans() -> Script:
+    """VLAN 10 inside, 20 outside."""
+    yield from between_vlans(10, 20)
+
+
+@case(vlans=[10, 0], external_mtu=1000, filtering="endpoint-independent")
+def vlan_inside() -> Script:
+    """VLAN 10 inside, none outside: the tag is taken away, and put on what comes back."""
+    yield from between_vlans(10, 0)

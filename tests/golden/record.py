@@ -12,19 +12,18 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scapy.layers.inet import IP
-from scapy.layers.l2 import ARP, Ether
+from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet
 from scapy.utils import PcapWriter, rdpcap
 
 from nat_fastpath.core_config import PoolRange
 from nat_fastpath.engine import VERDICT_NAMES, Core, Result, Verdict
 from tests.golden.cases import CASES, Case
-from tests.packets import START, check_sums, config, number, parse, together
+from tests.packets import START, check_sums, config, number, parse, tagged_ports, together
 from tests.side_by_side import Pair, to_datagram
 
 HERE = Path(__file__).parent
@@ -36,9 +35,8 @@ def core_of(fields: dict[str, Any]) -> Core:
     if "pool" in fields:
         first, last, *ports = fields["pool"]
         fields["pool"] = (PoolRange(number(first), number(last), (ports[0], ports[1])),)
-    if "external_mtu" in fields:
-        inside, outside = config().ports
-        fields["ports"] = (inside, replace(outside, mtu=fields.pop("external_mtu")))
+    vlans, mtu = fields.pop("vlans", (0, 0)), fields.pop("external_mtu", 1500)
+    fields["ports"] = tagged_ports(*vlans, external_mtu=mtu)
     return Core(config(**fields))
 
 
@@ -67,6 +65,10 @@ def load(path: Path) -> list[tuple[int, bytes]]:
 
 def judge(pair: Pair, port: int, sent: bytes, verdict: Verdict, came_out: bytes) -> None:
     """The independent opinion on one packet; AssertionError if it differs."""
+    tag = Ether(sent).getlayer(Dot1Q)
+    if (tag.vlan if tag else 0) != pair.core.config.ports[port].vlan:
+        assert (verdict, came_out) == (Verdict.DROP_VLAN, b"")
+        return
     if ARP in Ether(sent):
         if verdict == Verdict.REPLY:
             question, answer = Ether(sent)[ARP], Ether(came_out)[ARP]

@@ -33,6 +33,8 @@ from tests.packets import (
     ip,
     mac_bytes,
     parse,
+    retagged,
+    tagged_ports,
     tcp,
     together,
     udp,
@@ -283,3 +285,32 @@ def test_fragments_become_what_the_whole_would(
     assert held <= 2 * len(parts)
     assert nat.counters()["held"] == 0
     assert nat.counters()["tx_packets.1"] == len(sent)
+
+
+VLANS = st.sampled_from([(10, 0), (0, 20), (10, 20), (10, 10)])
+
+
+@st.composite
+def tagged_or_not(draw: Any, vlans: tuple[int, int]) -> tuple[int, bytes]:
+    """A spoiled frame, mostly with the tag of its port."""
+    port, data = draw(spoiled())
+    own = draw(st.integers(0, 9)) != 0
+    return port, retagged(data, vlans[port] if own else draw(st.sampled_from([0, 10, 20, 4095])))
+
+
+@RELAXED
+@given(VLANS, st.data())
+def test_tags_change_nothing_but_themselves(vlans: tuple[int, int], data: Any) -> None:
+    """With their tags taken off, frames and sessions are those of a NAT without VLANs; wrong tags reach nothing."""
+    frames = data.draw(st.lists(tagged_or_not(vlans), max_size=40))
+    changes = {"seed": 11, "max_sessions": 24}
+    nat, plain = Nat(ports=tagged_ports(*vlans), **changes), Nat(**changes)
+    for port, sent in frames:
+        result, vlan = nat.raw(sent, port), vlans[port]
+        if not vlan or (len(sent) >= 18 and sent[12:16] == bytes((0x81, 0, 0, vlan))):
+            expected = plain.raw(sent[:12] + sent[16:] if vlan else sent, port)
+            assert (result.verdict, result.port) == (expected.verdict, expected.port)
+            assert result.frames == tuple(retagged(one, vlans[result.port]) for one in expected.frames)
+        else:
+            assert result.verdict == (Verdict.DROP_VLAN if len(sent) >= 14 else Verdict.DROP_RUNT)
+    assert (nat.sessions() == plain.sessions()).all()

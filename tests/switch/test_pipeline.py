@@ -3,10 +3,15 @@
 
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from nat_control.config import parse, to_core
+from switch_agent.activity import ACTIVITY, applied
+from switch_agent.agent import pipeline_of
 from switch_agent.nexthops import NextHops, key
 from switch_agent.pipeline import (
     CLASS_MASK,
@@ -188,3 +193,25 @@ def test_beyond_the_limit_there_is_no_group() -> None:
     few = NextHops(pipeline(), {}, limit=2)
     assert len(few.add(np.array([1, 2, 3], np.uint64))) == 2
     assert few.group_ids(np.array([1, 2, 3, 0], np.uint64)).tolist().count(0) == 2
+
+
+def test_vlans_are_the_switchs_and_not_the_cores() -> None:
+    """The agent's core sees untagged frames; the tags are in its rules and its packet-outs."""
+    document = yaml.safe_load((Path(__file__).parents[2] / "examples" / "pair-switch.yaml").read_text())
+    document["ports"]["internal"]["vlan"] = 10
+    document["ports"]["external"]["vlan"] = 20
+    config = parse(document)
+    made = pipeline_of(config)
+    assert (made.internal.vlan, made.external.vlan) == (10, 20)
+    assert [port.vlan for port in to_core(config, []).ports] == [0, 0]
+
+
+def test_activity_counts_ip_bytes_of_both_sides() -> None:
+    """What comes from a side with a VLAN has four bytes more."""
+    records, carried = random_records(1), np.zeros(1, ACTIVITY)
+    carried["id"] = records["id"]
+    for name, value in (("packets", 2), ("frame_bytes", 200)):
+        carried[f"{name}_out"] = carried[f"{name}_in"] = value
+    [found] = applied(records, carried, [18, 14])
+    assert found["bytes_out"] - records["bytes_out"][0] == 200 - 2 * 18
+    assert found["bytes_in"] - records["bytes_in"][0] == 200 - 2 * 14
