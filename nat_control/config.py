@@ -544,10 +544,11 @@ def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreCon
         macs = [config.virtual.mac] * len(config.ports)
     peer = config.peer if config.peer and config.peer.mode != "off" else None
     hold = peer.hold if peer else None
-    tags = config.switch is None  # OpenFlowDataPlane adds and removes those of an agent
     return CoreConfig(
         ports=tuple(
-            PortConfig(port.side, port.mac or mac, port.address.ip, port.mtu, port.vlan if tags else 0)
+            PortConfig(
+                port.side, port.mac or mac, port.address.ip, port.mtu, 0 if config.switch else port.vlan
+            )
             for port, mac in zip(config.ports, macs, strict=True)
         ),
         pool=tuple(PoolRange(first, last, _known_ports(config), pool.ports) for first, last in pool.ranges),

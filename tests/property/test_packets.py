@@ -298,7 +298,7 @@ def tagged_or_not(draw: Any, vlans: tuple[int, int]) -> tuple[int, bytes]:
     return port, retagged(data, vlans[port] if own else draw(st.sampled_from([0, 10, 20, 4095])))
 
 
-@RELAXED
+@settings(RELAXED, max_examples=150)
 @given(VLANS, st.data())
 def test_tags_change_nothing_but_themselves(vlans: tuple[int, int], data: Any) -> None:
     """With their tags taken off, frames and sessions are those of a NAT without VLANs; wrong tags reach nothing."""
