@@ -466,9 +466,7 @@ def _check_shared_device(reader: Reader, internal: Port, external: Port) -> None
     """One device for both ports: their VLANs tell them apart, and MAC and driver are the device's."""
     at, device = "ports.external", external.device
     if internal.vlan == external.vlan and reader.good(f"{at}.vlan", "ports.internal.vlan"):
-        reader.fault(
-            f"{at}.device", f"{device} is the internal port's device too: say another, or different VLANs"
-        )
+        reader.fault(f"{at}.device", f"{device} is the internal port's device too: they need different VLANs")
     for key in ("mac", "driver"):
         same = getattr(internal, key) == getattr(external, key)
         if not same and reader.good(f"{at}.{key}", f"ports.internal.{key}"):
@@ -544,11 +542,10 @@ def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreCon
         macs = [config.virtual.mac] * len(config.ports)
     peer = config.peer if config.peer and config.peer.mode != "off" else None
     hold = peer.hold if peer else None
+    tags = config.switch is None  # OpenFlowDataPlane adds and removes those of an agent
     return CoreConfig(
         ports=tuple(
-            PortConfig(
-                port.side, port.mac or mac, port.address.ip, port.mtu, 0 if config.switch else port.vlan
-            )
+            PortConfig(port.side, port.mac or mac, port.address.ip, port.mtu, port.vlan if tags else 0)
             for port, mac in zip(config.ports, macs, strict=True)
         ),
         pool=tuple(PoolRange(first, last, _known_ports(config), pool.ports) for first, last in pool.ranges),
