@@ -7,11 +7,11 @@ import hashlib
 import json
 import platform
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build"
 CORE = ROOT / "nat_fastpath" / "core"
 # those of setup.py
 CFLAGS = ["-O3", "-std=gnu11", "-g", "-DNAT_HEADER_HASH=1ULL", "-Wall", "-Wextra", "-Werror"]
@@ -22,7 +22,8 @@ def build() -> Path:
     """Compiles the core and its bench, once per state of the sources; returns the program."""
     sources = [ROOT / "bench" / "core.c", *sorted(CORE.glob("*.c"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sources, *sorted(CORE.glob("*.h"))]))
-    program = Path(tempfile.gettempdir()) / f"tandem-bench-core-{digest.hexdigest()[:16]}"
+    program = BUILD / f"bench-core-{digest.hexdigest()[:16]}"
+    program.parent.mkdir(exist_ok=True)
     if not program.exists():
         march = ["-march=x86-64-v2"] if platform.machine() == "x86_64" else []
         subprocess.run(

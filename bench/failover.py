@@ -15,7 +15,6 @@ import random
 import signal
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import core
 from nat_control import api
 from nat_control.lab import Lab, LabError, Process, until
 from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
@@ -48,7 +48,8 @@ ARRIVAL = np.dtype(
 def build() -> str:
     """Compiles stream.c, once per state of the source; returns the program."""
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    program = Path(tempfile.gettempdir()) / f"tandem-bench-stream-{digest}"
+    program = core.BUILD / f"bench-stream-{digest}"
+    program.parent.mkdir(exist_ok=True)
     if not program.exists():
         command = ["gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(SOURCE)]
         subprocess.run(command, check=True)
@@ -148,7 +149,7 @@ class Pair:
 
     def _all_there(self) -> bool:
         status = self.agent()
-        return bool(min(status["sessions"], status["offloaded"]) >= self.case.flows)
+        return bool(min(status["sessions"], status["offloaded"]) >= self.case.flows + self.case.known)
 
     # -- a trial -------------------------------------------------------------------------------------------
 

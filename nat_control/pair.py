@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
+import socket
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -50,7 +52,11 @@ def heartbeat_key(config: Config) -> bytes:
 
 
 class Pair:
-    """``drain`` takes the plane's events and gives them to ``events``; ``notice`` is told what happens."""
+    """``drain`` takes the plane's events and gives them to ``events``; ``notice`` is told what happens.
+
+    ``guard``: a peer that the heartbeat finds dead loses its connection at once. An owner that arms the watch for bytes of
+    its own sees to that itself.
+    """
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class Pair:
         drain: Callable[[], object],
         notice: Callable[[do.Action], None],
         counters: Sequence[int] = (),
+        guard: bool = False,
     ) -> None:
         assert config.peer
         assert config.heartbeat
@@ -94,6 +101,8 @@ class Pair:
         )
 
         self._peer_carries = asyncio.Event()
+        # Who has nothing to write at the peer's death must notice it all the same: held packets wait for the peer.
+        self._bell = socket.socketpair() if guard else None
 
     @property
     def state(self) -> State:
@@ -108,18 +117,34 @@ class Pair:
             # A descriptor must be out of the watch before the transport closes it.
             operational = action.after is State.OPERATIONAL
             self.watch.watch_tcp(self.transport.fileno() if operational else None)
+            if self._bell is not None and operational:
+                self.watch.arm(b"\0", self._bell[0].fileno())
+            elif self._bell is not None:
+                self.watch.disarm()
         elif isinstance(action, do.PeerCarries):
             self._peer_carries.set()
         self._notice(action)
 
     async def run(self) -> None:
         """Until cancelled: the sync channel, the heartbeat, and what the peer must hear of our traffic."""
-        with self.watch:
+        with self.watch, contextlib.ExitStack() as undo:
+            if self._bell is not None:
+                loop = asyncio.get_running_loop()
+                loop.add_reader(self.watch.eventfd, self._peer_died)
+                undo.callback(loop.remove_reader, self.watch.eventfd)
+                for end in self._bell:
+                    undo.callback(end.close)
             self.transport.ready()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.transport.run())
                 tasks.create_task(self._tell_activity())
                 tasks.create_task(self._tell_next_hops())
+
+    def _peer_died(self) -> None:
+        """Told by the watch; its connection may stand for long, and nobody acknowledges anything any more."""
+        os.read(self.watch.eventfd, 8)
+        if self.watch.fired is not None:
+            self.transport.lose()
 
     async def hand_over(self) -> bool:
         """Asks the peer to carry the traffic; whether it does. Packets must be forwarded until this returns."""

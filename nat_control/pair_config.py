@@ -130,6 +130,13 @@ def _place(value: object) -> str:
     return text
 
 
+def _datapath_id(value: object) -> int:
+    number = int(_hexadecimal(value), 16)
+    if not number:
+        raise ValueError(f"{shown(value)} is no datapath id: ovs-vsctl get bridge br0 datapath_id tells it")
+    return number
+
+
 def _interval(value: object) -> float:
     if type(value) not in (int, float) or not 0.1 <= value <= 10_000:  # type: ignore[operator]
         raise ValueError(f"{shown(value)} is no number of milliseconds from 0.1 to 10000")
@@ -190,7 +197,7 @@ def read_switch(section: Section) -> Switch:
     return Switch(
         openflow=openflow,
         takeover=takeover,
-        datapath_id=section.get("datapath_id", lambda value: int(_hexadecimal(value), 16), 0),
+        datapath_id=section.get("datapath_id", _datapath_id, 0),
         barrier=section.get("barrier", choice(BARRIERS), BARRIERS[0]),
         max_flows=section.get("max_flows", integer(2, 10_000_000), 100_000),
         ovs=section.get("ovs", lambda value: Path(_path(value)), None),

@@ -151,6 +151,7 @@ class Server:
                 drain=lambda: self.loop.drain(),
                 notice=_say_notice,
                 counters=[self.worker.loops_address],
+                guard=True,
             )
             undo.callback(self.pair.watch.close)
             # so that our sockets close at once if we are killed, however much memory we have

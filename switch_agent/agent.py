@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -69,7 +70,12 @@ def serve(config: Config) -> None:
         except (CoreError, ApiError) as error:
             raise AgentError(str(error)) from None
         except OSError as error:
-            raise AgentError(f"{config.switch.openflow}: {error.strerror}") from None
+            hint = (
+                ": does another agent, or controller, listen there?"
+                if error.errno == errno.EADDRINUSE
+                else ""
+            )
+            raise AgentError(f"{config.switch.openflow}: {error.strerror}{hint}") from None
         finally:
             no_more_signals()
 
@@ -108,10 +114,7 @@ class AgentPlane(OpenFlowDataPlane):
 
     async def commit(self, records: Records) -> int:
         records = records[await self.holds(records)]
-        try:
-            await self._offload(records)
-        except (ChannelLost, SwitchError) as error:
-            self._report(f"rules of {len(records)} new sessions: {error}")
+        await self._offer(records)
         return await super().commit(records)
 
 

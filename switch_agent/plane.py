@@ -105,11 +105,11 @@ class OpenFlowDataPlane:
     # -- DataPlane -----------------------------------------------------------------------------------------
 
     async def install(self, records: Records) -> int:
-        """See DataPlane; a session without room on the switch is held as well. Raises ChannelLost."""
+        """See DataPlane; a session without room on the switch, or without a switch, is held as well."""
         held = await self._store.install(records)
         if held < len(records):
             records = records[await self._store.holds(records)]
-        await self._offload(records)
+        await self._offer(records)
         return held
 
     async def holds(self, records: Records) -> Mask:
@@ -121,7 +121,7 @@ class OpenFlowDataPlane:
         ruled = records[self.has_rules(records)]
         if len(ruled) and held < len(records):
             ruled = ruled[await self._store.holds(ruled)]
-        await self._offload(ruled)
+        await self._offer(ruled)
         return held
 
     async def delete(self, records: Records) -> int:
@@ -303,6 +303,15 @@ class OpenFlowDataPlane:
         return self._pipeline.internal, self._pipeline.external
 
     # -- rules of sessions ---------------------------------------------------------------------------------
+
+    async def _offer(self, records: Records) -> None:
+        """Rules for these sessions; where the switch is lost meanwhile they come when it is back and reconciled."""
+        try:
+            await self._offload(records)
+        except ChannelLost:
+            pass  # its owner has an event for that
+        except SwitchError as error:
+            self._report(f"rules of {len(records)} sessions: {error}")
 
     async def _offload(self, records: Records) -> None:
         """Rules for these sessions, the busiest first, while there is room."""

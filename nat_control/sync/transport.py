@@ -16,7 +16,7 @@ from functools import partial
 
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Ids, NextHops, Records
 from nat_control.sync import actions as do
-from nat_control.sync.codec import CodecError, Decoder, Error, encode
+from nat_control.sync.codec import CodecError, Decoder, Error, Hello, encode
 from nat_control.sync.digest import Summary
 from nat_control.sync.protocol import Protocol
 
@@ -28,6 +28,8 @@ PACE_BYTES = 1 << 20  # more than that unsent, and InitState waits
 BACKOFF = (0.05, 2.0)  # seconds between two attempts to connect, first and longest
 GOODBYE = 1.0  # seconds for the last bytes to leave
 TICK = 0.5
+NEWCOMERS = 4  # connections beside the peer's that may wait for their Hello to be read
+HELLO = 2.0  # seconds that they have for it
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 8000}
 
 Step = Callable[[], Awaitable[object]]
@@ -74,6 +76,7 @@ class Transport:
         self._commits: asyncio.Queue[Records] = asyncio.Queue()
         self._tasks = asyncio.TaskGroup()
         self._leaving = False
+        self._newcomers = 0
         self.address: tuple[str, int] | None = None  # where it listens
 
     # -- what the owner says
@@ -132,7 +135,26 @@ class Transport:
     # -- connections
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A new connection takes the place of an old one, whose end may not have been noticed yet."""
+        """A new connection takes the place of an old one, whose end may not have been noticed yet: once it has said Hello.
+
+        Whoever merely connects must not cost a pair its peer.
+        """
+        first = b""
+        if self.protocol.peer is not None:
+            if self._newcomers >= NEWCOMERS:
+                writer.transport.abort()
+                return
+            self._newcomers += 1
+            try:
+                async with asyncio.timeout(HELLO):
+                    first = await _first_hello(reader, self.protocol.peer)
+            except (CodecError, OSError, TimeoutError) as error:
+                if isinstance(error, CodecError):
+                    writer.write(encode(Error(do.ErrorCode.MALFORMED, str(error)), 0))
+                writer.close()
+                return
+            finally:
+                self._newcomers -= 1
         if (old := self._connection) is not None:
             await _ended(old)
             if self._connection is old:  # ended before it began
@@ -140,7 +162,7 @@ class Transport:
         if self._connection is not None or self._leaving:
             writer.transport.abort()
             return
-        self._connection = self._tasks.create_task(self._talk(reader, writer))
+        self._connection = self._tasks.create_task(self._talk(reader, writer, first))
 
     async def _dial(self) -> None:
         assert self._connect is not None
@@ -156,14 +178,16 @@ class Transport:
             await asyncio.sleep(pause)
             pause = min(2 * pause, BACKOFF[1])
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection from its beginning to its end."""
+    async def _talk(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, first: bytes = b""
+    ) -> None:
+        """One connection from its beginning to its end; ``first`` was read already."""
         why = "the peer closed the connection"
         try:
             _prepare(writer)
             self._writer = writer
             self._carry_out(self.protocol.connected(self._clock()))
-            await self._read(reader)
+            await self._read(reader, first)
             await _drained(reader)
             writer.close()
             with contextlib.suppress(TimeoutError):
@@ -177,10 +201,11 @@ class Transport:
             self._writer = self._connection = None
             self._carry_out(self.protocol.disconnected(self._clock(), why))
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(self, reader: asyncio.StreamReader, first: bytes) -> None:
         decoder = Decoder()
         try:
-            while self._writer is not None and (data := await reader.read(READ_BYTES)):
+            while self._writer is not None and (data := first or await reader.read(READ_BYTES)):
+                first = b""
                 for epoch, message in decoder.feed(data):
                     self._carry_out(self.protocol.received(epoch, message, self._clock()))
                     await self._room.wait()
@@ -318,6 +343,23 @@ class Transport:
         while True:
             self._carry_out(self.protocol.tick(self._clock()))
             await asyncio.sleep(TICK)
+
+
+async def _first_hello(reader: asyncio.StreamReader, peer: Hello | None) -> bytes:
+    """What has come by the time that a Hello, of ``peer`` again if there is one, is whole.
+
+    Raises CodecError when it begins otherwise, OSError at the end.
+    """
+    data, decoder = b"", Decoder()
+    while part := await reader.read(READ_BYTES):
+        data += part
+        for _, message in decoder.feed(part):
+            if not isinstance(message, Hello):
+                raise CodecError(f"{type(message).__name__} is not expected before Hello")
+            if peer is not None and message.instance != peer.instance:
+                raise CodecError(f"instance {peer.instance} is the peer, and not {message.instance}")
+            return data
+    raise ConnectionError("the connection ended before its Hello")
 
 
 def _prepare(writer: asyncio.StreamWriter) -> None:

@@ -271,6 +271,32 @@ def test_a_bad_peer_hears_why_and_costs_nobody_anything(what: str) -> None:
     asyncio.run(scenario())
 
 
+def test_strangers_do_not_take_a_peers_place() -> None:
+    """Whoever merely connects, or is somebody else; but the peer itself may come again before its end was noticed."""
+
+    async def scenario() -> None:
+        async with side() as of:
+            peer = await Peer.connect(of)
+            await peer.come_to(State.OPERATIONAL)
+            await until(lambda: of.protocol.state is State.OPERATIONAL)
+            silent = await Peer.connect(of)
+            silent.writer.close()
+            for data in (b"GET / HTTP/1.1\r\n\r\n", INSTALL, said(replace(HELLO, instance=9))):
+                stranger = await Peer.connect(of)
+                stranger.writer.write(data)
+                await stranger.end()
+                assert isinstance(stranger.heard[-1], Error), stranger.heard
+            assert of.protocol.state is State.OPERATIONAL
+            peer.say(InstallEntries(1, sessions(5, 900, PEER, external_addr=ADDRESS)))
+            await peer.hear(InstallComplete)
+            again = await Peer.connect(of)
+            again.say(HELLO)
+            await again.hear(InitState)
+            await peer.end()
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("data", [b"", said(HELLO)[:-1]])
 def test_a_peer_that_takes_its_time_is_let_go(data: bytes) -> None:
     """One byte at a time, or none at all."""
