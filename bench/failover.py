@@ -31,7 +31,7 @@ from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
 SOURCE = Path(__file__).with_name("stream.c")
 HOWS = ("kill", "stop", "link", "planned", "failback")
 PORT, OTHER_PORT, ECHO_PORT = 9000, 9001, 9002
-LEAD, REST = 1.0, 2.0  # seconds of the stream before and after the end
+LEAD, REST = 0.6, 1.3  # seconds of the stream before and after the end
 BACK = 5.0  # seconds of the stream while the server comes back
 ARRIVAL = np.dtype(
     [
