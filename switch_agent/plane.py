@@ -461,8 +461,10 @@ class OpenFlowDataPlane:
         wrong = np.unique(cookies[~right] & np.uint64(~INBOUND & (1 << 64) - 1))
         for one in wrong.tolist():
             del self._ruled[one]
-        if len(wrong):
-            await self._each(wrong, self._offload)
+        # those that were wrong, and those that came while there was no switch
+        due = np.array([one for one in known if one not in self._ruled], np.uint64)
+        if len(due) and len(self._ruled) < self._room:
+            await self._each(due, self._offload)
         return Reconciled(int(right.sum()), int((~right).sum()), int(extra.sum()))
 
     async def _delete_cookies(self, cookies: Numbers) -> None:

@@ -204,6 +204,9 @@ class Node:
             world.renumber(world.rng.choice(ROUTERS))
             for router, mac in world.macs.items():
                 self.macs[router] = mac, world.now
+        if protocol.state is State.ALONE and not self.operations and not self.working:
+            foreign = [key for key, held in self.plane.held.items() if held["flags"] & FLAG_FOREIGN]
+            world.must(not foreign, f"alone, {self.index} does not own {len(foreign)} of its sessions")
         if self.alive:
             self.run(protocol.next_hops(self.next_hops(), world.now))
         if self.alive and world.hands_over and not world.healed and world.rng.random() < 0.05:
