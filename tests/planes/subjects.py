@@ -153,7 +153,7 @@ class Memory(Subject):
 
 def core_config(max_sessions: int) -> CoreConfig:
     return config(
-        max_sessions=max_sessions, synchronous=True, instance=INSTANCE, hold=3600.0, event_ring=32768
+        max_sessions=max_sessions, synchronous=True, instance=INSTANCE, hold=3600.0, event_ring=8192
     )
 
 

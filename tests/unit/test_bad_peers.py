@@ -48,7 +48,7 @@ from tests.packets import CLIENT, INSIDE, POOL, SERVER, Nat, frame, number, udp
 from tests.planes.subjects import sessions
 
 HERE, PEER = 1, 2
-PATIENCE = 10.0
+PATIENCE = 30.0  # seconds; a busy machine may be slow
 EPOCH = 77
 ADDRESS = number(POOL[0])
 OURS, ITS = PoolRange(ADDRESS, ADDRESS, 1024, 31999), PoolRange(ADDRESS, ADDRESS, 32000, 65535)
@@ -405,10 +405,10 @@ def test_updates_to_a_peer_that_never_reads_are_bounded(monkeypatch: pytest.Monk
 
 
 FLOODS = {
-    "empty updates": said(UpdateEntries(NO_RECORDS)) * 20_000,
+    "empty updates": said(UpdateEntries(NO_RECORDS)) * 3000,
     "updates": said(UpdateEntries(sessions(1000))) * 100,
     "next hops": said(NextHopsKnown(np.zeros(20_000, NEIGHBOUR))) * 20,
-    "digests": said(Digest(0, np.zeros(256, np.uint64))) * 2000,
+    "digests": said(Digest(0, np.zeros(256, np.uint64))) * 1500,
 }
 
 
