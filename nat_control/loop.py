@@ -139,8 +139,7 @@ class ControlLoop:
         """By the worker: events have come since we slept."""
         assert self._wake_fd is not None
         os.eventfd_read(self._wake_fd)
-        self.drain()
-        self._sleep()
+        self._again()
 
     def _sleep(self) -> None:
         """One batch at a time: the rest of a flood is left to the steps, between which others have their turn."""
