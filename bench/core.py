@@ -18,18 +18,21 @@ CFLAGS = ["-O3", "-std=gnu11", "-g", "-DNAT_HEADER_HASH=1ULL", "-Wall", "-Wextra
 SESSIONS = (1, 1024, 28 * 1024, 1 << 20)
 
 
-def build() -> Path:
-    """Compiles the core and its bench, once per state of the sources; returns the program."""
-    sources = [ROOT / "bench" / "core.c", *sorted(CORE.glob("*.c"))]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sources, *sorted(CORE.glob("*.h"))]))
-    program = BUILD / f"bench-core-{digest.hexdigest()[:16]}"
+def compiled(name: str, sources: list[Path], headers: list[Path], flags: list[str]) -> Path:
+    """The program of these sources, made once per state of them and their headers."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sources, *headers])).hexdigest()[:16]
+    program = BUILD / f"{name}-{digest}"
     program.parent.mkdir(exist_ok=True)
     if not program.exists():
-        march = ["-march=x86-64-v2"] if platform.machine() == "x86_64" else []
-        subprocess.run(
-            ["gcc", *CFLAGS, *march, f"-I{CORE}", "-o", str(program), *map(str, sources)], check=True
-        )
+        subprocess.run(["gcc", *flags, "-o", str(program), *map(str, sources)], check=True)
     return program
+
+
+def build() -> Path:
+    """The core and its bench."""
+    march = ["-march=x86-64-v2"] if platform.machine() == "x86_64" else []
+    sources = [ROOT / "bench" / "core.c", *sorted(CORE.glob("*.c"))]
+    return compiled("bench-core", sources, sorted(CORE.glob("*.h")), [*CFLAGS, *march, f"-I{CORE}"])
 
 
 def measure(sessions: int, *, direction: str = "both", mapping: str = "independent", rounds: int = 61) -> Any:

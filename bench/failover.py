@@ -9,12 +9,10 @@ make the switch carry), ``first_good`` (arrival of the first packet that was sen
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import random
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from nat_control.lab import Lab, LabError, Process, until
 from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
 
 SOURCE = Path(__file__).with_name("stream.c")
+FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 HOWS = ("kill", "stop", "link", "planned", "failback")
 PORT, OTHER_PORT, ECHO_PORT = 9000, 9001, 9002
 LEAD, REST = 0.6, 1.3  # seconds of the stream before and after the end
@@ -43,17 +42,6 @@ ARRIVAL = np.dtype(
         ("", "<u2"),
     ]
 )
-
-
-def build() -> str:
-    """Compiles stream.c, once per state of the source; returns the program."""
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    program = core.BUILD / f"bench-stream-{digest}"
-    program.parent.mkdir(exist_ok=True)
-    if not program.exists():
-        command = ["gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(SOURCE)]
-        subprocess.run(command, check=True)
-    return str(program)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +74,7 @@ class Pair:
 
     def __init__(self, lab: Lab, case: Case) -> None:
         self.case = case
-        self.program = build()
+        self.program = str(core.compiled("bench-stream", [SOURCE], [], FLAGS))
         sessions = max(20_000, 2 * (case.flows + case.known))
         self.net = PairLab(
             lab,
