@@ -33,8 +33,12 @@ $(BIN)/.built: setup.py pyproject.toml $(wildcard nat_fastpath/core/*.[ch] nat_f
 root:
 	@tools/as-root.sh true
 
+# These have devices, namespaces and clocks to themselves; the others share the cores.
+APART := $(addprefix tests/,dpdk host netns planes switch watch)
+
 test: root build
-	tools/as-root.sh $(BIN)/python -m pytest
+	tools/as-root.sh $(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(APART))
+	tools/as-root.sh $(BIN)/python -m pytest $(APART)
 
 lint: build
 	$(BIN)/ruff check .

@@ -217,6 +217,7 @@ class Server:
             "mapping": nat.mapping,
             "filtering": nat.filtering,
             "max_sessions": nat.max_sessions,
+            "peer": self.pair.state.value if self.pair else "none",
             **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
             "rates": {name: round(rate, 1) for name, rate in self.loop.rates.items()},
             "worker": {

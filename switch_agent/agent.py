@@ -48,6 +48,7 @@ from switch_agent.plane import OpenFlowDataPlane, SwitchError
 STEP = 0.005  # seconds between two looks at the core: ARP, ageing, events
 DRAIN = 0.03  # seconds that the server has to send what it has, at a planned hand-over
 GRACE = 0.25  # seconds that the server of an earlier agent has to show that it lives
+EARLY = 1024  # frames that wait until what an earlier agent has left is known
 GONE = 1  # OFPPR_DELETE
 
 
@@ -160,6 +161,10 @@ class Agent:
         self._kept = False  # the peer has handed the traffic over, and does not want it back
         self._reconciled = False  # rules and sessions were compared since the peer came
         self._down: set[int] = set()  # ports to the server without a link
+        # Which sessions an earlier agent has left is known, or not our business: nobody gets their ports.
+        self._settled = asyncio.Event()
+        self._known = False  # they were looked for, or the peer has told us of all there are
+        self._early: list[tuple[int, bytes]] = []
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -179,7 +184,7 @@ class Agent:
             tasks.append(self._activity())
             if self.pair is not None:
                 asyncio.get_running_loop().add_reader(self.pair.watch.eventfd, self._fired)
-                tasks.append(self.pair.run())
+                tasks.append(self._pair(self.pair))
             running = [asyncio.ensure_future(task) for task in tasks]
             loop = asyncio.ensure_future(self.loop.run(ready=lambda: say("ready")))
             done, _ = await asyncio.wait([loop, *running], return_when=asyncio.FIRST_COMPLETED)
@@ -198,6 +203,11 @@ class Agent:
             await api.close()
             await self.channel.close()
             await self.takeover_channel.close()
+
+    async def _pair(self, pair: Pair) -> None:
+        """Not before the switch is known: a peer that heard of no sessions would open others on their ports."""
+        await self._settled.wait()
+        await pair.run()
 
     def _every_second(self) -> None:
         """Nothing is watched here: a lost switch is an event."""
@@ -301,35 +311,60 @@ class Agent:
                 elif isinstance(event, Lost):
                     say(f"the switch is lost: {event.reason}")
                     self.ready = False
-            if frames:
-                self.counts["packet_ins"] += len(frames)
-                for result in self.core.burst(frames, monotonic_ns()):
-                    self._send(result)
-                self._send_held()
-                self.loop.drain()
+            if not self._settled.is_set():
+                self._early += frames[: EARLY - len(self._early)]
+            elif frames:
+                self._arrived(frames)
+
+    def _arrived(self, frames: list[tuple[int, bytes]]) -> None:
+        self.counts["packet_ins"] += len(frames)
+        for result in self.core.burst(frames, monotonic_ns()):
+            self._send(result)
+        self._send_held()
+        self.loop.drain()
 
     async def _prepare(self) -> None:
         try:
             await self.plane.prepare()
             self._macs.clear()
-            # An agent that knows no session yet must not take the rules of those that the switch carries on.
+            self.forwarding = await self.plane.forwards()
+            if not self.forwarding:
+                await self._recover()
+            # An agent that knows no session yet must not take the rules of those that the server knows.
             if self.core.counters()["sessions"]:
                 await self._reconcile()
-            self.forwarding = await self.plane.forwards()
         except (ChannelLost, SwitchError) as error:
             say(f"the switch cannot be prepared: {error}")
             return
         self.ready = True
+        self._settled.set()
         say("the switch is ready")
         self.core.announce()
         self._arm()
+        if self._early:
+            early, self._early = self._early, []
+            self._arrived(early)
         if self.forwarding:
             asyncio.get_running_loop().call_later(GRACE, self._is_anybody_there)
 
     def _is_anybody_there(self) -> None:
         """The switch forwards to the server as an earlier agent, or connection, has left it: is it alive?"""
         if self.pair is None or not self.pair.watch.stats()["alive"]:
-            self._work.put_nowait(partial(self._carry, "the switch forwards to a server that is not there"))
+            self._work.put_nowait(self._take_over_left)
+
+    async def _take_over_left(self) -> None:
+        try:
+            await self._recover()
+        except ChannelLost as error:
+            say(f"what an earlier agent has left is not known: {error}")
+        await self._carry("the switch forwards to a server that is not there")
+
+    async def _recover(self) -> None:
+        """Sessions of an earlier agent, from its rules; only whoever has heard of none yet may do this."""
+        first = not self._known and not self.core.counters()["sessions"]
+        if first and (found := await self.plane.recover()):
+            say(f"{found} sessions are known by the rules that an earlier agent has left")
+        self._known = True
 
     def _link(self, port: PortDescription, up: bool) -> None:
         """A server behind a port without a link carries nothing."""
@@ -381,6 +416,7 @@ class Agent:
         match action:
             case do.StateChanged(before, after, why):
                 say(f"peer: {before.value} -> {after.value}: {why}")
+                self._known |= after is State.OPERATIONAL
                 if before is State.OPERATIONAL:
                     self._reconciled = self._kept = False
                     self._work.put_nowait(partial(self._carry, why))

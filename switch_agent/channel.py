@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from os_ken.ofproto.ofproto_protocol import ProtocolDesc
 from switch_agent import codec, pipeline
 from switch_agent.codec import Error, Event, Lost, ProtocolError, Ready, TransactionComplete
 
+Rows = np.ndarray[Any, np.dtype[np.void]]  # shape (n,)
+Decode = Callable[[bytes], Rows]  # one part of an answer
 _OPENFLOW = ProtocolDesc(ofp.OFP_VERSION)
 ADD, DELETE, DELETE_STRICT = ofp.OFPFC_ADD, ofp.OFPFC_DELETE, ofp.OFPFC_DELETE_STRICT
 TABLE_FULL = (ofp.OFPET_FLOW_MOD_FAILED, ofp.OFPFMFC_TABLE_FULL)
@@ -178,9 +180,10 @@ class _Pending:
 
     done: asyncio.Future[None]
     errors: list[Error] = field(default_factory=list)
-    parts: list[np.ndarray[Any, np.dtype[np.void]]] = field(default_factory=list)
-    flows: int = 0
+    parts: list[Rows] = field(default_factory=list)
+    rows: int = 0
     kind: int = 0  # of the multipart answer, 0 for a barrier
+    decode: Decode = codec.flow_statistics
 
 
 class _Connection:
@@ -261,15 +264,23 @@ class Channel:
         async with self._slots:
             return tuple((await self._ask(data, codec.barrier(txid), txid, 0)).errors)
 
-    async def statistics(self, cookie: int, mask: int) -> np.ndarray[Any, np.dtype[np.void]]:
-        """The flows with these bits of the cookie; shape (n,), dtype codec.FLOW_STAT. Raises ChannelLost."""
+    async def statistics(self, cookie: int, mask: int, decode: Decode = codec.flow_statistics) -> Rows:
+        """The flows with these bits of the cookie, as ``decode`` reads them (codec.FLOW_STAT). Raises ChannelLost."""
         txid = self.next_txid()
-        request = _statistics_request(cookie, mask, txid)
+        return await self._parts(_statistics_request(cookie, mask, txid), txid, codec.FLOW_STATISTICS, decode)
+
+    async def groups(self, decode: Decode) -> Rows:
+        """The descriptions of all groups, as ``decode`` reads them. Raises ChannelLost."""
+        txid = self.next_txid()
+        request = _bytes(parser.OFPGroupDescStatsRequest(_OPENFLOW, 0), txid)
+        return await self._parts(request, txid, codec.GROUP_DESCRIPTIONS, decode)
+
+    async def _parts(self, request: bytes, txid: int, kind: int, decode: Decode) -> Rows:
         async with self._slots:
-            pending = await self._ask(request, b"", txid, codec.FLOW_STATISTICS)
+            pending = await self._ask(request, b"", txid, kind, decode)
         if pending.errors:
             raise ChannelLost(f"no statistics: {pending.errors[0].text}")
-        return np.concatenate(pending.parts) if pending.parts else np.zeros(0, codec.FLOW_STAT)
+        return np.concatenate([decode(b""), *pending.parts])
 
     def write(self, data: bytes) -> None:
         """Sends as it is, without waiting for anything. Raises ChannelLost."""
@@ -292,9 +303,16 @@ class Channel:
             raise ChannelLost("the switch is not connected")
         return self._connection
 
-    async def _ask(self, data: bytes | bytearray | memoryview, end: bytes, txid: int, kind: int) -> _Pending:
+    async def _ask(
+        self,
+        data: bytes | bytearray | memoryview,
+        end: bytes,
+        txid: int,
+        kind: int,
+        decode: Decode = codec.flow_statistics,
+    ) -> _Pending:
         connection = self._current()
-        pending = _Pending(asyncio.get_running_loop().create_future(), kind=kind)
+        pending = _Pending(asyncio.get_running_loop().create_future(), kind=kind, decode=decode)
         connection.pending[txid] = pending
         try:
             connection.writer.write(data)
@@ -432,9 +450,9 @@ class Channel:
     def _part(self, pending: _Pending | None, kind: int, more: bool, body: bytes) -> None:
         if pending is None or pending.kind != kind:
             raise ProtocolError("the switch sends statistics that nobody asked for")
-        part = codec.flow_statistics(body)
-        pending.flows += len(part)
-        if pending.flows > self.limits.flows:
+        part = pending.decode(body)
+        pending.rows += len(part)
+        if pending.rows > self.limits.flows:
             raise ProtocolError(f"statistics of more than {self.limits.flows} flows")
         pending.parts.append(part)
         if not more and not pending.done.done():

@@ -25,7 +25,7 @@ HELLO, ERROR, ECHO_REQUEST, ECHO_REPLY, EXPERIMENTER = 0, 1, 2, 3, 4
 FEATURES_REPLY, PACKET_IN, FLOW_REMOVED, PORT_STATUS = 6, 10, 11, 12
 PACKET_OUT, FLOW_MOD, MULTIPART_REPLY, BARRIER_REQUEST, BARRIER_REPLY = 13, 14, 19, 20, 21
 IGNORED = {ECHO_REPLY, EXPERIMENTER, 8, 23, 25, 27}  # answers to what we do not ask
-FLOW_STATISTICS, PORT_DESCRIPTIONS = 1, 13  # kinds of multipart messages
+FLOW_STATISTICS, GROUP_DESCRIPTIONS, PORT_DESCRIPTIONS = 1, 7, 13  # kinds of multipart messages
 
 _PACKET_IN = struct.Struct("!IHBBQHH")  # buffer, total length, reason, table, cookie, match type and length
 _MATCH = 16  # where the match of a packet-in begins, its type and length included
@@ -54,6 +54,7 @@ _FLOW_FIXED = np.dtype(
         "itemsize": 48,
     }
 )
+ENTRY_FIXED = _FLOW_FIXED.itemsize  # bytes before a flow's match
 _GROUP_ACTION = 0x0016_0008
 
 
@@ -286,7 +287,7 @@ def ports(body: bytes) -> list[PortDescription]:
 
 def flow_statistics(body: bytes) -> np.ndarray[Any, np.dtype[np.void]]:
     """The flows of one part of a statistics reply; shape (n,), dtype FLOW_STAT. Raises ProtocolError."""
-    starts, ends = _bounds(body)
+    starts, ends = entry_bounds(body)
     found = np.zeros(len(starts), FLOW_STAT)
     if not len(starts):
         return found
@@ -299,8 +300,10 @@ def flow_statistics(body: bytes) -> np.ndarray[Any, np.dtype[np.void]]:
     return found
 
 
-def _bounds(body: bytes) -> tuple[np.ndarray[Any, np.dtype[np.intp]], np.ndarray[Any, np.dtype[np.intp]]]:
-    """Where each entry begins and ends. Entries are mostly of one length, which needs no look at each."""
+def entry_bounds(
+    body: bytes,
+) -> tuple[np.ndarray[Any, np.dtype[np.intp]], np.ndarray[Any, np.dtype[np.intp]]]:
+    """Where each entry begins and ends. Entries are mostly of one length, which needs no look at each. Raises ProtocolError."""
     least = _FLOW_FIXED.itemsize + 8
     if not body:
         return np.zeros(0, np.intp), np.zeros(0, np.intp)

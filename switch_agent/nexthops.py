@@ -9,7 +9,7 @@ still has stay right.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, NamedTuple
 
@@ -41,6 +41,11 @@ def key(side: str, address: IPv4Address | None = None, mac: int = 0) -> int:
 def place(key: int) -> tuple[int, int] | None:
     """The side (0 internal, 1 external) and the address of a next hop that is known by its address."""
     return None if key & _BY_MAC else (int(bool(key & _EXTERNAL)), key & 0xFFFF_FFFF)
+
+
+def first_group_id(key: int) -> int:
+    """The group id that a next hop gets while no other one has it."""
+    return zlib.crc32(key.to_bytes(8, "big")) % 0x7FFF_FFFF + 1
 
 
 class NextHops:
@@ -95,13 +100,27 @@ class NextHops:
         for one in sorted(set(keys.tolist()), reverse=True):  # outside first: those are few and serve many
             if one == NO_ROUTE or one in self.groups or self.full:
                 continue
-            group_id = zlib.crc32(one.to_bytes(8, "big")) % 0x7FFF_FFFF + 1
+            group_id = first_group_id(one)
             while group_id in self._taken:
                 group_id = group_id % 0x7FFF_FFFF + 1
             self.groups[one] = group_id
             self._taken.add(group_id)
             new.append(one)
         return new
+
+    def adopt(
+        self, keys: Keys, groups: np.ndarray[Any, np.dtype[np.uint32]], macs: Mapping[int, int]
+    ) -> None:
+        """Takes over the ``groups`` of these keys, both shape (n,), as an earlier agent has made them.
+
+        ``macs``: group id → MAC, or 0, of the groups that there are.
+        """
+        for one, group in set(zip(keys.tolist(), groups.tolist(), strict=True)):
+            if one != NO_ROUTE and group in macs and group == first_group_id(one):
+                self.groups[one] = group
+                self._taken.add(group)
+                if macs[group]:
+                    self.learn(one, macs[group])
 
     def forget(self, keys: list[int]) -> None:
         """Takes back what ``add`` gave: the switch would not have it, or nobody uses it any more."""

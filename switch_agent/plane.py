@@ -17,7 +17,7 @@ import numpy as np
 
 from nat_control.dataplane import Capabilities, DataPlane, Ids, Mask, NextHops, Records
 from switch_agent import channel as openflow
-from switch_agent import codec, nexthops
+from switch_agent import codec, nexthops, recovery
 from switch_agent.activity import ACTIVITY, NO_ACTIVITY, Activity, applied, since
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Error, PacketIn
@@ -383,29 +383,58 @@ class OpenFlowDataPlane:
         """Whether the switch has the rules that forward to the server, from whenever. Raises ChannelLost."""
         return bool(len(await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)))
 
+    async def recover(self) -> int:
+        """Puts the sessions whose rules an earlier agent has left into the store, which knows none yet.
+
+        Returns how many it holds now; rules of others are unknown to ``reconcile``. Raises ChannelLost.
+        """
+        found = await self._channel.statistics(SESSION_CLASS, CLASS_MASK, recovery.rules)
+        if not len(found):
+            return 0
+        macs = dict((await self._channel.groups(recovery.group_macs)).tolist())
+        records, *groups = recovery.sessions(found, self._headers)
+        # A next hop that its rule knows by its MAC has the group of that MAC.
+        named = np.array([macs.get(group, 0) for group in groups[0].tolist()], np.uint64)
+        by_mac = [
+            mac != 0 and nexthops.first_group_id(nexthops.key("internal", mac=mac)) == group
+            for mac, group in zip(named.tolist(), groups[0].tolist(), strict=True)
+        ]
+        records["internal_mac"] = np.where(by_mac, named, 0)
+        inside, outside = self._hops.keys(records)
+        self._hops.adopt(np.concatenate((inside, outside)), np.concatenate(groups), macs)
+        self._seen = _carried(found)
+        of = self._hops.of(inside, outside)
+        held = 0
+        for at in range(0, len(records), step := self.capabilities.max_batch):
+            part = slice(at, at + step)
+            count = await self._store.install(records[part])
+            held += count
+            mask = (of.internal[part] != 0) & (of.external[part] != 0)
+            if count < len(records[part]):
+                mask &= await self._store.holds(records[part])
+            pairs = of.internal[part].astype(np.uint64) << np.uint64(32) | of.external[part]
+            self._ruled.update(zip(records["id"][part][mask].tolist(), pairs[mask].tolist(), strict=True))
+        return held
+
     async def refresh(self) -> int:
         """Tells the store what the switch has carried since the last call; returns for how many sessions."""
         now = await self.activity()
         self._seen, carried = now, since(self._seen, now)
-        # Ethernet, by where they came from; what is padded to 60 bytes counts as such
-        headers = [18 if side.vlan else 14 for side in self._sides]
         refreshed = 0
         async for page in self._store.sessions():
-            if len(active := applied(page, carried, headers)):
+            if len(active := applied(page, carried, self._headers)):
                 refreshed += await self._store.update(active)
         return refreshed
 
     async def activity(self) -> Activity:
         """What each session's rules have carried since they were installed; dtype ACTIVITY. Raises ChannelLost."""
-        flows = await self._channel.statistics(SESSION_CLASS, CLASS_MASK)
-        ids, where = np.unique(flows["cookie"] & np.uint64(~INBOUND & (1 << 64) - 1), return_inverse=True)
-        found = np.zeros(len(ids), ACTIVITY)
-        found["id"] = ids
-        inbound = flows["cookie"] & np.uint64(INBOUND) != 0
-        for direction, chosen in (("out", ~inbound), ("in", inbound)):
-            np.add.at(found[f"packets_{direction}"], where[chosen], flows["packets"][chosen])
-            np.add.at(found[f"frame_bytes_{direction}"], where[chosen], flows["bytes"][chosen])
-        return found
+        return _carried(await self._channel.statistics(SESSION_CLASS, CLASS_MASK))
+
+    @property
+    def _headers(self) -> tuple[int, int]:
+        """Bytes of Ethernet, by where frames came from: inside, outside; what is padded to 60 bytes counts as such."""
+        inside, outside = (18 if side.vlan else 14 for side in self._sides)
+        return inside, outside
 
     async def rerank(self) -> tuple[int, int]:
         """Gives the room on the switch to the busiest sessions; returns how many came and went.
@@ -458,7 +487,7 @@ class OpenFlowDataPlane:
         cookies, groups = cookies[order], groups[order]
         extra, right = _compare(found, cookies, groups)
         await self._delete_cookies(found["cookie"][extra])
-        wrong = np.unique(cookies[~right] & np.uint64(~INBOUND & (1 << 64) - 1))
+        wrong = np.unique(cookies[~right] & ~np.uint64(INBOUND))
         for one in wrong.tolist():
             del self._ruled[one]
         # those that were wrong, and those that came while there was no switch
@@ -478,6 +507,18 @@ class OpenFlowDataPlane:
         async for page in self.sessions():
             if len(some := page[np.isin(page["id"], ids)]):
                 await work(some)
+
+
+def _carried(flows: np.ndarray[Any, np.dtype[np.void]]) -> Activity:
+    """By session what flows with the fields of codec.FLOW_STAT have carried."""
+    ids, where = np.unique(flows["cookie"] & ~np.uint64(INBOUND), return_inverse=True)
+    found = np.zeros(len(ids), ACTIVITY)
+    found["id"] = ids
+    inbound = flows["cookie"] & np.uint64(INBOUND) != 0
+    for direction, chosen in (("out", ~inbound), ("in", inbound)):
+        np.add.at(found[f"packets_{direction}"], where[chosen], flows["packets"][chosen])
+        np.add.at(found[f"frame_bytes_{direction}"], where[chosen], flows["bytes"][chosen])
+    return found
 
 
 def _compare(

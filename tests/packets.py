@@ -7,6 +7,7 @@ static neighbour entry, so that nothing waits for ARP unless a test wants it to.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address
@@ -73,6 +74,21 @@ def udp(
 ) -> Packet:
     """``check`` 0: sent without a checksum (RFC 768)."""
     return ip(source, destination, **fields) / UDP(sport=sport, dport=dport, chksum=check) / Raw(payload)
+
+
+def udp_flows(source: str, flows: Iterable[tuple[int, str, int]]) -> list[bytes]:
+    """Frames of an inside host, one for each (port, remote, port); where scapy would take its time."""
+    head = frame(udp(source, 0, "0.0.0.0", 0, check=0))
+    rest = sum(int.from_bytes(head[at : at + 2], "big") for at in range(14, 34, 2) if at != 24)
+    frames = []
+    for port, remote, remote_port in flows:
+        to = number(remote)
+        total = rest + (to >> 16) + (to & 0xFFFF)
+        total = (total & 0xFFFF) + (total >> 16)
+        check = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+        ends = struct.pack("!IHH", to, port, remote_port)
+        frames.append(head[:24] + check.to_bytes(2, "big") + head[26:30] + ends + head[38:])
+    return frames
 
 
 def tcp(

@@ -26,6 +26,7 @@ from tests.packets import (
     number,
     small_pool,
     udp,
+    udp_flows,
 )
 
 Array = np.ndarray[Any, Any]
@@ -43,13 +44,18 @@ def buckets(entries: int) -> int:
     return (entries * 20 + 17 * 8 - 1) // (17 * 8) + 2
 
 
-def crowding(n_buckets: int, chosen: int) -> Array:
-    """The hashes of which both buckets are among the first ``chosen`` ones."""
-    hashes = np.arange(chosen * (1 << 32) // n_buckets, dtype=np.uint64)
+def crowds(hashes: Array, n_buckets: int, chosen: int) -> Array:
+    """Of which of these (uint64) both buckets are among the first ``chosen`` ones."""
     first = hashes * np.uint64(n_buckets) >> np.uint64(32)
     offset = (hashes * np.uint64(0x9E3779B1) & np.uint64(M32)) * np.uint64(n_buckets) >> np.uint64(32)
     other = np.where(offset >= first, offset - first, offset + np.uint64(n_buckets) - first)
-    return hashes[(first < chosen) & (other < chosen)].astype(np.uint32)
+    return (first < chosen) & (other < chosen)
+
+
+def crowding(n_buckets: int, chosen: int) -> Array:
+    """All hashes that do."""
+    hashes = np.arange(chosen * (1 << 32) // n_buckets, dtype=np.uint64)
+    return hashes[crowds(hashes, n_buckets, chosen)].astype(np.uint32)
 
 
 def unmixed(hashes: Array) -> Array:
@@ -98,7 +104,7 @@ def crafted(client: str, targets: Array, n: int) -> list[tuple[int, str, int]]:
 
 
 def send(nat: Nat, flows: list[tuple[int, str, int]]) -> list[Verdict]:
-    frames = [(INSIDE, frame(udp(CLIENT, *flow))) for flow in flows]
+    frames = [(INSIDE, data) for data in udp_flows(CLIENT, flows)]
     return [result.verdict for result in nat.burst(frames)]
 
 
@@ -111,7 +117,7 @@ def honest(n: int, seed: int) -> Array:
     rows["internal_addr"] = number("10.0.0.40") + at % 200
     rows["internal_port"] = random.integers(1024, 65536, n)
     rows["external_addr"], rows["external_port"] = number(POOL[0]) + at // 60000, 2000 + at % 60000
-    rows["remote_addr"] = random.permutation(1 << 24)[:n] + number("192.0.0.0")
+    rows["remote_addr"] = random.choice(1 << 24, n, replace=False, shuffle=False) + number("192.0.0.0")
     rows["remote_port"] = random.integers(1, 65536, n)
     return rows
 
@@ -195,11 +201,11 @@ def test_keyed_hash_makes_crafted_keys_ordinary() -> None:
 
 def spoofed(n_buckets: int, chosen: int, kind: str) -> list[tuple[int, int]]:
     """(address, port) whose hash in the index of hosts, or of mappings, has both buckets among the first ones."""
-    wanted = crowding(n_buckets, chosen)
-    addresses = np.arange(number("10.0.0.2"), number("11.0.0.0"), dtype=np.uint32)
     if kind == "host":
-        found = addresses[np.isin(mixed(addresses), wanted)]
+        addresses = np.arange(number("10.0.0.2"), number("10.20.0.0"), dtype=np.uint32)
+        found = addresses[crowds(mixed(addresses).astype(np.uint64), n_buckets, chosen)]
         return [(int(address), 4000) for address in found]
+    wanted = crowding(n_buckets, chosen)
     pairs: list[tuple[int, int]] = []
     # of hash = mix(mix(address) + word) the address that gives a wanted hash with a chosen port
     for port in range(1024, 65536):

@@ -16,14 +16,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nat_fastpath.core_config import PoolRange
-from nat_fastpath.engine import RECORD
-from tests.packets import CLIENT, OTHER_CLIENT, POOL, SERVER, Nat, echo, number, small_pool, tcp, udp
+from nat_fastpath.engine import RECORD, Verdict
+from tests.packets import (
+    CLIENT,
+    INSIDE,
+    OTHER_CLIENT,
+    POOL,
+    SERVER,
+    Nat,
+    echo,
+    number,
+    small_pool,
+    tcp,
+    udp,
+    udp_flows,
+)
 
 CORE = Path(__file__).parents[2] / "nat_fastpath" / "core"
 
 
 def taken(nat: Nat, wanted: int, client: str = CLIENT) -> int:
     return int(nat.out(udp(client, wanted, SERVER, 53))["UDP"].sport)
+
+
+def all_taken(nat: Nat, wanted: range) -> set[int]:
+    """The external ports of new flows from these inside ports, each of which gets one."""
+    verdicts = {
+        one.verdict
+        for one in nat.burst([(INSIDE, f) for f in udp_flows(CLIENT, ((w, SERVER, 53) for w in wanted))])
+    }
+    assert verdicts == {Verdict.FORWARD}
+    rows = nat.sessions()
+    return set(rows["external_port"][np.isin(rows["internal_port"], wanted)].tolist())
 
 
 def record(port: int, *, id_: int = 1, internal_port: int = 4000) -> Any:
@@ -69,8 +93,7 @@ def test_ports_are_spread_over_all_ranges_evenly() -> None:
     nat = Nat(pool=small_pool(30000), port_ranges=ranges, max_sessions=8000, event_ring=16384)
     cells: Counter[int] = Counter()
     for _ in range(4):
-        for at in range(2000):
-            port = taken(nat, 4000 + at)
+        for port in all_taken(nat, range(4000, 6000)):
             cells[(port - 2000 if port < 3000 else port - 9000) // 500] += 1
         nat.core.delete(nat.sessions())
         nat.core.events()
@@ -213,8 +236,7 @@ def test_all_ports_come_back_after_their_rest() -> None:
     ports = 4097
     nat = Nat(pool=small_pool(ports), max_sessions=ports, event_ring=16384, quarantine=120)
     for _ in range(3):
-        seen = {taken(nat, 2000 + at) for at in range(ports)}
-        assert len(seen) == ports
+        assert len(all_taken(nat, range(2000, 2000 + ports))) == ports
         nat.core.events()
         nat.core.delete(nat.sessions())
         assert nat.counters()["ports_resting"] == ports
@@ -227,8 +249,7 @@ def test_worker_s_small_steps_wake_all_in_time() -> None:
     """nat_poll alone, as a worker calls it: 4097 rests that end together are over in 17 of its steps."""
     ports = 4097
     nat = Nat(pool=small_pool(ports), max_sessions=ports, event_ring=16384, quarantine=120)
-    for at in range(ports):
-        nat.send(udp(CLIENT, 2000 + at, SERVER, 53))
+    assert len(all_taken(nat, range(2000, 2000 + ports))) == ports
     nat.core.events()
     nat.core.delete(nat.sessions())
     nat.now += 121_000_000_000

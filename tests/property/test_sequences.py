@@ -167,7 +167,7 @@ class Sequences(RuleBasedStateMachine):
 
 
 Sequences.TestCase.settings = settings(
-    max_examples=500,
+    max_examples=200,
     stateful_step_count=50,
     deadline=None,
     derandomize=True,

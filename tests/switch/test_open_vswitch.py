@@ -16,12 +16,14 @@ from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from nat_control.lab import Lab, LabError, leftovers, until
+from nat_fastpath.engine import RECORD
 from switch_agent import channel as openflow
 from switch_agent.codec import Error, Lost, PortStatus, Ready, TransactionComplete
-from switch_agent.nexthops import key
+from switch_agent.nexthops import NextHops, key
 from switch_agent.ovs import RECEIVE_BUFFER, OpenVSwitch
 from switch_agent.pipeline import Kind, Output, Rule, SetField, mac_text
-from switch_agent.plane import TAKEOVER_TXID, Reconciled, SwitchError
+from switch_agent.plane import TAKEOVER_TXID, OpenFlowDataPlane, Reconciled, SwitchError
+from tests.memory_plane import AsyncMemoryPlane, MemoryPlane
 from tests.switch.net import (
     CLIENT,
     CLIENT_MAC,
@@ -45,6 +47,8 @@ from tests.switch.net import (
     random_records,
     record,
 )
+
+ENDS = ("internal", "external", "remote")
 
 
 @pytest.fixture(scope="module")
@@ -399,6 +403,38 @@ def test_a_restarted_agent_finds_its_rules_right(net: Net) -> None:
     net.install(records)
     assert sorted(line.split("actions=")[1] for line in net.session_flows()) == before
     assert net.run(net.plane.reconcile()) == Reconciled(200, 0, 0)
+
+
+def test_a_new_agent_reads_the_sessions_back(net: Net) -> None:
+    """All of it from the switch: endpoints, counters, and the MACs of next hops by address and by MAC."""
+    records = random_records(300)
+    records["internal_mac"][::3] = 0
+    net.install(records)
+    address = IPv4Address(int(records["internal_addr"][0]))
+    net.run(net.plane.set_next_hop(key("internal", address), mac_number(CLIENT_MAC)))
+    net.install(one := record(number=1000))
+    net.wires["client"].send(out_packet())
+    assert net.wires["outside"].receive() == translated_out()
+
+    net.store = MemoryPlane(1, [])
+    pipe = net.plane._pipeline
+    net.plane = OpenFlowDataPlane(
+        net.channel, pipe, NextHops(pipe, net.plane._hops._routes), AsyncMemoryPlane(net.store)
+    )
+    net.run(net.plane.prepare())
+    until("its packet is counted", lambda: net.run(net.plane.activity())["packets_out"].sum() == 1)
+    assert net.run(net.plane.recover()) == 301
+    assert net.run(net.plane.reconcile()) == Reconciled(602, 0, 0)
+    found = np.array(sorted(net.store.held.values(), key=lambda row: int(row["id"])), RECORD)
+    for name in ("id", "protocol", *(f"{end}_{what}" for end in ENDS for what in ("addr", "port"))):
+        assert np.array_equal(found[name], np.concatenate((records, one))[name]), name
+    assert np.array_equal(found["internal_mac"], np.concatenate((records, one))["internal_mac"])
+    assert found[-1]["packets_out"] == 1
+    assert net.run(net.plane.refresh()) == 0, "what was read back is not counted again"
+    net.wires["client"].send(out_packet())
+    assert net.wires["outside"].receive() == translated_out()
+    net.run(net.plane.set_next_hop(GATEWAY_KEY, mac_number(NEW_GATEWAY_MAC)))
+    net.passes("client", out_packet(), "outside", translated_out(mac=NEW_GATEWAY_MAC))
 
 
 def test_a_port_that_goes_down_is_told(net: Net) -> None:
