@@ -180,11 +180,15 @@ class OpenFlowDataPlane:
         """What makes the switch carry, for any OpenFlow connection that has been greeted.
 
         Deletes the forward rules, sets the fence anew (it also counts from here on), and asks for a barrier
-        with TAKEOVER_TXID.
+        with TAKEOVER_TXID. Each cookie is named whole: a switch finds that at once, and for a mask may look at every rule
+        (Open vSwitch: 8 ms for 20 000).
         """
         fence = [openflow.flow_mod(rule, openflow.ADD, TAKEOVER_TXID) for rule in self._pipeline.fence()]
-        delete = openflow.delete_by_cookie(FORWARD_COOKIE, FORWARD_MASK, TAKEOVER_TXID)
-        return b"".join((delete, *fence, codec.barrier(TAKEOVER_TXID)))
+        delete = [
+            openflow.delete_by_cookie(kind.cookie, txid=TAKEOVER_TXID)
+            for kind in (Kind.TO_SERVER, Kind.FROM_SERVER)
+        ]
+        return b"".join((*delete, *fence, codec.barrier(TAKEOVER_TXID)))
 
     async def wipe(self) -> None:
         """Everything off the switch: rules, groups. Sessions stay in the store. Raises ChannelLost."""
