@@ -6,12 +6,12 @@ For the demo, the tests and the measurements, in namespaces of a lab.
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 import yaml
 
+from nat_control import api
 from nat_control.lab import Lab, Process, until
 from switch_agent.ovs import OpenVSwitch
 
@@ -120,8 +120,11 @@ class PairLab:
         return self.server.ready("\nready", timeout=30)
 
     def show(self, name: str, what: str = "status") -> Any:
-        socket = str(self.lab.directory / f"{name}.sock")
-        return json.loads(self.nat.run(*CLI, "show", what, "--socket", socket, "--json"))
+        """What the command shows, without a start of Python for each look; of ``sessions`` the rows."""
+        answers = list(api.ask(self.lab.directory / f"{name}.sock", {"show": what}))
+        if what == "sessions":
+            return [row for answer in answers for row in answer.get("rows", ())]
+        return answers[0][what]
 
     def carrier(self, who: str, timeout: float = 20) -> None:
         """Waits until ``who`` carries the traffic."""

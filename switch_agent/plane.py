@@ -21,7 +21,7 @@ from switch_agent import codec, nexthops, recovery
 from switch_agent.activity import ACTIVITY, NO_ACTIVITY, Activity, applied, since
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Error, PacketIn
-from switch_agent.compile import PROTOCOLS, Compiler, NextHopGroups, Numbers
+from switch_agent.compile import Compiler, NextHopGroups, Numbers
 from switch_agent.nexthops import NO_ROUTE
 from switch_agent.pipeline import (
     CLASS_MASK,
@@ -29,6 +29,8 @@ from switch_agent.pipeline import (
     FORWARD_MASK,
     INBOUND,
     SESSION_CLASS,
+    TCP,
+    UDP,
     Kind,
     Pipeline,
     Rule,
@@ -319,7 +321,8 @@ class OpenFlowDataPlane:
 
     async def _offload(self, records: Records) -> None:
         """Rules for these sessions, the busiest first, while there is room."""
-        records = records[np.isin(records["protocol"], PROTOCOLS)]
+        protocol = records["protocol"]
+        records = records[(protocol == TCP) | (protocol == UDP)]  # others pass through the agent
         if not len(records):
             return
         groups = await self._groups(records)
@@ -340,14 +343,14 @@ class OpenFlowDataPlane:
         chosen = np.array(again + new, np.intp)
         self._ruled.update((ids[i], pairs[i]) for i in chosen.tolist())
         chunks = [chosen[at : at + CHUNK] for at in range(0, len(chosen), CHUNK)]
-        await asyncio.gather(
-            *(
-                self._install_rules(
-                    records[part], NextHopGroups(groups.internal[part], groups.external[part])
-                )
-                for part in chunks
-            )
-        )
+        works = [
+            self._install_rules(records[part], NextHopGroups(groups.internal[part], groups.external[part]))
+            for part in chunks
+        ]
+        if len(works) == 1:  # the first packet of a new flow waits for this: no task for it
+            await works[0]
+        else:
+            await asyncio.gather(*works)
 
     async def _install_rules(self, records: Records, groups: NextHopGroups) -> None:
         txid = self._channel.next_txid()

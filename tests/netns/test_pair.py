@@ -17,7 +17,7 @@ from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
 from tests.netns.test_server import UDP_ASK, UDP_ECHO
 from tests.stopped_thread import stopped_thread
 
-FILE_BYTES = 64 << 20
+SESSION_RULES = "cookie=0x1000000000000000/0x7000000000000000"
 
 
 @pytest.fixture
@@ -34,10 +34,15 @@ def pings(net: PairLab, count: int = 5) -> int:
     return int(said.split(" received")[0].split(", ")[-1])
 
 
+def passes(net: PairLab) -> None:
+    """Traffic goes through, soon: right after a change the switch's cache may still act by the rules before."""
+    until("five pings in a row are answered", lambda: pings(net) == 5, 10)
+
+
 def test_agent_alone(net: PairLab) -> None:
     """New flows by packet-in, then rules; answers ping and ARP for what is ours."""
     assert net.show("agent")["carrier"] == "switch"
-    assert pings(net) == 5
+    passes(net)
     assert net.client.attempt("ping", "-c", "1", "-W", "1", "10.0.0.1").returncode == 0
     net.outside.start("iperf3", "-s", "-B", OUTSIDE, "--forceflush", name="iperf3").ready("Server listening")
     done = net.client.attempt("iperf3", "-c", OUTSIDE, "-t", "1", "--json")
@@ -70,7 +75,7 @@ def test_kill_under_traffic_and_return(net: PairLab) -> None:
     udp = net.client.start("iperf3", "-c", OUTSIDE, "-p", "5202", *stream, "--json", name="stream")
     tcp = net.client.start("iperf3", "-c", OUTSIDE, "-t", "9", "--json", name="download")
     until("both streams run", lambda: net.show("server")["sessions"] >= 4)
-    known = {row["id"]: row for row in net.show("agent", "sessions")["sessions"]}
+    known = {row["id"]: row for row in net.show("agent", "sessions")}
     assert known, "the switch holds what the server has opened"
 
     net.server.popen.kill()
@@ -79,10 +84,10 @@ def test_kill_under_traffic_and_return(net: PairLab) -> None:
     takeover = net.show("agent")["takeover"]
     assert takeover["reason"] in ("TCP end", "silence")
     assert takeover["written"] >= takeover["detected"]
-    assert {row["id"] for row in net.show("agent", "sessions")["sessions"]} >= set(known), "sessions are lost"
+    assert {row["id"] for row in net.show("agent", "sessions")} >= set(known), "sessions are lost"
     # somebody new, whose neighbour table knows nothing of us
     net.client.ip("neigh", "flush", "all")
-    assert pings(net) == 5
+    passes(net)
 
     net.start_server()
     net.carrier("server")
@@ -91,7 +96,7 @@ def test_kill_under_traffic_and_return(net: PairLab) -> None:
     lost = json.loads(udp.output)["end"]["sum"]["lost_packets"]
     assert lost < 1000, f"{lost} packets of 9000 lost: more than a second's worth"
     assert json.loads(tcp.output)["end"]["sum_received"]["bytes"] > 1 << 20
-    assert pings(net) == 5
+    passes(net)
     assert net.server.alive
     assert net.agent.alive
 
@@ -100,37 +105,37 @@ def test_kill_under_traffic_and_return(net: PairLab) -> None:
 def test_hung_or_ended(net: PairLab, how: signal.Signals) -> None:
     net.start_server()
     net.carrier("server")
-    assert pings(net) == 5
+    passes(net)
     net.server.signal(how)
     net.carrier("switch")
-    assert pings(net) == 5
+    passes(net)
     if how is signal.SIGSTOP:
         assert net.show("agent")["takeover"]["reason"] == "silence"
         # it comes back to itself: until the return its packets are fenced off, then it carries again
         net.server.signal(signal.SIGCONT)
         net.carrier("server")
-        assert pings(net) == 5
+        passes(net)
 
 
 def test_agent_killed_and_back(net: PairLab) -> None:
     """The server goes on; the agent finds its rules again."""
     net.start_server()
     net.carrier("server")
-    assert pings(net) == 5
+    passes(net)
     net.agent.popen.kill()
     net.agent.popen.wait()
-    assert pings(net) == 5
+    passes(net)
     net.start_agent()
     net.carrier("server")
-    assert pings(net) == 5
-    assert CLIENT in json.dumps(net.show("agent", "sessions"))
+    passes(net)
+    until("the server has told it all", lambda: CLIENT in json.dumps(net.show("agent", "sessions")))
 
 
 def test_agent_back_while_the_switch_carries(net: PairLab) -> None:
     """Nobody has the records any more; the switch's rules tell them, and the server takes them over in the end."""
 
     def sessions(of: str) -> dict[int, tuple[str, ...]]:
-        rows = net.show(of, "sessions")["sessions"]
+        rows = net.show(of, "sessions")
         return {row["id"]: (row["internal"], row["external"]) for row in rows if row["protocol"] == "tcp"}
 
     net.outside.start("iperf3", "-s", "-B", OUTSIDE, "--forceflush", name="tcp").ready("Server listening")
@@ -143,7 +148,7 @@ def test_agent_back_while_the_switch_carries(net: PairLab) -> None:
     assert sessions("agent").items() >= known.items()
     assert f"{len(known)} sessions are known by the rules" in net.agent.output
     assert "0 restored, 0 deleted" in net.agent.output
-    assert pings(net) == 5
+    passes(net)
     net.start_server()
     net.carrier("server")
     assert sessions("server").items() >= known.items()
@@ -161,7 +166,7 @@ def test_a_stopped_agent_holds_nobody_up(net: PairLab) -> None:
     net.agent.signal(signal.SIGCONT)
     until("they are a pair again", lambda: net.show("server")["peer"] == "operational")
     net.carrier("server")
-    assert pings(net) == 5
+    passes(net)
 
 
 def test_the_switch_is_lost_while_sessions_open(net: PairLab) -> None:
@@ -178,8 +183,7 @@ def test_the_switch_is_lost_while_sessions_open(net: PairLab) -> None:
     assert net.agent.alive
     sessions = net.show("agent")["sessions"]
     assert sessions >= 300
-    until("all have their rules", lambda: net.show("agent")["offloaded"] == net.show("agent")["sessions"], 30)
-    assert len(net.ovs.flows("cookie=0x1000000000000000/0x7000000000000000")) == 2 * sessions
+    until("all have both their rules", lambda: len(net.ovs.flows(SESSION_RULES)) == 2 * sessions, 30)
     net.carrier("server")
 
 
@@ -214,11 +218,11 @@ def test_only_the_worker_stops(net: PairLab) -> None:
     """The process answers, its sockets stand, and yet nothing is forwarded."""
     net.start_server()
     net.carrier("server")
-    assert pings(net) == 5
+    passes(net)
     with stopped_thread(net.server.pid, "nat-worker"):
         net.carrier("switch")
         assert net.show("agent")["takeover"]["reason"] == "stalled worker"
-        assert pings(net) == 5
+        passes(net)
 
 
 def test_the_gateway_changes_its_mac_while_the_switch_carries(net: PairLab) -> None:
@@ -246,10 +250,10 @@ def test_a_link_goes_down_and_comes_back(net: PairLab) -> None:
     net.nat.ip("link", "set", "nat-in", "down")
     net.carrier("switch")
     assert "is down" in net.agent.output
-    assert pings(net) == 5
+    passes(net)
     net.nat.ip("link", "set", "nat-in", "up")
     net.carrier("server")
-    assert pings(net) == 5
+    passes(net)
 
 
 def test_a_planned_end_hands_over(net: PairLab) -> None:
@@ -275,7 +279,7 @@ def test_agent_back_after_both_died(net: PairLab) -> None:
         process.popen.wait()
     net.start_agent()
     until("the agent sees it", lambda: "a server that is not there" in net.agent.output)
-    assert pings(net) == 5
+    passes(net)
 
 
 def test_what_the_switch_carries_does_not_age() -> None:
@@ -285,9 +289,9 @@ def test_what_the_switch_carries_does_not_age() -> None:
         net.start_agent()
         record = stream(net, 18, rate=50)
         until("it has its rules", lambda: net.show("agent")["offloaded"] >= 1)
-        [session] = net.show("agent", "sessions")["sessions"]
+        [session] = net.show("agent", "sessions")
         seen = record()
-        [still] = net.show("agent", "sessions")["sessions"]
+        [still] = net.show("agent", "sessions")
         assert still["id"] == session["id"]
         assert still["packets_out"] > 300
         assert len(seen.lost()) < 20
