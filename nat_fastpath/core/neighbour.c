@@ -339,6 +339,8 @@ static __attribute__((noinline)) enum nat_verdict hold_for_neighbour(struct nat_
     if (n->held == HELD_PER_NEIGHBOUR || !hold(core, packet, &n->held_first, &n->held_last, NONE32, OUT))
         return NAT_DROP_HOLD_LIMIT;
     n->held++;
+    if (n->held == 1 && n->asked >= ASK_TRIES)
+        n->asked = 0; /* what was asked in vain before this packet came is no reason to drop it */
     if (core->now_ms - n->asked_ms >= ASK_MS &&
         send_request(core, n->port, broadcast_mac, core->config.ports[n->port].address, n->address)) {
         n->asked_ms = core->now_ms;

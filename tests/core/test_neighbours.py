@@ -118,6 +118,20 @@ def test_next_hop_that_does_not_answer() -> None:
     assert nat.verdict(udp(CLIENT, 4000, SERVER, 53)) == "HELD", "later packets try again"
 
 
+def test_a_gateway_that_was_asked_in_vain_before_gets_its_time() -> None:
+    """A packet is not dropped for requests that nobody heard before it came: as when the switch was not there yet."""
+    for pause in (0.0, 0.1, 0.2):
+        nat = Nat(routes=LEARNED)
+        nat.pump(0.85 + pause)
+        assert nat.send(udp(CLIENT, 4000, SERVER, 53)).verdict == Verdict.HELD
+        nat.core.outbox()
+        nat.pump(0.3)
+        assert nat.core.take() == []
+        assert ("ff:ff:ff:ff:ff:ff", GATEWAY) in asked(nat, OUTSIDE)
+        nat.raw(arp(OUTSIDE, 2, GATEWAY_MAC, GATEWAY, OUR_ADDRESS[OUTSIDE], OUR_MAC[OUTSIDE]), OUTSIDE)
+        assert [result.verdict for result in nat.core.take()] == [Verdict.FORWARD]
+
+
 def test_held_packets_are_bounded() -> None:
     nat = Nat(routes=LEARNED, max_held=8)
     verdicts = [nat.verdict(udp(CLIENT, 4000, SERVER, 53)) for _ in range(10)]
