@@ -52,8 +52,6 @@ def test_agent_alone(net: PairLab) -> None:
 
 def test_fragments_through_the_agent_alone(net: PairLab) -> None:
     """A switch shows fragments without ports, so they match no session: the agent's core carries them."""
-    # few packets are held for a next hop, and a busy machine takes its time to find that
-    until("the next hops are known", lambda: pings(net, 1) == 1)
     said = net.client.run("ping", "-q", "-i", "0.2", "-W", "2", "-c", "3", "-s", "4000", OUTSIDE)
     assert " 3 received" in said
     net.outside.start(sys.executable, "-u", "-c", UDP_ECHO, OUTSIDE, name="echo").ready("bound")
