@@ -223,6 +223,7 @@ def show_status(config: ConfigOption = None, socket: SocketOption = None, as_jso
         return _print_json(status)
     rates, worker = status["rates"], status["worker"]
     rows = [
+        *(("degraded", why) for why in status["degraded"]),
         ("process", f"{status['pid']}, up {status['uptime']:.0f} s, {status['dpdk']}"),
         ("behaviour", f"{status['mapping']} mapping, {status['filtering']} filtering"),
         ("sessions", f"{status['sessions']} of {status['max_sessions']}"),
@@ -384,8 +385,9 @@ def show_ports(config: ConfigOption = None, socket: SocketOption = None, as_json
     for name, port in ports.items():
         link, rates = port["link"], port["rates"]
         speed = f", {link['speed_mbps']} Mbit/s" if link["speed_mbps"] else ""
+        state = f"up{speed}" if link["up"] else f"down: {port['link_why_down']}"
         rows = [
-            ("device", f"{port['device']} by {port['driver']}, link {'up' if link['up'] else 'down'}{speed}"),
+            ("device", f"{port['device']} by {port['driver']}, link {state}"),
             (
                 "address",
                 f"{port['address']}, MAC {port['mac']}, MTU {port['mtu']}, gateway {port['gateway'] or '-'}",

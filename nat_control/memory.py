@@ -2,10 +2,18 @@
 """How much memory DPDK gets for packets; the tables' is the core's to say (engine.memory_for)."""
 
 from nat_control.config import Config
+from nat_fastpath.devargs import scatters
 
 BUFFERS = 16384  # packets in flight; AF_XDP receives nothing with much less
 
 
+def buffer_mtu(config: Config) -> int:
+    """IP bytes that a packet buffer must hold: a whole packet, unless all devices take one in several buffers."""
+    if all(scatters(port.device) for port in config.ports):
+        return 1500
+    return max(port.mtu for port in config.ports)
+
+
 def packet_memory_mb(config: Config) -> int:
-    mtu = max(port.mtu for port in config.ports)
+    mtu = buffer_mtu(config)
     return 64 + (BUFFERS * (2 * mtu + 1024) >> 20)

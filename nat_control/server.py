@@ -19,7 +19,7 @@ from nat_control.api import Api, ApiError
 from nat_control.config import Config
 from nat_control.core_plane import CorePlane
 from nat_control.loop import ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
-from nat_control.memory import BUFFERS, packet_memory_mb
+from nat_control.memory import BUFFERS, buffer_mtu, packet_memory_mb
 from nat_control.pair import Pair
 from nat_control.sync import actions as do
 from nat_fastpath import engine
@@ -74,7 +74,6 @@ class Server:
         for line in repair(state):
             say(f"repaired: {line}")
 
-        mtu = max(port.mtu for port in config.ports)
         self.eal = Eal(
             memory_mb=packet_memory_mb(config),
             devices=sorted({port.device for port in config.ports}),
@@ -83,7 +82,7 @@ class Server:
         memory = "hugepages" if self.eal.hugepages else "ordinary memory (no hugepages are free)"
         say(f"tandem-nat {version('tandem-nat')}: instance {config.instance}, {self.eal.version}, {memory}")
 
-        pool = Mempool(f"{os.getpid()}-packets", BUFFERS, mtu)
+        pool = Mempool(f"{os.getpid()}-packets", BUFFERS, buffer_mtu(config))
         undo.callback(pool.close)
         self.pool = pool
         self.ports: list[Port] = []
@@ -200,8 +199,16 @@ class Server:
             if not port.is_there:
                 raise ServerError(f"device {port.device} is gone: nothing is carried any more")
             if (up := port.link().up) != self.links[i]:
-                say(f"{self.config.ports[i].name}: {port.device} is {'up' if up else 'down'}")
+                say(f"{self.config.ports[i].name}: {port.name} is {'up' if up else f'down: {port.why_down}'}")
                 self.links[i] = up
+
+    def degraded(self) -> list[str]:
+        """What keeps it from carrying as it should, one line each."""
+        found = ["the worker has not moved for a second: nothing is forwarded"] if self.worker_stalled else []
+        for config, port, up in zip(self.config.ports, self.ports, self.links, strict=True):
+            if not up:
+                found.append(f"{config.name}: {port.name} is down: {port.why_down}")
+        return found
 
     # -- what can be shown; called from threads ------------------------------------------------------------
 
@@ -212,6 +219,7 @@ class Server:
             "version": version("tandem-nat"),
             "pid": os.getpid(),
             "uptime": round(self.loop.uptime, 3),
+            "degraded": self.degraded(),
             "dpdk": self.eal.version,
             "hugepages": self.eal.hugepages,
             "mapping": nat.mapping,
@@ -301,7 +309,8 @@ class Server:
                 "gateway": str(port.gateway) if port.gateway else None,
                 "mtu": port.mtu,
                 "vlan": port.vlan or None,
-                "link": opened.link()._asdict(),
+                "link": (link := opened.link())._asdict(),
+                "link_why_down": None if link.up else opened.why_down,
                 "rates": {
                     name.removesuffix(f".{i}"): round(rate, 1)
                     for name, rate in self.loop.rates.items()

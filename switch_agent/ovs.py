@@ -23,7 +23,8 @@ class OpenVSwitch:
 
     ``controllers`` are targets like ``tcp:127.0.0.1:6653``. The bridge has fail_mode=secure and speaks
     OpenFlow 1.3 only. With ``receive_buffer`` (bytes) the sockets of its ports have that size; the default
-    overflows when the switch is descheduled for a few milliseconds. Raises LabError with the daemon's words.
+    overflows when the switch is descheduled for a few milliseconds. ``program`` is the daemon, and ``options``
+    its other_config. Raises LabError with the daemon's words.
     """
 
     def __init__(
@@ -35,21 +36,26 @@ class OpenVSwitch:
         bridge: str = "tandem",
         datapath_id: int = 1,
         receive_buffer: int = 0,
+        program: str = "ovs-vswitchd",
+        options: tuple[str, ...] = (),
     ) -> None:
         self.namespace = namespace
         self.ports = dict(ports)
         self.bridge = bridge
         self.directory = namespace.lab.directory / f"ovs-{namespace.name}"
         self._receive_buffer = receive_buffer
+        self._program = program
         self.directory.mkdir()
         variables = ("OVS_RUNDIR", "OVS_DBDIR", "OVS_LOGDIR")
         self._environment = ["env", *(f"{name}={self.directory}" for name in variables)]
         database = self.directory / "conf.db"
         call(["ovsdb-tool", "create", str(database), str(SCHEMA)])
         socket = self.directory / "db.sock"
-        self.database = self._start("ovsdb-server", str(database), f"--remote=punix:{socket}")
+        self.database = self._start("ovsdb-server", "ovsdb-server", str(database), f"--remote=punix:{socket}")
         _within_reach("ovsdb-server", self.database, socket.exists)
         self.vsctl("--no-wait", "init")
+        if options:
+            self.vsctl("--no-wait", "set", "Open_vSwitch", ".", *(f"other_config:{o}" for o in options))
         self.daemon = self._start_daemon()
         asked = ["--", "add-br", bridge, "--", "set", "bridge", bridge, "datapath_type=netdev"]
         asked += ["fail_mode=secure", "protocols=OpenFlow13", f"other_config:datapath-id={datapath_id:016x}"]
@@ -106,7 +112,7 @@ class OpenVSwitch:
 
     def _start_daemon(self) -> Process:
         database = f"unix:{self.directory}/db.sock"
-        daemon = self._start("ovs-vswitchd", database)
+        daemon = self._start("ovs-vswitchd", self._program, database)
         control = self.directory / "ovs-vswitchd.ctl"
         return _within_reach("ovs-vswitchd", daemon, lambda: control.exists() and self._answers(control))
 
@@ -116,10 +122,10 @@ class OpenVSwitch:
         except LabError:
             return False
 
-    def _start(self, program: str, *arguments: str) -> Process:
-        files = [f"--pidfile={self.directory}/{program}.pid", f"--unixctl={self.directory}/{program}.ctl"]
+    def _start(self, name: str, program: str, *arguments: str) -> Process:
+        files = [f"--pidfile={self.directory}/{name}.pid", f"--unixctl={self.directory}/{name}.ctl"]
         command = [*self._environment, program, *arguments, *files, "-vconsole:warn", "-vsyslog:off"]
-        return self.namespace.start(*command, name=program)
+        return self.namespace.start(*command, name=name)
 
     def _tool(self, *argv: str) -> str:
         return self.namespace.run(*self._environment, *argv)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import socket
 import struct
 import threading
@@ -14,6 +13,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nat_fastpath import devargs as words
 from nat_fastpath.dpdk._dpdk import ffi, lib
 from nat_fastpath.dpdk.kernel_interface import Interface, InterfaceError, interface_names
 from nat_fastpath.dpdk.packet_ring import SOL_PACKET, Ring
@@ -23,10 +23,9 @@ PACKET_STATISTICS = 6  # linux/if_packet.h
 ETHERNET_OVERHEAD = 14 + 2 * 4  # header and two VLAN tags
 TPACKET_OVERHEAD = 128  # what AF_PACKET writes before a frame in its ring, rounded up
 PMDS_OF_KERNEL_PACKETS = {"net_af_packet", "net_af_xdp", "net_pcap"}
-PCI = re.compile(r"(pci:)?([0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", re.ASCII)
 AF_XDP_BUFFERS = 16384  # with a smaller pool AF_XDP opens, and receives nothing
 AF_XDP_FRAME = 2048  # a buffer with its headers lies in a page; the next size does not
-DEVARGS = re.compile(rf"net_\w+\d|{PCI.pattern}|(vdev|auxiliary|vmbus):.", re.ASCII)
+_open: set[int] = set()  # port ids: DPDK gives one out again for the same name
 
 
 class DpdkError(Exception):
@@ -69,9 +68,19 @@ class Eal:
         self.hugepages = _free_hugepages_mb() >= memory_mb
         affinity = os.sched_getaffinity(0)
         line = ["tandem-nat", f"--lcores=0@{min(affinity) if cpu is None else cpu}", "--no-telemetry"]
-        line += ["--in-memory", "--iova-mode=va"] if self.hugepages else ["--no-huge", "--no-shconf"]
+        if (
+            self.hugepages
+        ):  # in few files, which is how another process can map them: vhost-user, memif without a copy
+            line += ["--in-memory", "--iova-mode=va", "--single-file-segments"]
+        else:
+            line += ["--no-huge", "--no-shconf"]
         line += ["-m", str(memory_mb)]
-        allowed = [word for device in devices if PCI.match(device) for word in ("-a", device)]
+        allowed = [
+            word
+            for device in devices
+            if words.pci_address(device)
+            for word in ("-a", words.canonical(device))
+        ]
         line += [*(allowed or ["--no-pci"]), *arguments]
         # EAL keeps pointers into its argument list
         self._strings = [ffi.new("char[]", argument.encode()) for argument in line]
@@ -204,19 +213,21 @@ class Port:
         self._port_id: int | None = None
         self._sockets: list[socket.socket] = []
         self._missed = 0
-        self._stats_lock = threading.Lock()
+        self._lock = threading.Lock()
         if device in interface_names():
             self._interface = Interface(
                 device, mtu=mtu, mac=mac, addresses=addresses, state_dir=state_dir, force=force
             )
-        elif not DEVARGS.match(device):
+        elif not words.DEVARGS.match(device):
             raise DpdkError(
                 f"device {device}: no kernel interface of this network namespace (which has "
                 f"{', '.join(interface_names())}), and no DPDK devargs such as net_memif0 or 0000:03:00.0"
             )
+        elif problem := words.problem_of(device):
+            raise DpdkError(f"device {device}: {problem}")
         try:
             if self._interface is None:
-                self._open(device, pool, mac)
+                self._open(words.canonical(device), pool, mac)
             else:
                 self._open_kernel_interface(self._interface, pool, index, mac, driver)
         except BaseException:
@@ -268,13 +279,16 @@ class Port:
     def _open(self, devargs: str, pool: Mempool, mac: bytes | None, ring: Ring | None = None) -> None:
         what = f"device {self.device}"
         _log()
-        self.name = devargs.split(",")[0].removeprefix("pci:")
+        self.name = words.name_of(devargs)
         number = ffi.new("uint16_t *")
         if lib.rte_eth_dev_get_port_by_name(self.name.encode(), number) < 0:  # a PCI device is there already
             _check(lib.rte_dev_probe(devargs.encode()), what)
             # a virtual device that fails to probe is not always reported
             _check(lib.rte_eth_dev_get_port_by_name(self.name.encode(), number), what)
+        if number[0] in _open:
+            raise DpdkError(f"{what}: {self.name} is another port's device already; choose another")
         port = self._port_id = int(number[0])
+        _open.add(port)
         if self._interface is not None and ring is not None:
             self._interface.keep_fragments(ring)
         info = _info(port)
@@ -299,7 +313,7 @@ class Port:
             wanted.addr_bytes = list(mac)
             done = lib.rte_eth_dev_default_mac_addr_set(port, wanted)
             # memif and its like cannot set one, and deliver whatever comes
-            if done != -errno.ENOTSUP or PCI.match(self.device):
+            if done != -errno.ENOTSUP or words.pci_address(self.device):
                 _check(done, f"{what}: MAC {mac.hex(':')}")
         _check(lib.rte_eth_dev_start(port), what)
         self.mac = mac or _mac(port)
@@ -327,7 +341,8 @@ class Port:
 
     def link(self) -> Link:
         link = ffi.new("struct link *")
-        _check(lib.link_get(self.port_id, link), f"device {self.device}: link")
+        with self._lock:  # to look may be to connect: a virtio_user takes its waiting other end now
+            _check(lib.link_get(self.port_id, link), f"device {self.device}: link")
         unknown = 0xFFFFFFFF
         if self._interface is not None:  # the driver knows only how it was at the start
             link.up = self._interface.is_running
@@ -336,9 +351,18 @@ class Port:
         )
 
     @property
+    def why_down(self) -> str:
+        """What it means that this link is down."""
+        if self._interface is not None:
+            return "not up, or no carrier"
+        return words.NO_LINK.get(self.driver, "no signal")
+
+    @property
     def is_there(self) -> bool:
         """Whether the device still exists. A kernel interface that went away does not come back by its name."""
-        return self._interface is None or self._interface.is_there
+        if self._interface is not None:
+            return self._interface.is_there
+        return not lib.rte_eth_dev_is_removed(self.port_id)
 
     def stats(self) -> dict[str, int]:
         """The counters that every device has: packets, bytes, missed, errors, out of buffers."""
@@ -346,7 +370,7 @@ class Port:
         _check(lib.rte_eth_stats_get(self.port_id, stats), f"device {self.device}: statistics")
         names = ("ipackets", "opackets", "ibytes", "obytes", "imissed", "ierrors", "oerrors", "rx_nombuf")
         found: dict[str, int] = {name: getattr(stats, name) for name in names}
-        with self._stats_lock:
+        with self._lock:
             for (
                 ring
             ) in self._sockets:  # the kernel counts what found its ring full, and forgets it when asked
@@ -377,4 +401,5 @@ class Port:
         if self._port_id is not None:
             lib.rte_eth_dev_stop(self._port_id)
             lib.rte_eth_dev_close(self._port_id)
+            _open.discard(self._port_id)
             self._port_id = None

@@ -69,6 +69,7 @@ ffibuilder.cdef(
     int rte_eth_dev_start(uint16_t port_id);
     int rte_eth_dev_stop(uint16_t port_id);
     int rte_eth_dev_close(uint16_t port_id);
+    int rte_eth_dev_is_removed(uint16_t port_id);
     int rte_eth_stats_get(uint16_t port_id, struct rte_eth_stats *stats);
     int rte_eth_xstats_get_names(uint16_t port_id, struct rte_eth_xstat_name *names, unsigned int n);
     int rte_eth_xstats_get(uint16_t port_id, struct rte_eth_xstat *xstats, unsigned int n);

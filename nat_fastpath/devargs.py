@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices in DPDK's words: what they say, and what must be right before DPDK sees them.
+
+DPDK names no cause when a NIC is still the kernel's, or when a killed process has left its socket behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import stat
+from pathlib import Path
+
+PCI = re.compile(r"(?:pci:)?((?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])(?=,|$)", re.ASCII | re.I)
+DEVARGS = re.compile(rf"net_\w+\d(?=,|$)|{PCI.pattern}|(vdev|auxiliary|vmbus):.", re.ASCII | re.I)
+USERSPACE = {"vfio-pci", "igb_uio", "uio_pci_generic"}
+BIFURCATED = {"mlx4_core", "mlx5_core", "mana"}  # their NICs stay with the kernel's driver
+# they take a frame of any size in several buffers, and hand it over so; others need one that holds it whole
+SCATTERING = {"net_memif", "net_virtio_user", "net_tap", "net_pcap", "net_ring", "net_null"}
+NO_LINK = {
+    "net_memif": "no other end is connected",
+    "net_virtio_user": "no other end is connected",
+    "net_tap": "its kernel interface is down, or not in this network namespace any more",
+}
+
+
+def name_of(device: str) -> str:
+    """Without its arguments; a PCI address as DPDK writes it."""
+    return pci_address(device) or device.split(",")[0]
+
+
+def driver_of(device: str) -> str:
+    """``net_memif`` of ``net_memif0,role=client``; empty where DPDK chooses it."""
+    found = re.match(r"net_\w*?(?=\d+(,|$))", device, re.ASCII)
+    return found[0] if found else ""
+
+
+def arguments_of(device: str) -> dict[str, str]:
+    words = (word.partition("=") for word in device.split(",")[1:])
+    return {key: value for key, _, value in words}
+
+
+def pci_address(device: str) -> str:
+    """``0000:03:00.0`` of ``pci:03:00.0,arguments``; empty where it is no PCI device."""
+    found = PCI.match(device)
+    if found is None:
+        return ""
+    address = found[1].lower()
+    return address if address.count(":") == 2 else f"0000:{address}"
+
+
+def canonical(device: str) -> str:
+    """The same device with its PCI address in full, as DPDK names its port."""
+    address, comma, arguments = device.partition(",")
+    return f"{pci_address(device) or address}{comma}{arguments}"
+
+
+def scatters(device: str) -> bool:
+    return driver_of(device) in SCATTERING
+
+
+def problem_of(device: str, root: Path = Path("/")) -> str:
+    """Why DPDK could not use it, and how to mend that; empty when nothing is known to be in the way.
+
+    A socket that a killed process has left where this device is to listen is removed.
+    """
+    if address := pci_address(device):
+        return _pci_problem(address, root)
+    driver, arguments = driver_of(device), arguments_of(device)
+    if driver == "net_virtio_user" and arguments.get("server") == "1":
+        return _listening_place(arguments.get("path", ""), "path")
+    listens = driver == "net_memif" and arguments.get("role") in ("server", "master")
+    if listens and arguments.get("socket-abstract") == "no":  # an abstract one ends with its process
+        return _listening_place(arguments.get("socket", ""), "socket")
+    return ""
+
+
+def _pci_problem(address: str, root: Path) -> str:
+    path = root / "sys/bus/pci/devices" / address
+    if not path.exists():
+        return "there is no such PCI device here; `tandem-nat drivers` lists those that there are"
+    try:
+        driver = (path / "driver").readlink().name
+    except OSError:
+        driver = ""
+    if driver in BIFURCATED or (driver in USERSPACE and driver != "vfio-pci"):
+        return ""
+    if driver == "vfio-pci":
+        unsafe = root / "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+        if (path / "iommu_group").exists() or (unsafe.exists() and unsafe.read_text().strip() in "Y1"):
+            return ""
+        return (
+            "vfio-pci has it, but no IOMMU is on; `tandem-nat doctor` says how to turn it on, or without one: "
+            f"echo 1 > /{unsafe.relative_to(root)}"
+        )
+    interfaces = sorted(name.name for pattern in ("net/*", "virtio*/net/*") for name in path.glob(pattern))
+    has_it = f"the kernel's driver {driver} has it" if driver else "no driver has it"
+    if interfaces:
+        has_it += f" as {', '.join(interfaces)}"
+    first = "".join(f"ip link set {name} down && " for name in interfaces)
+    return f"{has_it}; {first}modprobe vfio-pci && dpdk-devbind.py --bind=vfio-pci {address}"
+
+
+def _listening_place(path: str, argument: str) -> str:
+    """A socket of ours that nobody listens at is removed: DPDK would not listen there."""
+    if not path:
+        return f"{argument}= is missing: the socket to listen at"
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        folder = Path(path).absolute().parent
+        return "" if folder.is_dir() else f"there is no directory {folder}; mkdir -p {folder}"
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if not stat.S_ISSOCK(found.st_mode):
+        return f"{path} is no socket; remove it, or choose another {argument}"
+    if found.st_uid != os.geteuid():
+        return f"{path} belongs to another user; remove it, or choose another {argument}"
+    if _is_alive(path):
+        return f"another process listens at {path}; end it, or choose another {argument}"
+    os.unlink(path)
+    return ""
+
+
+def _is_alive(path: str) -> bool:
+    """Whether a process has it open. A socket of another type than any of DPDK's asks, so nobody notices."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError as error:
+            return error.errno not in (errno.ECONNREFUSED, errno.ENOENT)
+    return True
