@@ -201,6 +201,8 @@ class Server:
             if (up := port.link().up) != self.links[i]:
                 say(f"{self.config.ports[i].name}: {port.name} is {'up' if up else f'down: {port.why_down}'}")
                 self.links[i] = up
+            if not up:
+                port.seek_other_end()
 
     def degraded(self) -> list[str]:
         """What keeps it from carrying as it should, one line each."""

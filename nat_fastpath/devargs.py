@@ -22,7 +22,7 @@ SCATTERING = {"net_memif", "net_virtio_user", "net_tap", "net_pcap", "net_ring",
 NO_LINK = {
     "net_memif": "no other end is connected",
     "net_virtio_user": "no other end is connected",
-    "net_tap": "its kernel interface is down, or not in this network namespace any more",
+    "net_tap": "its kernel interface is down or gone",
 }
 
 
@@ -132,3 +132,27 @@ def _is_alive(path: str) -> bool:
         except OSError as error:
             return error.errno not in (errno.ECONNREFUSED, errno.ENOENT)
     return True
+
+
+def tap_interface(device: str) -> str:
+    """The kernel's end of a net_tap, as it is called at first."""
+    number = name_of(device).removeprefix("net_tap")
+    return arguments_of(device).get("iface", f"dtap{number}")
+
+
+def tap_files(interface: str) -> tuple[Path, ...]:
+    """What this process has open of a tap interface."""
+    return tuple(path for path in Path("/proc/self/fdinfo").iterdir() if _tap_of(path) == interface)
+
+
+def is_attached(file: Path) -> bool:
+    """Whether the interface of one of ``tap_files`` exists, in whatever network namespace, under whatever name."""
+    return bool(_tap_of(file))
+
+
+def _tap_of(file: Path) -> str:
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:  # closed meanwhile
+        return ""
+    return next((line.removeprefix("iff:").strip() for line in lines if line.startswith("iff:")), "")

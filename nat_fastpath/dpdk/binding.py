@@ -213,6 +213,8 @@ class Port:
         self._port_id: int | None = None
         self._sockets: list[socket.socket] = []
         self._missed = 0
+        self._paused = False
+        self._tap, self._tap_files = "", tuple[Path, ...]()
         self._lock = threading.Lock()
         if device in interface_names():
             self._interface = Interface(
@@ -299,7 +301,9 @@ class Port:
         conf.txmode.offloads = info.tx_offload_capa & lib.RTE_ETH_TX_OFFLOAD_MULTI_SEGS
         conf.rxmode.offloads = info.rx_offload_capa & lib.RTE_ETH_RX_OFFLOAD_SCATTER
         if self._interface is None:
-            conf.rxmode.mtu = self.mtu
+            largest = info.max_rx_pktlen - lib.RTE_ETHER_HDR_LEN - lib.RTE_ETHER_CRC_LEN
+            # memif says 1500, and takes frames of any size in several of its buffers
+            conf.rxmode.mtu = min(self.mtu, largest) if self.driver == "net_memif" else self.mtu
         _check(lib.rte_eth_dev_configure(port, 1, 1, conf), what)
         rx, tx = ffi.new("uint16_t *", RX_DESCRIPTORS), ffi.new("uint16_t *", TX_DESCRIPTORS)
         _check(lib.rte_eth_dev_adjust_nb_rx_tx_desc(port, rx, tx), what)
@@ -308,15 +312,28 @@ class Port:
             lib.rte_eth_rx_queue_setup(port, 0, rx[0], numa, ffi.NULL, pool._pool), f"{what}: receive queue"
         )
         _check(lib.rte_eth_tx_queue_setup(port, 0, tx[0], numa, ffi.NULL), f"{what}: transmit queue")
-        if mac is not None and mac != _mac(port):
+        if self.driver == "net_tap":
+            mac = self._taps(mac)
+        elif mac is not None and mac != _mac(port):
             wanted = ffi.new("struct rte_ether_addr *")
             wanted.addr_bytes = list(mac)
             done = lib.rte_eth_dev_default_mac_addr_set(port, wanted)
             # memif and its like cannot set one, and deliver whatever comes
             if done != -errno.ENOTSUP or words.pci_address(self.device):
                 _check(done, f"{what}: MAC {mac.hex(':')}")
-        _check(lib.rte_eth_dev_start(port), what)
+        started = lib.rte_eth_dev_start(port)
+        if not self._connects:
+            _check(started, what)
+        elif started < 0:
+            self._pause()
         self.mac = mac or _mac(port)
+
+    def _taps(self, mac: bytes | None) -> bytes:
+        """The NAT's MAC, which is not that of the kernel's end: these are two stations."""
+        self._tap = words.tap_interface(self.device)
+        self._tap_files = words.tap_files(self._tap)
+        kernels = _mac(self.port_id)
+        return mac or bytes([kernels[0] | 2, *kernels[1:5], kernels[5] ^ 1])
 
     @property
     def port_id(self) -> int:
@@ -346,9 +363,33 @@ class Port:
         unknown = 0xFFFFFFFF
         if self._interface is not None:  # the driver knows only how it was at the start
             link.up = self._interface.is_running
+        elif self._tap_files and self._tap not in interface_names():  # whose state the driver does not see
+            link.up = any(words.is_attached(file) for file in self._tap_files)
         return Link(
             bool(link.up), 0 if link.speed_mbps == unknown else link.speed_mbps, bool(link.full_duplex)
         )
+
+    @property
+    def _connects(self) -> bool:
+        """A memif of this kind looks for its other end when its port is started, and never again."""
+        role = words.arguments_of(self.device).get("role", "client")
+        return self.driver == "net_memif" and role in ("client", "slave")
+
+    def _pause(self) -> None:
+        lib.port_pause(self.port_id)
+        self._paused = True
+
+    def seek_other_end(self) -> None:
+        """For a port without a link, now and then; whether there is one, ``link`` will say.
+
+        The worker may go on polling: without a link it touches none of the queues.
+        """
+        if self._connects:
+            with self._lock:
+                if not self._paused:
+                    lib.rte_eth_dev_stop(self.port_id)
+                    self._pause()
+                self._paused = lib.rte_eth_dev_start(self.port_id) < 0
 
     @property
     def why_down(self) -> str:

@@ -34,6 +34,8 @@ ffibuilder.cdef(
     unsigned int rte_mempool_in_use_count(const struct rte_mempool *pool);
 
     /* ethdev */
+    #define RTE_ETHER_HDR_LEN ...
+    #define RTE_ETHER_CRC_LEN ...
     #define RTE_ETH_TX_OFFLOAD_MULTI_SEGS ...
     #define RTE_ETH_RX_OFFLOAD_SCATTER ...
     struct rte_ether_addr { uint8_t addr_bytes[6]; ...; };
@@ -41,7 +43,7 @@ ffibuilder.cdef(
     struct rte_eth_txmode { uint64_t offloads; ...; };
     struct rte_eth_conf { struct rte_eth_rxmode rxmode; struct rte_eth_txmode txmode; ...; };
     struct rte_eth_dev_info {
-        const char *driver_name; unsigned int if_index; uint16_t min_mtu; uint16_t max_mtu;
+        const char *driver_name; unsigned int if_index; uint16_t min_mtu; uint16_t max_mtu; uint32_t max_rx_pktlen;
         uint64_t rx_offload_capa; uint64_t tx_offload_capa; ...; };
     struct rte_eth_stats {
         uint64_t ipackets; uint64_t opackets; uint64_t ibytes; uint64_t obytes;
@@ -75,6 +77,7 @@ ffibuilder.cdef(
     int rte_eth_xstats_get(uint16_t port_id, struct rte_eth_xstat *xstats, unsigned int n);
     struct link { int up; int full_duplex; uint32_t speed_mbps; };
     int link_get(uint16_t port_id, struct link *out);
+    void port_pause(uint16_t port_id);
 
     /* worker */
     #define NAT_MAX_PORTS ...
@@ -125,6 +128,18 @@ ffibuilder.set_source(
         const int rc = rte_eth_link_get_nowait(port_id, &link);
         *out = (struct link){link.link_status, link.link_duplex, link.link_speed};
         return rc;
+    }
+
+    /* A stopped port that is polled makes DPDK complain, with a trace of the stack; until it is started this is silent. */
+    static uint16_t no_packets(void *queue, struct rte_mbuf **mbufs, uint16_t n)
+    {
+        (void)queue, (void)mbufs, (void)n;
+        return 0;
+    }
+    static void port_pause(uint16_t port_id)
+    {
+        rte_eth_fp_ops[port_id].rx_pkt_burst = no_packets;
+        rte_eth_fp_ops[port_id].tx_pkt_burst = no_packets;
     }
     """,
     sources=[str(HERE / "worker.c"), str(HERE / "log.c")],

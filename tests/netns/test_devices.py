@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,34 +108,3 @@ def test_jumbo_frames(net: Net) -> None:
     begin(net, {"mtu": 9000}, {"mtu": 9000})
     net.client.run("ping", "-c", "2", "-W", "2", "-s", "8000", "-M", "do", SERVER)
     assert transfer(net) > 20
-
-
-@pytest.mark.skipif(not shutil.which("dpdk-testpmd"), reason="apt install dpdk-dev")
-def test_memif(net: Net) -> None:
-    """Between the client's veth and the server's memif forwards another DPDK process."""
-    path = net.lab.directory / "memif.sock"
-    eal = [
-        "--lcores=0@0,1@1",
-        "--no-huge",
-        "--no-shconf",
-        "--no-pci",
-        "--no-telemetry",
-        "-m",
-        "256",
-        "--file-prefix=cable",
-    ]
-    devices = [
-        "--vdev=net_af_packet0,iface=nat-in",
-        f"--vdev=net_memif0,role=server,socket={path},socket-abstract=no",
-    ]
-    options = ["--forward-mode=io", "--auto-start", "--total-num-mbufs=16384", "--stats-period=5"]
-    cable = net.nat.start("dpdk-testpmd", *eal, *devices, "--", *options, name="cable")
-    cable.ready("Port statistics")
-    net.nat.run("ethtool", "-K", "nat-in", "gro", "off")
-    net.client.run("ethtool", "-K", "eth0", "tx", "off")  # the cable fills in no checksums
-    device = f"net_memif1,role=client,socket={path},socket-abstract=no"
-    begin(net, {"device": device, "mac": "02:00:00:00:00:11"})
-    assert drivers(net)["internal"] == ("net_memif", None)
-    net.ping()
-    assert transfer(net) > 20
-    assert net.server.stop() == 0, net.server.output
