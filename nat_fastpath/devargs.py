@@ -89,7 +89,7 @@ def _pci_problem(address: str, root: Path) -> str:
         return ""
     if driver == "vfio-pci":
         unsafe = root / "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
-        if (path / "iommu_group").exists() or (unsafe.exists() and unsafe.read_text().strip() in "Y1"):
+        if (path / "iommu_group").is_symlink() or (unsafe.exists() and unsafe.read_text().strip() in "Y1"):
             return ""
         return (
             "vfio-pci has it, but no IOMMU is on; `tandem-nat doctor` says how to turn it on, or without one: "

@@ -4,9 +4,9 @@
 set -eu
 
 PACKAGES="
-build-essential pkg-config python3-dev python3-venv libdpdk-dev dpdk
+build-essential pkg-config python3-dev python3-venv libdpdk-dev dpdk dpdk-dev
 iproute2 iputils-ping traceroute ethtool tcpdump curl iperf3 nginx-light dnsmasq-base bind9-dnsutils
-clang clang-format libclang-rt-14-dev openvswitch-switch
+clang clang-format libclang-rt-14-dev openvswitch-switch openvswitch-switch-dpdk
 "
 
 fail() {

@@ -25,6 +25,7 @@ TPACKET_OVERHEAD = 128  # what AF_PACKET writes before a frame in its ring, roun
 PMDS_OF_KERNEL_PACKETS = {"net_af_packet", "net_af_xdp", "net_pcap"}
 AF_XDP_BUFFERS = 16384  # with a smaller pool AF_XDP opens, and receives nothing
 AF_XDP_FRAME = 2048  # a buffer with its headers lies in a page; the next size does not
+HANDSHAKE = 10  # seconds that the other end of a memif has, once it is connected; it may be starting itself
 _open: set[int] = set()  # port ids: DPDK gives one out again for the same name
 
 
@@ -68,12 +69,8 @@ class Eal:
         self.hugepages = _free_hugepages_mb() >= memory_mb
         affinity = os.sched_getaffinity(0)
         line = ["tandem-nat", f"--lcores=0@{min(affinity) if cpu is None else cpu}", "--no-telemetry"]
-        if (
-            self.hugepages
-        ):  # in few files, which is how another process can map them: vhost-user, memif without a copy
-            line += ["--in-memory", "--iova-mode=va", "--single-file-segments"]
-        else:
-            line += ["--no-huge", "--no-shconf"]
+        line += ["--in-memory", "--iova-mode=va"] if self.hugepages else ["--no-huge", "--no-shconf"]
+        line.append("--single-file-segments")  # another process maps it: vhost-user, memif without a copy
         line += ["-m", str(memory_mb)]
         allowed = [
             word
@@ -213,7 +210,7 @@ class Port:
         self._port_id: int | None = None
         self._sockets: list[socket.socket] = []
         self._missed = 0
-        self._paused = False
+        self._paused, self._patience = False, HANDSHAKE
         self._tap, self._tap_files = "", tuple[Path, ...]()
         self._lock = threading.Lock()
         if device in interface_names():
@@ -360,6 +357,8 @@ class Port:
         link = ffi.new("struct link *")
         with self._lock:  # to look may be to connect: a virtio_user takes its waiting other end now
             _check(lib.link_get(self.port_id, link), f"device {self.device}: link")
+            if link.up:
+                self._patience = 0
         unknown = 0xFFFFFFFF
         if self._interface is not None:  # the driver knows only how it was at the start
             link.up = self._interface.is_running
@@ -380,16 +379,21 @@ class Port:
         self._paused = True
 
     def seek_other_end(self) -> None:
-        """For a port without a link, now and then; whether there is one, ``link`` will say.
+        """For a port without a link, once per second; whether there is one, ``link`` will say.
 
         The worker may go on polling: without a link it touches none of the queues.
         """
-        if self._connects:
-            with self._lock:
-                if not self._paused:
-                    lib.rte_eth_dev_stop(self.port_id)
-                    self._pause()
-                self._paused = lib.rte_eth_dev_start(self.port_id) < 0
+        if not self._connects:
+            return
+        with self._lock:
+            if not self._paused:
+                self._patience -= 1
+                if self._patience > 0:
+                    return
+                lib.rte_eth_dev_stop(self.port_id)
+                self._pause()
+            self._paused = lib.rte_eth_dev_start(self.port_id) < 0
+            self._patience = HANDSHAKE
 
     @property
     def why_down(self) -> str:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -19,11 +20,28 @@ from typing import Any
 from nat_fastpath.dpdk._dpdk import ffi, lib
 from scapy.utils import PcapReader, PcapWriter
 
+from nat_fastpath.core_config import NeighbourConfig, PoolRange, PortConfig, RouteConfig
 from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, ports
 from nat_fastpath.engine import VERDICT_NAMES, Core
-from tests.packets import config
+from tests.packets import GATEWAY, GATEWAY_MAC, INSIDE, OUR_MAC, OUTSIDE, POOL, config, mac_bytes, number
 
 MTU_OF_JUMBO = 9000
+# two NATs in a row: the far one is the gateway of the near one
+FAR_POOL, FAR_GATEWAY_MAC = "192.0.2.10", "02:00:00:00:02:fe"
+FAR: dict[str, Any] = {
+    "ports": (
+        PortConfig("internal", mac_bytes(GATEWAY_MAC), number(GATEWAY)),
+        PortConfig("external", mac_bytes("02:00:00:00:02:01"), number("192.0.2.1")),
+    ),
+    "pool": (PoolRange(number(FAR_POOL), number(FAR_POOL)),),
+    "routes": (
+        RouteConfig(number("198.51.100.0"), 24, INSIDE),
+        RouteConfig(0, 0, OUTSIDE, number("192.0.2.254"), mac_bytes(FAR_GATEWAY_MAC)),
+    ),
+    "neighbours": tuple(
+        NeighbourConfig(number(POOL[0]) + i, INSIDE, mac_bytes(OUR_MAC[OUTSIDE])) for i in range(4)
+    ),
+}
 
 
 def run(function: Callable[..., Any], *arguments: Any, command: tuple[str, ...] = ()) -> Any:
@@ -141,6 +159,52 @@ def capture_through_worker(
     for device in devices:
         device.close()
     return {**result, "in_use": pool.in_use}
+
+
+def ring_between_two_nats(inside: str, out: str) -> dict[str, Any]:
+    """capture - near NAT - ring - far NAT - capture, with two workers of this process."""
+    Eal(memory_mb=128)
+    pool = Mempool("buffers", 8192)
+    rings, net_ring = ctypes.CDLL("librte_ring.so.23"), ctypes.CDLL("librte_net_ring.so.23")
+    rings.rte_ring_create.restype = ctypes.c_void_p
+    outward, inward = (
+        (ctypes.c_void_p * 1)(rings.rte_ring_create(name, 1024, -1, 0)) for name in (b"outward", b"inward")
+    )
+    assert net_ring.rte_eth_from_rings(b"near0", inward, 1, outward, 1, 0) >= 0
+    assert net_ring.rte_eth_from_rings(b"far0", outward, 1, inward, 1, 0) >= 0
+    state = Path(out).parent
+
+    def port(device: str) -> Port:
+        return Port(device, pool, index=0, state_dir=state)
+
+    sides = (
+        (config(), [port(f"net_pcap0,rx_pcap={inside},tx_pcap={out}0.pcap"), port("net_ring_near0")]),
+        (config(**FAR), [port("net_ring_far0"), port(f"net_pcap1,rx_pcap={out},tx_pcap={out}1.pcap")]),
+    )
+    cores = [Core(settings) for settings, _ in sides]
+    workers = [Worker(core, devices, pool) for core, (_, devices) in zip(cores, sides, strict=True)]
+    near, far = cores
+    expected = len(list(PcapReader(inside)))
+    for worker in reversed(workers):
+        worker.start()
+    try:
+        end = time.monotonic() + 20
+        while time.monotonic() < end and (
+            far.counters()["rx_packets.0"] < expected or near.counters()["rx_packets.1"] < 1
+        ):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        links = [device.link().up for _, devices in sides for device in devices]
+    finally:
+        for worker in workers:
+            worker.stop()
+    verdicts = [
+        {name: int(n) for name, n in zip(VERDICT_NAMES, core.verdicts(), strict=True) if n} for core in cores
+    ]
+    for _, devices in sides:
+        for device in devices:
+            device.close()
+    return {"verdicts": verdicts, "links": links}
 
 
 def _jumbo(port: Any) -> Any:

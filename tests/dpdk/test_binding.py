@@ -6,12 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scapy.layers.inet import IP
+from scapy.layers.inet import IP, IPerror
 from scapy.utils import PcapReader
 
 from tests.dpdk import dpdk_process as process
 from tests.packets import (
     CLIENT,
+    GATEWAY,
     INSIDE,
     OUR_ADDRESS,
     OUTSIDE,
@@ -201,3 +202,29 @@ def test_a_worker_built_from_another_header_is_refused(tmp_path: Path) -> None:
     for line in said.values():
         assert "different sources" in line
         assert "make clean build" in line
+
+
+def test_a_ring_between_two_nats_of_one_process(tmp_path: Path) -> None:
+    """Their workers hand packets over; what has no hop left at the far one is answered through both."""
+    going = [udp(CLIENT, 5000 + i % 20, SERVER, 53, payload=bytes([i]) * i, ttl=64) for i in range(200)]
+    spent = udp(CLIENT, 5000, SERVER, 53, ttl=2)
+    process.write_capture(str(tmp_path / "inside.pcap"), [frame(packet) for packet in [*going, spent]])
+    process.write_capture(str(tmp_path / "out"), [])
+    near, far = Nat(), Nat(**process.FAR)
+    between = near.burst([(INSIDE, frame(packet)) for packet in going])
+    expected = [result.frame for result in far.burst([(INSIDE, result.frame) for result in between])]
+
+    said = process.run(process.ring_between_two_nats, str(tmp_path / "inside.pcap"), str(tmp_path / "out"))
+
+    near_verdicts, far_verdicts = said["verdicts"]
+    assert near_verdicts["forward"] == 202, "200, what was spent, and the answer to it"
+    assert (far_verdicts["forward"], far_verdicts["reply"]) == (200, 1)
+    assert said["links"] == [True] * 4
+    got = [bytes(packet) for packet in PcapReader(str(tmp_path / "out1.pcap"))]
+    assert [data for data in got if data[12:14] == b"\x08\x00"] == expected
+    answers = [bytes(packet) for packet in PcapReader(str(tmp_path / "out0.pcap"))]
+    [answer] = [data for data in answers if data[12:14] == b"\x08\x00"]
+    check_sums(answer)
+    assert (parse(answer).src, parse(answer).dst) == (GATEWAY, CLIENT)
+    quoted = parse(answer)[IPerror]
+    assert (quoted.src, quoted.dst, quoted.payload.sport) == (CLIENT, SERVER, 5000)

@@ -18,7 +18,6 @@ from scapy.utils import PcapReader, PcapWriter
 
 from nat_control.demo import CLIENT, NAT_INSIDE, ROUTER, SERVER
 from nat_control.lab import Lab, Process, until
-from tests.netns.hugepages import hugepages
 from tests.netns.test_devices import begin, drivers, transfer
 from tests.netns.test_server import Net
 from tests.packets import check_sums
@@ -81,36 +80,34 @@ def device(net: Net, role: str, *more: str) -> dict[str, object]:
 def test_memif(net: Net, role: str, copies: bool) -> None:
     """Traffic; the other end is killed and comes back; so do we."""
     other = "server" if role == "client" else "client"
-    with contextlib.nullcontext() if copies else hugepages(200):
-        begin(net, device(net, role, *(() if copies else ("zero-copy=yes",))))
-        assert copies or "hugepages" in net.server.output
-        net.server.ready("internal: net_memif1 is down: no other end is connected")
-        first = cable(net, other)
-        assert drivers(net)["internal"] == ("net_memif", None)
-        until("both find each other", lambda: answered(net))
-        assert transfer(net, 1) > 20
-        until("the link is seen", lambda: degraded(net) == [])
+    begin(net, device(net, role, *(() if copies else ("zero-copy=yes",))))
+    net.server.ready("internal: net_memif1 is down: no other end is connected")
+    first = cable(net, other)
+    assert drivers(net)["internal"] == ("net_memif", None)
+    until("both find each other", lambda: answered(net))
+    assert transfer(net, 1) > 20
+    until("the link is seen", lambda: degraded(net) == [])
 
-        first.popen.kill()
-        first.popen.wait()
-        net.server.ready("internal: net_memif1 is down: no other end is connected")
-        assert degraded(net) == ["internal: net_memif1 is down: no other end is connected"]
-        assert "down: no other end is connected" in net.show("ports")
-        with contextlib.suppress(FileNotFoundError):
-            if other == "server":  # testpmd does not take the place of a killed one
-                (net.lab.directory / "memif.sock").unlink()
-        second = cable(net, other)
-        net.server.ready("internal: net_memif1 is up")
-        until("both find each other again", lambda: answered(net))
+    first.popen.kill()
+    first.popen.wait()
+    net.server.ready("internal: net_memif1 is down: no other end is connected")
+    assert degraded(net) == ["internal: net_memif1 is down: no other end is connected"]
+    assert "down: no other end is connected" in net.show("ports")
+    with contextlib.suppress(FileNotFoundError):
+        if other == "server":  # testpmd does not take the place of a killed one
+            (net.lab.directory / "memif.sock").unlink()
+    second = cable(net, other)
+    net.server.ready("internal: net_memif1 is up")
+    until("both find each other again", lambda: answered(net))
 
-        net.server.popen.kill()
-        net.server.popen.wait()
-        begin(net, device(net, role, *(() if copies else ("zero-copy=yes",))))
-        if other == "client":  # testpmd connects once
-            second.stop()
-            cable(net, other)
-        until("both find each other once more", lambda: answered(net))
-        assert net.server.stop() == 0, net.server.output
+    net.server.popen.kill()
+    net.server.popen.wait()
+    begin(net, device(net, role, *(() if copies else ("zero-copy=yes",))))
+    if other == "client":  # testpmd connects once
+        second.stop()
+        cable(net, other)
+    until("both find each other once more", lambda: answered(net))
+    assert net.server.stop() == 0, net.server.output
 
 
 @memif
