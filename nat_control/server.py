@@ -199,7 +199,9 @@ class Server:
             if not port.is_there:
                 raise ServerError(f"device {port.device} is gone: nothing is carried any more")
             if (up := port.link().up) != self.links[i]:
-                say(f"{self.config.ports[i].name}: {port.name} is {'up' if up else f'down: {port.why_down}'}")
+                say(
+                    f"{self.config.ports[i].name}: {port.label} is {'up' if up else f'down: {port.why_down}'}"
+                )
                 self.links[i] = up
             if not up:
                 port.seek_other_end()
@@ -209,7 +211,7 @@ class Server:
         found = ["the worker has not moved for a second: nothing is forwarded"] if self.worker_stalled else []
         for config, port, up in zip(self.config.ports, self.ports, self.links, strict=True):
             if not up:
-                found.append(f"{config.name}: {port.name} is down: {port.why_down}")
+                found.append(f"{config.name}: {port.label} is down: {port.why_down}")
         return found
 
     # -- what can be shown; called from threads ------------------------------------------------------------

@@ -344,6 +344,11 @@ class Port:
         return self._interface.name if self._interface else None
 
     @property
+    def label(self) -> str:
+        """What a person calls it: the device without its arguments."""
+        return self.kernel_interface or self.name
+
+    @property
     def changes(self) -> tuple[str, ...]:
         """What was changed on the kernel interface, one line each."""
         return self._interface.changes if self._interface else ()
