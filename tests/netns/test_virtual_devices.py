@@ -23,6 +23,7 @@ from tests.packets import check_sums
 
 OUR_MAC = "02:00:00:00:00:11"
 MTU = 9000
+PATIENCE = 30  # seconds: an other end that connects while it starts itself is given ten, and then asked again
 
 memif = pytest.mark.skipif(not shutil.which("dpdk-testpmd"), reason="apt install dpdk-dev")
 
@@ -94,7 +95,7 @@ def test_memif(net: Net, role: str) -> None:
     if other == "server":  # testpmd does not take the place of a killed one
         (net.lab.directory / "memif.sock").unlink()
     second = cable(net, other)
-    until("both find each other again", lambda: answered(net))
+    until("both find each other again", lambda: answered(net), timeout=PATIENCE)
 
     net.server.popen.kill()
     net.server.popen.wait()
@@ -102,7 +103,7 @@ def test_memif(net: Net, role: str) -> None:
     if other == "client":  # testpmd connects once
         second.stop()
         cable(net, other)
-    until("both find each other once more", lambda: answered(net))
+    until("both find each other once more", lambda: answered(net), timeout=PATIENCE)
     assert net.server.stop() == 0, net.server.output
 
 
