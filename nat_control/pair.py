@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import socket
@@ -51,11 +52,21 @@ def heartbeat_key(config: Config) -> bytes:
     )
 
 
+class PairError(Exception):
+    """An address of the pair cannot be used; one line."""
+
+
+def _unusable(key: str, where: object, error: OSError) -> PairError:
+    hint = ": does another instance listen there?" if error.errno == errno.EADDRINUSE else ""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return PairError(f"{key} {where}: {reason}{hint}")
+
+
 class Pair:
     """``drain`` takes the plane's events and gives them to ``events``; ``notice`` is told what happens.
 
     ``guard``: a peer that the heartbeat finds dead loses its connection at once. An owner that arms the watch for bytes of
-    its own sees to that itself.
+    its own sees to that itself. Raises PairError, here and from ``run``.
     """
 
     def __init__(
@@ -73,6 +84,7 @@ class Pair:
         assert config.peer
         assert config.heartbeat
         peer, heartbeat = config.peer, config.heartbeat
+        self._listen = peer.listen
         self._plane = plane
         self._clock = clock
         self._notice = notice
@@ -89,17 +101,20 @@ class Pair:
             listen=peer.listen,
             connect=peer.connect,
         )
-        self.watch = Watch(
-            heartbeat.listen,
-            heartbeat.connect,
-            heartbeat_key(config),
-            instance=config.number,
-            epoch=epoch,
-            interval_ms=heartbeat.interval_ms,
-            misses=heartbeat.misses,
-            counters=counters,
-        )
-
+        try:
+            self.watch = Watch(
+                heartbeat.listen,
+                heartbeat.connect,
+                heartbeat_key(config),
+                instance=config.number,
+                epoch=epoch,
+                interval_ms=heartbeat.interval_ms,
+                misses=heartbeat.misses,
+                counters=counters,
+            )
+        except OSError as error:
+            ends = [f"{host}:{port}" for host, port in filter(None, (heartbeat.listen, heartbeat.connect))]
+            raise _unusable("heartbeat", " to ".join(ends), error) from None
         self._peer_carries = asyncio.Event()
         # Who has nothing to write at the peer's death must notice it all the same: held packets wait for the peer.
         self._bell = socket.socketpair() if guard else None
@@ -125,8 +140,16 @@ class Pair:
             self._peer_carries.set()
         self._notice(action)
 
+    async def listen(self) -> None:
+        """Takes the address of the sync channel; who runs the pair later shall hear at once that it is taken."""
+        try:
+            await self.transport.listen()
+        except OSError as error:
+            raise _unusable("peer.listen", "{}:{}".format(*(self._listen or ())), error) from None
+
     async def run(self) -> None:
         """Until cancelled: the sync channel, the heartbeat, and what the peer must hear of our traffic."""
+        await self.listen()
         with self.watch, contextlib.ExitStack() as undo:
             if self._bell is not None:
                 loop = asyncio.get_running_loop()

@@ -20,7 +20,7 @@ from nat_control.config import Config
 from nat_control.core_plane import CorePlane
 from nat_control.loop import ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
 from nat_control.memory import BUFFERS, buffer_mtu, packet_memory_mb
-from nat_control.pair import Pair
+from nat_control.pair import Pair, PairError
 from nat_control.sync import actions as do
 from nat_fastpath import engine
 from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, repair
@@ -58,7 +58,7 @@ def serve(config: Config, *, force: bool = False) -> None:
     with contextlib.ExitStack() as undo, ending_cleanly():
         try:
             Server(config, undo, force=force).run()
-        except (DpdkError, InterfaceError, engine.CoreError, ApiError) as error:
+        except (DpdkError, InterfaceError, engine.CoreError, ApiError, PairError) as error:
             raise ServerError(str(error)) from None
         finally:
             no_more_signals()

@@ -34,7 +34,7 @@ from nat_control.loop import (
     no_more_signals,
     start_epoch,
 )
-from nat_control.pair import ACTIVITY_PERIOD, Pair
+from nat_control.pair import ACTIVITY_PERIOD, Pair, PairError
 from nat_control.sync import actions as do
 from nat_control.sync.actions import State
 from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result
@@ -68,17 +68,18 @@ def serve(config: Config) -> None:
     with ending_cleanly():
         try:
             say(f"ended by {asyncio.run(Agent(config).run())}")
-        except (CoreError, ApiError) as error:
+        except (CoreError, ApiError, PairError) as error:
             raise AgentError(str(error)) from None
-        except OSError as error:
-            hint = (
-                ": does another agent, or controller, listen there?"
-                if error.errno == errno.EADDRINUSE
-                else ""
-            )
-            raise AgentError(f"{config.switch.openflow}: {error.strerror}{hint}") from None
         finally:
             no_more_signals()
+
+
+async def _listen(channel: Channel, where: str) -> None:
+    try:
+        await channel.listen(where)
+    except OSError as error:
+        hint = ": does another agent, or controller, listen there?" if error.errno == errno.EADDRINUSE else ""
+        raise AgentError(f"{where}: {os.strerror(error.errno or 0)}{hint}") from None
 
 
 def pipeline_of(config: Config) -> Pipeline:
@@ -174,8 +175,10 @@ class Agent:
         api = Api({"status": self.status, "stats": self.stats}, self.core.sessions)
         await api.start(self.config.control.socket)
         try:
-            await self.channel.listen(self.config.switch.openflow)
-            await self.takeover_channel.listen(self.config.switch.takeover)
+            await _listen(self.channel, self.config.switch.openflow)
+            await _listen(self.takeover_channel, self.config.switch.takeover)
+            if self.pair is not None:
+                await self.pair.listen()
             say(
                 f"tandem-nat {version('tandem-nat')}: instance {self.config.instance}, waiting for switch "
                 f"{self.config.switch.datapath_id:016x} at {self.config.switch.openflow}"

@@ -64,6 +64,7 @@ class Transport:
         self._notice = notice
         self._listen = listen
         self._connect = connect
+        self._server: asyncio.Server | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._connection: asyncio.Task[None] | None = None
         self._work: asyncio.Queue[tuple[int, Step]] = asyncio.Queue()
@@ -119,15 +120,18 @@ class Transport:
         if self._connection is not None:
             await asyncio.wait([self._connection], timeout=2 * GOODBYE)
 
-    async def run(self) -> None:
-        """Until cancelled. Raises OSError when it cannot listen, an ExceptionGroup of what the plane raises."""
-        link = self._dial
-        if self._listen is not None:
-            server = await asyncio.start_server(
+    async def listen(self) -> None:
+        """Takes its address, where it is the side that listens; nobody is served before ``run``. Raises OSError."""
+        if self._listen is not None and self._server is None:
+            self._server = await asyncio.start_server(
                 self._accepted, *self._listen, limit=READ_BYTES, start_serving=False
             )
-            self.address = server.sockets[0].getsockname()[:2]
-            link = server.serve_forever
+            self.address = self._server.sockets[0].getsockname()[:2]
+
+    async def run(self) -> None:
+        """Until cancelled. Raises OSError when it cannot listen, an ExceptionGroup of what the plane raises."""
+        await self.listen()
+        link = self._server.serve_forever if self._server is not None else self._dial
         async with self._tasks:
             for work in (self._operate, self._release, self._tick, link):
                 self._tasks.create_task(work())
