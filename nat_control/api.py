@@ -5,6 +5,11 @@ A request is one line, ``{"show": "sessions", "filter": {"internal": "10.0.0.0/2
 come as pages, ``{"rows": [...]}`` lines and then ``{"end": {"rows": n, "cursor": c}}``; ``cursor`` in a next
 request goes on from there, 0 means that there is no more. Without a ``limit``, or with 0, all are sent. Everything
 else is one line, ``{"status": {...}}``. A mistake is answered with ``{"error": "one line"}``.
+
+With ``"format": "binary"`` sessions come as they are in memory: a line ``{"dtype": {...}}`` that numpy makes a dtype
+of, then for each page ``{"records": {"rows": n, "bytes": b, "lost": 0}}`` and b bytes behind that line. Events come so
+too, for a request ``{"events": {}}``; they, and the rows of ``{"trace": {...}}``, go on until the client says
+anything, or goes away.
 """
 
 from __future__ import annotations
@@ -14,11 +19,11 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -27,6 +32,8 @@ from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, FLAG_OFFLOAD, FLAG_P
 Records = np.ndarray[Any, np.dtype[np.void]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Pages = Callable[[int, int], tuple[Records, int]]  # Core.sessions
+P = ParamSpec("P")
+T = TypeVar("T")
 
 REQUEST_BYTES = 65536
 CLIENTS = 16
@@ -70,7 +77,7 @@ def _choice(key: str, value: object, allowed: Mapping[str, int]) -> int:
     return found
 
 
-def _endpoint(key: str, value: object) -> tuple[int, int, int | None]:
+def parse_endpoint(key: str, value: object) -> tuple[int, int, int | None]:
     """(address, mask, port) of "10.0.0.0/24", "10.0.0.5", "10.0.0.5:80" or ":80"."""
     text, colon, port = str(value).partition(":")
     number = None
@@ -112,7 +119,7 @@ def parse_filter(wanted: object) -> Callable[[Records], Mask]:
     tests: list[Callable[[Records], Mask]] = []
     for key, value in wanted.items():
         if key in SIDES:
-            address, mask, port = _endpoint(key, value)
+            address, mask, port = parse_endpoint(key, value)
             tests.append(partial(_from, key, address, mask))
             if port is not None:
                 tests.append(partial(_equal, (key,), port))
@@ -169,13 +176,75 @@ def rows_of(records: Records) -> list[dict[str, Any]]:
 # -- the server -------------------------------------------------------------------------------------------
 
 
-class Api:
-    """Answers operators. ``answers`` maps what can be shown to functions that may take a while (they run in a
-    thread), ``sessions`` is ``Core.sessions``."""
+class Conversation:
+    """One client, for the verbs."""
 
-    def __init__(self, answers: Mapping[str, Callable[[], Mapping[str, Any]]], sessions: Pages) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, threads: bool) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._threads = threads
+
+    async def run(self, command: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """What may have to wait for the core's owner."""
+        if self._threads:
+            return await asyncio.to_thread(command, *arguments, **options)
+        return command(*arguments, **options)
+
+    async def send(self, message: Mapping[str, Any], data: bytes = b"") -> None:
+        self._writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        if data:
+            self._writer.write(data)
+        async with asyncio.timeout(PATIENCE):
+            await self._writer.drain()
+        await asyncio.sleep(0)  # drain() returns at once while the client reads fast
+
+    async def send_dtype(self, dtype: np.dtype[np.void]) -> None:
+        assert dtype.names
+        fields = [(name, *dtype.fields[name][:2]) for name in dtype.names] if dtype.fields else []
+        told = {
+            "names": [name for name, _, _ in fields],
+            "formats": [kind.str for _, kind, _ in fields],
+            "offsets": [offset for _, _, offset in fields],
+            "itemsize": dtype.itemsize,
+        }
+        await self.send({"dtype": told})
+
+    async def send_records(self, records: Records, lost: int = 0) -> None:
+        data = records.tobytes()
+        await self.send({"records": {"rows": len(records), "bytes": len(data), "lost": lost}}, data)
+
+    @contextlib.asynccontextmanager
+    async def until_gone(self) -> AsyncIterator[asyncio.Future[bytes]]:
+        """A future that is done when the client says anything, or goes away."""
+        gone = asyncio.ensure_future(self._reader.read(1024))
+        try:
+            yield gone
+        finally:
+            if not gone.done():
+                gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+
+
+Verb = Callable[[object, Conversation], Awaitable[None]]
+
+
+class Api:
+    """Answers operators. ``answers`` maps what can be shown to functions that may take a while, ``sessions`` is
+    ``Core.sessions``, ``verbs`` are other requests than "show". ``threads``: all these wait for a worker, so they run
+    in threads; a core that belongs to the loop's own thread must not be asked from others."""
+
+    def __init__(
+        self,
+        answers: Mapping[str, Callable[[], Mapping[str, Any]]],
+        sessions: Pages,
+        verbs: Mapping[str, Verb] | None = None,
+        *,
+        threads: bool = True,
+    ) -> None:
         self._answers = answers
         self._sessions = sessions
+        self._verbs = verbs or {}
+        self._threads = threads
         self._clients: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._path: Path | None = None
@@ -202,67 +271,79 @@ class Api:
         assert task is not None
         self._clients.add(task)
         try:
+            conversation = Conversation(reader, writer, threads=self._threads)
             if len(self._clients) > CLIENTS:
-                await _send(writer, {"error": f"too many clients, {CLIENTS} at most: try again later"})
+                await conversation.send({"error": f"too many clients, {CLIENTS} at most: try again later"})
             else:
-                await self._serve(reader, writer)
+                await self._serve(conversation, reader)
         except (ConnectionError, TimeoutError, asyncio.CancelledError):
             pass  # gone, asleep, or we end
         finally:
             self._clients.discard(task)
             writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, conversation: Conversation, reader: asyncio.StreamReader) -> None:
         while True:
             try:
                 async with asyncio.timeout(PATIENCE):
                     line = await reader.readline()
             except ValueError:
-                await _send(writer, {"error": f"request longer than {REQUEST_BYTES} bytes"})
+                await conversation.send({"error": f"request longer than {REQUEST_BYTES} bytes"})
                 return
             if not line:
                 return
             try:
-                await self._answer(_request(line), writer)
+                await self._answer(_request(line), conversation)
             except ApiError as error:
-                await _send(writer, {"error": str(error)})
+                await conversation.send({"error": str(error)})
             except TimeoutError as error:
                 if not str(error):  # the client's, not the worker's
                     raise
-                await _send(writer, {"error": str(error)})
+                await conversation.send({"error": str(error)})
 
-    async def _answer(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, request: dict[str, Any], conversation: Conversation) -> None:
+        for verb in self._verbs:
+            if set(request) == {verb}:
+                return await self._verbs[verb](request[verb], conversation)
         what = request.get("show")
-        allowed = {"show", "filter", "limit", "cursor"} if what == "sessions" else {"show"}
+        allowed = {"show", "filter", "limit", "cursor", "format"} if what == "sessions" else {"show"}
         if unknown := sorted(set(request) - allowed):
             raise ApiError(f"unknown key {unknown[0]!r}; there are {', '.join(sorted(allowed))}")
         if what == "sessions":
-            await self._stream(request, writer)
+            await self._stream(request, conversation)
         elif isinstance(what, str) and what in self._answers:
-            await _send(writer, {what: await asyncio.to_thread(self._answers[what])})
+            await conversation.send({what: await conversation.run(self._answers[what])})
         else:
             raise ApiError(f"show: {what!r} is none of {', '.join([*self._answers, 'sessions'])}")
+        return None
 
-    async def _stream(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _stream(self, request: dict[str, Any], conversation: Conversation) -> None:
         matches = parse_filter(request.get("filter", {}))
         left = int(_number("limit", request.get("limit", 0), 0, 2**32)) or 2**32  # 0: all
         cursor = int(_number("cursor", request.get("cursor", 0), 0, 2**63))
+        binary = _choice("format", request.get("format", "rows"), {"rows": 0, "binary": 1})
         sent = 0
         while left:
-            records, following = await asyncio.to_thread(self._sessions, cursor, PAGE)
+            records, following = await conversation.run(self._sessions, cursor, PAGE)
+            if binary == 1:
+                binary = 2  # told once
+                await conversation.send_dtype(records.dtype)
             found = np.flatnonzero(matches(records))
             if len(found) > left:
                 # Taken again up to the last row that is wanted, so that the cursor stands right behind it.
-                records, following = await asyncio.to_thread(self._sessions, cursor, int(found[left - 1]) + 1)
+                records, following = await conversation.run(self._sessions, cursor, int(found[left - 1]) + 1)
                 found = np.flatnonzero(matches(records))[:left]
-            for first in range(0, len(found), ROWS):
-                await _send(writer, {"rows": rows_of(records[found[first : first + ROWS]])})
+            if binary:
+                await conversation.send_records(records[found])
+            else:
+                for first in range(0, len(found), ROWS):
+                    await conversation.send({"rows": rows_of(records[found[first : first + ROWS]])})
             sent += len(found)
             left -= len(found)
             cursor = following
             if not cursor:
                 break
-        await _send(writer, {"end": {"rows": sent, "cursor": cursor}})
+        await conversation.send({"end": {"rows": sent, "cursor": cursor}})
 
 
 def _request(line: bytes) -> dict[str, Any]:
@@ -273,13 +354,6 @@ def _request(line: bytes) -> dict[str, Any]:
     if not isinstance(request, dict):
         raise ApiError("a request is a JSON object")
     return request
-
-
-async def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
-    writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
-    async with asyncio.timeout(PATIENCE):
-        await writer.drain()
-    await asyncio.sleep(0)  # drain() returns at once while the client reads fast
 
 
 def _bind(path: Path) -> socket.socket:
@@ -327,19 +401,37 @@ class NotRunning(Exception):
     """Nobody answers at the socket; the message says which, and why."""
 
 
+def connection(path: Path, timeout: float) -> socket.socket:
+    """A connection to who listens at ``path``; raises NotRunning with the reason when there is none."""
+    made = socket.socket(socket.AF_UNIX)
+    made.settimeout(timeout)
+    try:
+        made.connect(str(path))
+    except OSError as error:
+        made.close()
+        raise not_running(path, error) from None
+    return made
+
+
+def not_running(path: Path, error: OSError) -> NotRunning:
+    if isinstance(error, PermissionError):
+        return NotRunning(f"{path}: permission denied; the socket is its owner's (root's): use sudo")
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return NotRunning(f"{path}: no server is running there; start one with `tandem-nat server`")
+    return NotRunning(f"{path}: {error.strerror or error or 'no answer'}")
+
+
 def ask(path: Path, request: Mapping[str, Any], timeout: float = 30) -> Iterator[dict[str, Any]]:
     """Sends one request; yields the lines of the answer, the last of which has no "rows".
 
     Raises NotRunning when nobody answers, ApiError with the server's own words when it refuses.
     """
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(timeout)
+    with connection(path, timeout) as opened:
         try:
-            connection.connect(str(path))
             # A server that refuses us has closed already, perhaps; why, can be read all the same.
             with contextlib.suppress(BrokenPipeError):
-                connection.sendall(json.dumps(request).encode() + b"\n")
-            with connection.makefile("rb") as lines:
+                opened.sendall(json.dumps(request).encode() + b"\n")
+            with opened.makefile("rb") as lines:
                 for line in lines:
                     answer = json.loads(line)
                     if "error" in answer:
@@ -347,14 +439,6 @@ def ask(path: Path, request: Mapping[str, Any], timeout: float = 30) -> Iterator
                     yield answer
                     if "rows" not in answer:
                         return
-        except PermissionError:
-            raise NotRunning(
-                f"{path}: permission denied; the socket is its owner's (root's): use sudo"
-            ) from None
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise NotRunning(
-                f"{path}: no server is running there; start one with `tandem-nat server`"
-            ) from None
         except OSError as error:
-            raise NotRunning(f"{path}: {error.strerror or error or 'no answer'}") from None
+            raise not_running(path, error) from None
     raise NotRunning(f"{path}: the server ended in the middle of its answer")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from nat_control import api, cli_host
+from nat_control import api, cli_host, cli_live
 from nat_control.cli_output import FAILED, INTERRUPTED, USAGE, Json
 from nat_control.cli_output import cell as _cell
 from nat_control.cli_output import complain as _complain
@@ -24,6 +24,7 @@ from nat_control.cli_output import print_json as _print_json
 from nat_control.cli_output import table as _table
 from nat_control.cli_output import user_errors as _user_errors
 from nat_control.cli_output import words as _words
+from nat_control.client import Client, SessionPages, find_socket
 from nat_control.config import Config, ConfigError, load, to_core, warnings
 
 # typer brings a click of its own, or the installed one
@@ -32,7 +33,6 @@ EXIT_CODES = (
     "Exit codes: 0 good, 1 failed, 2 usage or configuration, 3 no server is running or it cannot be reached, "
     "4 doctor: warnings, but no problem."
 )
-RUN = Path("/run/tandem-nat")
 ANY_MAC = bytes.fromhex("020000000001")
 
 
@@ -186,24 +186,9 @@ def version(as_json: Json = False) -> None:
 # -- show ---------------------------------------------------------------------------------------------------
 
 
-def _socket(config: Path | None, path: Path | None) -> Path:
-    if path:
-        return path
-    if config:
-        return load(config).control.socket
-    found = sorted(RUN.glob("*.sock"))
-    if not found:
-        raise api.NotRunning(f"no socket in {RUN}: no server is running; -c or --socket names one elsewhere")
-    if len(found) > 1:
-        raise api.ApiError(f"several servers: choose with --socket {' or '.join(map(str, found))}")
-    return found[0]
-
-
 def _one(what: str, config: Path | None, path: Path | None) -> dict[str, Any]:
     """The answer to a question that has a single one."""
-    (answer,) = api.ask(_socket(config, path), {"show": what})
-    result: dict[str, Any] = answer[what]
-    return result
+    return Client(find_socket(config, path)).show(what)
 
 
 def _rate(bits: float) -> str:
@@ -214,6 +199,24 @@ def _rate(bits: float) -> str:
     return f"{bits:.2f} Gbit/s"
 
 
+def _agent(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of a switch agent's status."""
+    takeover, counts, watch = status["takeover"], status["counts"], status["watch"]
+    alive = f", {'heard' if watch.get('alive') else 'not heard'} now" if watch else ""
+    return [
+        ("process", f"{status['pid']}, up {status['uptime']:.0f} s"),
+        ("switch", status["switch"]),
+        ("carrier", status["carrier"]),
+        ("peer", f"{status['peer']}{alive}"),
+        ("sessions", f"{status['sessions']}, {status['offloaded']} with rules on the switch"),
+        ("mappings", f"{status['mappings']} of {status['hosts']} hosts"),
+        ("next hops", f"{status['neighbours']}, {status['held']} packets held"),
+        ("counts", ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()) or "-"),
+        ("refused rules", ", ".join(f"{n} {why}" for why, n in status["refused"].items()) or "none"),
+        ("last takeover", takeover.get("reason", "none")),
+    ]
+
+
 @show.command("status")
 def show_status(config: ConfigOption = None, socket: SocketOption = None, as_json: Json = False) -> None:
     """Uptime, sessions, rates, memory and the worker."""
@@ -221,6 +224,10 @@ def show_status(config: ConfigOption = None, socket: SocketOption = None, as_jso
         status = _one("status", config, socket)
     if as_json:
         return _print_json(status)
+    if "carrier" in status:
+        return _table(
+            f"switch agent {status['instance']}, version {status['version']}", ("", ""), _agent(status)
+        )
     rates, worker = status["rates"], status["worker"]
     rows = [
         *(("degraded", why) for why in status["degraded"]),
@@ -284,44 +291,35 @@ def show_sessions(
     """Sessions, filtered and paged."""
     sides = {"internal": internal, "external": external, "remote": remote}
     wanted = {**sides, "port": port, "protocol": protocol, "state": state, "older": older, "idle": idle}
-    request: dict[str, Any] = {
-        "show": "sessions",
-        "filter": {key: value for key, value in wanted.items() if value is not None},
-        "limit": limit,
-        "cursor": cursor,
-    }
+    filters = {key: value for key, value in wanted.items() if value is not None}
     with _user_errors():
-        answers = api.ask(_socket(config, socket), request)
-        (_sessions_as_json if as_json else _sessions_as_text)(answers)
+        pages = Client(find_socket(config, socket)).session_pages(limit=limit, cursor=cursor, **filters)
+        (_sessions_as_json if as_json else _sessions_as_text)(pages)
 
 
-def _sessions_as_json(answers: Iterator[dict[str, Any]]) -> None:
+def _sessions_as_json(pages: SessionPages) -> None:
     """One document, written as it comes: a million rows are never in memory."""
     before = '{"sessions": [\n'
-    for answer in answers:
-        for row in answer.get("rows", ()):
+    for page in pages:
+        for row in api.rows_of(page):
             print(before + json.dumps(row), end="")
             before = ",\n"
-        if "end" in answer:
-            start = before if before != ",\n" else "\n"
-            print(f'{start}], "cursor": {answer["end"]["cursor"]}}}')
+    start = before if before != ",\n" else "\n"
+    print(f'{start}], "cursor": {pages.cursor}}}')
 
 
-def _sessions_as_text(answers: Iterator[dict[str, Any]]) -> None:
+def _sessions_as_text(pages: SessionPages) -> None:
     def line(cells: Iterable[object]) -> str:
         widths = SESSION_COLUMNS.values()
         return "  ".join(_cell(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
     header = line(name.replace("_", " ") for name in SESSION_COLUMNS)
-    for answer in answers:
-        if header:
-            print(f"\033[1m{header}\033[0m" if sys.stdout.isatty() else header)
-            header = ""
-        for row in answer.get("rows", ()):
+    print(f"\033[1m{header}\033[0m" if sys.stdout.isatty() else header)
+    for page in pages:
+        for row in api.rows_of(page):
             print(line(row[name] for name in SESSION_COLUMNS))
-        if "end" in answer:
-            more = f"; more with --cursor {answer['end']['cursor']}" if answer["end"]["cursor"] else ""
-            print(f"{answer['end']['rows']} sessions{more}", file=sys.stderr)
+    more = f"; more with --cursor {pages.cursor}" if pages.cursor else ""
+    print(f"{pages.rows} sessions{more}", file=sys.stderr)
 
 
 @show.command("stats")
@@ -470,6 +468,7 @@ def demo(
 
 
 cli_host.register(app)
+cli_live.register(app)
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ from nat_control import config as configuration
 from nat_control.api import Api, ApiError
 from nat_control.config import Config
 from nat_control.core_plane import CorePlane
+from nat_control.dataplane import Events
+from nat_control.live import Live
 from nat_control.loop import ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
 from nat_control.memory import BUFFERS, buffer_mtu, packet_memory_mb
 from nat_control.pair import Pair, PairError
@@ -155,11 +157,12 @@ class Server:
             undo.callback(self.pair.watch.close)
             # so that our sockets close at once if we are killed, however much memory we have
             undo.callback(hold_memory().close)
+        self.live = Live(self.core, [port.name for port in config.ports])
         self.loop = ControlLoop(
             self.core,
             len(self.ports),
             self._watch,
-            sink=self.pair.events if self.pair else None,
+            sink=self._events,
             wake_fd=wake_fd,
         )
 
@@ -168,7 +171,7 @@ class Server:
 
     async def _run(self) -> None:
         answers = {"status": self.status, "stats": self.stats, "pool": self.pool_use, "ports": self.port_list}
-        api = Api(answers, self.core.sessions)
+        api = Api({**answers, "hosts": self.live.hosts}, self.core.sessions, self.live.verbs)
         await api.start(self.config.control.socket)
         pair = asyncio.ensure_future(self.pair.run()) if self.pair else None
         if pair is not None:
@@ -183,6 +186,11 @@ class Server:
                 pair.cancel()
                 await asyncio.wait([pair])
             await api.close()
+
+    def _events(self, events: Events) -> None:
+        if self.pair is not None:
+            self.pair.events(events)
+        self.live.publish(events)
 
     async def _leave(self) -> None:
         """A planned end: the peer has the traffic before we stop forwarding."""

@@ -13,6 +13,9 @@ RECORD: np.dtype[np.void]  # struct nat_record: a session
 EVENT: np.dtype[np.void]  # struct nat_event: sequence, time_ns, type, reason, and all fields of RECORD
 NEIGHBOUR: np.dtype[np.void]  # struct nat_neighbour_record
 HOST: np.dtype[np.void]  # struct nat_host_record
+STEP: np.dtype[np.void]  # struct nat_step: one thing that was looked at on a packet's way
+STEP_KINDS: tuple[str, ...]  # "session", "no_session", ..., indexed by STEP["kind"]
+TRACE: np.dtype[np.void]  # struct nat_trace_entry: a packet of a flow under trace
 
 class Verdict(IntEnum):
     """enum nat_verdict; member names are those of nat.h (``Verdict.DROP_NO_MAPPING``), see VERDICT_NAMES."""
@@ -48,6 +51,23 @@ class Result(NamedTuple):
     port: int
     frame: bytes
     frames: tuple[bytes, ...]
+
+class Explanation(NamedTuple):
+    """What would become of a packet. ``frame`` is what would leave, as far as it was given; empty when dropped."""
+
+    verdict: Verdict
+    port: int
+    frame: bytes
+    mtu: int  # for FRAGMENT
+    steps: np.ndarray[Any, np.dtype[np.void]]  # dtype STEP
+
+class Trace(NamedTuple):
+    """What a trace has seen since it was last read."""
+
+    entries: np.ndarray[Any, np.dtype[np.void]]  # dtype TRACE
+    running: bool
+    packets: int  # that it still waits for
+    missed: int  # that found no room, because nobody read
 
 class CoreError(Exception):
     """The configuration or the memory does not allow a core; the message says why."""
@@ -119,6 +139,14 @@ class Core:
         """Next hops that the peer knows, dtype NEIGHBOUR: the later confirmation counts. One with ``mac`` 0 is
         asked for. Returns how many were news."""
     def hosts(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
+    def explain(self, port: int, frame: bytes, length: int | None = None) -> Explanation:
+        """What would become of a frame that came by ``port`` now, and why; nothing is changed or sent. ``length`` is
+        that of the whole frame, when only its beginning is given."""
+    def trace_start(self, packets: int, seconds: float, **flow: int) -> int | None:
+        """Traces the next packets of a flow (protocol, internal_addr, internal_port, external_..., remote_...; what
+        is left out or 0 may be any). Returns a token, or None when another trace runs."""
+    def trace_read(self, token: int, stop: bool = False) -> Trace:
+        """Takes what has been traced; ``stop`` ends the trace. Raises KeyError when another one has begun."""
     def verdicts(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
         """Packets by verdict; shape (len(Verdict),)."""
     def counters(self) -> dict[str, int]:

@@ -29,8 +29,11 @@ cdef extern from "engine_tables.h" nogil:
         NAT_SESSION_PENDING, NAT_SESSION_FOREIGN, NAT_SESSION_INBOUND, NAT_SESSION_OFFLOAD
         NAT_CMD_SESSIONS, NAT_CMD_INSTALL, NAT_CMD_DELETE, NAT_CMD_COMMIT, NAT_CMD_FIND
         NAT_CMD_NEIGHBOURS, NAT_CMD_HOSTS, NAT_CMD_ADOPT, NAT_CMD_CEDE, NAT_CMD_UPDATE, NAT_CMD_CHECK
-        NAT_CMD_LEARN
+        NAT_CMD_LEARN, NAT_CMD_EXPLAIN, NAT_CMD_TRACE
+        NAT_STEP_KINDS, NAT_EXPLAIN_STEPS, NAT_EXPLAIN_BYTES, NAT_TRACE_RING
+        NAT_TRACE_START, NAT_TRACE_READ, NAT_TRACE_STOP
         N_COUNTER_ROWS, N_RECORD_ROWS, N_EVENT_ROWS, N_NEIGHBOUR_ROWS, N_HOST_ROWS
+        N_STEP_ROWS, N_TRACE_ROWS, N_TRACE_FILTER_ROWS
 
     struct name_row:
         const char *name
@@ -46,6 +49,10 @@ cdef extern from "engine_tables.h" nogil:
     const field_row *event_rows
     const field_row *neighbour_rows
     const field_row *host_rows
+    const name_row *step_name_rows
+    const field_row *step_rows
+    const field_row *trace_rows
+    const field_row *trace_filter_rows
 
     struct nat_stats:
         uint64_t *verdicts
@@ -76,6 +83,14 @@ cdef extern from "engine_tables.h" nogil:
         pass
     struct nat_host_record:
         pass
+    struct nat_step:
+        pass
+    struct nat_explain:
+        pass
+    struct nat_trace_entry:
+        pass
+    struct nat_trace:
+        nat_trace_entry *entries
     struct nat_port_config:
         uint8_t side
         uint8_t *mac
@@ -203,6 +218,16 @@ RECORD = _dtype(record_rows, N_RECORD_ROWS, sizeof(nat_record))
 EVENT = _dtype(event_rows, N_EVENT_ROWS, sizeof(nat_event))
 NEIGHBOUR = _dtype(neighbour_rows, N_NEIGHBOUR_ROWS, sizeof(nat_neighbour_record))
 HOST = _dtype(host_rows, N_HOST_ROWS, sizeof(nat_host_record))
+STEP = _dtype(step_rows, N_STEP_ROWS, sizeof(nat_step))
+STEP_KINDS = tuple(step_name_rows[i].text.decode() for i in range(NAT_STEP_KINDS))
+TRACE = _dtype(trace_rows, N_TRACE_ROWS, sizeof(nat_trace_entry))
+TRACE_FILTER = _dtype(trace_filter_rows, N_TRACE_FILTER_ROWS, sizeof(nat_trace) - NAT_TRACE_RING * sizeof(nat_trace_entry))
+_EXPLAIN = np.dtype([
+    ("length", "<u4"), ("mtu", "<u2"), ("port", "u1"), ("verdict", "u1"), ("n_steps", "<u4"),
+    ("steps", STEP, NAT_EXPLAIN_STEPS), ("room", "u1", 4), ("frame", "u1", NAT_EXPLAIN_BYTES),
+])
+_TRACE = np.dtype([("head", TRACE_FILTER), ("entries", TRACE, NAT_TRACE_RING)])
+assert _EXPLAIN.itemsize == sizeof(nat_explain) and _TRACE.itemsize == sizeof(nat_trace)
 
 Verdict = IntEnum("Verdict", {verdict_rows[i].name.decode(): i for i in range(NAT_VERDICT_COUNT)}, module=__name__)
 VERDICT_NAMES = tuple(verdict_rows[i].text.decode() for i in range(NAT_VERDICT_COUNT))
@@ -228,6 +253,8 @@ _HASHES = {"fnv": 0, "aes": 1}
 _FILTERINGS = {"address-and-port-dependent": 0, "address-dependent": 1, "endpoint-independent": 2}
 
 Result = namedtuple("Result", ("verdict", "port", "frame", "frames"))
+Explanation = namedtuple("Explanation", ("verdict", "port", "frame", "mtu", "steps"))
+Trace = namedtuple("Trace", ("entries", "running", "packets", "missed"))
 
 
 class CoreError(Exception):
@@ -706,6 +733,44 @@ cdef class Core:
     def hosts(self):
         """The inside hosts that have a session, dtype HOST."""
         return self._all(NAT_CMD_HOSTS, HOST)
+
+    def explain(self, port, frame, length=None):
+        """What would become of a frame that came by ``port`` now, and why; nothing is changed or sent."""
+        if not 0 <= port < self.configuration.c.n_ports:
+            raise ValueError(f"port {port}: there are {self.configuration.c.n_ports}")
+        question = np.zeros(1, _EXPLAIN)
+        there = min(len(frame), NAT_EXPLAIN_BYTES)
+        question["port"], question["length"] = port, len(frame) if length is None else max(length, len(frame))
+        question["frame"][0, :there] = np.frombuffer(frame, np.uint8, there)
+        self._command(NAT_CMD_EXPLAIN, question, 0)
+        answer = question[0]
+        left = b""
+        if answer["verdict"] <= NAT_HELD:
+            left = answer["frame"].tobytes()[: min(int(answer["length"]), NAT_EXPLAIN_BYTES)]
+        return Explanation(_VERDICTS[answer["verdict"]], int(answer["port"]), left, int(answer["mtu"]),
+                           answer["steps"][: int(answer["n_steps"])].copy())
+
+    def trace_start(self, packets, seconds, **flow):
+        """Begins to trace; returns the token, or None when another trace runs."""
+        trace = np.zeros(1, _TRACE)
+        head = trace["head"]
+        head["action"], head["packets"], head["milliseconds"] = NAT_TRACE_START, packets, _milliseconds(seconds)
+        for name, value in flow.items():
+            head[name] = value
+        started, _ = self._command(NAT_CMD_TRACE, trace, 0)
+        return int(head["token"][0]) if started else None
+
+    def trace_read(self, token, stop=False):
+        """Takes what has been traced; ``stop`` ends the trace. Raises KeyError when it is not this token's."""
+        trace = np.zeros(1, _TRACE)
+        trace["head"]["action"] = NAT_TRACE_STOP if stop else NAT_TRACE_READ
+        trace["head"]["token"] = token
+        known, _ = self._command(NAT_CMD_TRACE, trace, 0)
+        if not known:
+            raise KeyError(token)
+        head = trace["head"][0]
+        return Trace(trace["entries"][0, : int(head["n_entries"])].copy(), bool(head["running"]),
+                     int(head["packets"]), int(head["missed"]))
 
     # -- what may be read at any time --------------------------------------------------------------------
 

@@ -36,6 +36,18 @@ static const struct field_row neighbour_rows[] = {NAT_NEIGHBOUR_FIELDS(NEIGHBOUR
 #define HOST_ROW(type, name) {#name, offsetof(struct nat_host_record, name), sizeof(type)},
 static const struct field_row host_rows[] = {NAT_HOST_FIELDS(HOST_ROW)};
 
+#define STEP_NAME_ROW(name, text) {#name, text, ""},
+static const struct name_row step_name_rows[] = {NAT_STEPS(STEP_NAME_ROW)};
+
+#define STEP_ROW(type, name) {#name, offsetof(struct nat_step, name), sizeof(type)},
+static const struct field_row step_rows[] = {NAT_STEP_FIELDS(STEP_ROW)};
+
+#define TRACE_ROW(type, name) {#name, offsetof(struct nat_trace_entry, name), sizeof(type)},
+static const struct field_row trace_rows[] = {NAT_TRACE_FIELDS(TRACE_ROW)};
+
+#define TRACE_FILTER_ROW(type, name) {#name, offsetof(struct nat_trace, name), sizeof(type)},
+static const struct field_row trace_filter_rows[] = {NAT_TRACE_FILTER_FIELDS(TRACE_FILTER_ROW)};
+
 #define ROWS(rows) (sizeof(rows) / sizeof(rows)[0])
 enum {
     N_COUNTER_ROWS = ROWS(counter_rows),
@@ -43,6 +55,9 @@ enum {
     N_EVENT_ROWS = ROWS(event_rows),
     N_NEIGHBOUR_ROWS = ROWS(neighbour_rows),
     N_HOST_ROWS = ROWS(host_rows),
+    N_STEP_ROWS = ROWS(step_rows),
+    N_TRACE_ROWS = ROWS(trace_rows),
+    N_TRACE_FILTER_ROWS = ROWS(trace_filter_rows),
 };
 
 #endif

@@ -26,6 +26,7 @@ from nat_control.api import Api, ApiError
 from nat_control.config import Config
 from nat_control.core_plane import CorePlane
 from nat_control.dataplane import Events, Records, changes
+from nat_control.live import Live
 from nat_control.loop import (
     ControlLoop,
     ending_cleanly,
@@ -141,6 +142,7 @@ class Agent:
             max_flows=config.switch.max_flows,
             report=say,
         )
+        self.live = Live(self.core, [port.name for port in config.ports])
         self.loop = ControlLoop(self.core, 2, self._every_second, sink=self._events, step=STEP)
         self.pair: Pair | None = None
         if config.peer and config.peer.mode != "off":
@@ -172,7 +174,9 @@ class Agent:
     async def run(self) -> str:
         """Until a signal; returns its name."""
         assert self.config.switch
-        api = Api({"status": self.status, "stats": self.stats}, self.core.sessions)
+        answers = {"status": self.status, "stats": self.stats, "hosts": self.live.hosts}
+        # no threads: the core is this one's
+        api = Api(answers, self.core.sessions, self.live.verbs, threads=False)
         await api.start(self.config.control.socket)
         try:
             await _listen(self.channel, self.config.switch.openflow)
@@ -221,6 +225,7 @@ class Agent:
         self.loop.drain()
 
     def _events(self, events: Events) -> None:
+        self.live.publish(events)
         found = changes(events)
         if self.pair is not None:
             self.pair.events(events)

@@ -199,6 +199,14 @@ struct nat_core {
 
     struct token_bucket new_sessions, icmp_errors;
 
+    struct explain *explain; /* NULL: packets are real */
+    bool tracing;            /* all bursts go the slow way */
+    struct {
+        struct nat_trace status; /* with the ring of entries in it */
+        uint64_t until_ns;
+        uint32_t head, tail;
+    } trace;
+
     /* rings */
     struct nat_event *events;
     uint64_t event_sequence;
@@ -319,12 +327,42 @@ static inline void session_own(struct session *session, uint8_t foreign)
 }
 uint32_t session_by_record(const struct nat_core *core, const struct nat_record *record);
 void session_set_timer(struct session *session);
+/* Undoes what session_open has done. `rests`: its port must not be used again at once. */
+void session_end(struct nat_core *core, uint32_t at, bool rests);
 
 /* --- permissions.c ----------------------------------------------------------------------------------- */
 /* NONE32: this mapping admits nobody at that address. */
 uint32_t permission_find(const struct nat_core *core, uint32_t mapping, uint32_t remote);
 bool permission_add(struct nat_core *core, uint32_t mapping, uint32_t remote);
 void permission_remove(struct nat_core *core, uint32_t mapping, uint32_t remote);
+
+/* --- explain.c --------------------------------------------------------------------------------------- */
+/* A packet that is only explained is carried out like any other. Whatever it changes is undone afterwards in
+ * reverse order; whatever cannot be undone (events, frames of our own, held packets) is left out. So these
+ * are asked for wherever a packet changes something; the established path asks for nothing. */
+void explain_note(struct nat_core *core, const struct nat_step *step);
+#define NOTE(core, step, ...)                                                                                \
+    ((core)->explain ? explain_note(core, &(struct nat_step){.kind = NAT_STEP_##step, __VA_ARGS__}) : (void)0)
+void explain_note_slot(struct nat_core *core, uint32_t slot, uint32_t address, uint16_t port);
+void explain_note_session(struct nat_core *core, enum nat_step_kind kind, uint32_t at);
+void explain_note_port(struct nat_core *core, uint32_t index, uint8_t protocol, uint16_t port);
+void explain_remember_session(struct nat_core *core, uint32_t at);
+void explain_remember_neighbour(struct nat_core *core, uint16_t at);
+void explain_opened(struct nat_core *core, uint32_t at);
+void explain_added(struct nat_core *core, uint16_t neighbour);
+/* A packet is about to be sent there. */
+void explain_next_hop(struct nat_core *core, uint16_t at);
+void explain(struct nat_core *core, struct nat_explain *question);
+
+/* --- trace.c ----------------------------------------------------------------------------------------- */
+bool trace_command(struct nat_core *core, struct nat_trace *trace);
+void trace_burst(struct nat_core *core, struct nat_packet *packets, unsigned n);
+/* A packet that was held has its verdict. */
+void trace_finished(struct nat_core *core, const struct nat_packet *packet);
+
+/* --- pipeline.c --------------------------------------------------------------------------------------- */
+/* The definition of what this NAT does with a packet. */
+enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet);
 
 /* --- ageing.c ---------------------------------------------------------------------------------------- */
 bool ageing_step(struct nat_core *core);
@@ -362,6 +400,7 @@ uint16_t neighbour_behind(struct nat_core *core, uint8_t port, uint32_t source, 
 enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet, unsigned l2);
 /* A session goes to another next hop, or ends. */
 void neighbour_leave(struct nat_core *core, uint16_t at);
+void neighbour_forget(struct nat_core *core, uint16_t at);
 /* The packet that asked for these was refused: those that only it needed must not fill the table. */
 void neighbours_unneeded(struct nat_core *core, const uint16_t neighbour[2]);
 bool neighbour_step(struct nat_core *core);
@@ -450,6 +489,14 @@ static inline bool icmp_is_translated(uint8_t type)
 {
     return type == ICMP_UNREACHABLE || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETER_PROBLEM;
 }
+static inline bool icmp_is_query(uint8_t type)
+{
+    return type == ICMP_ECHO || type == ICMP_TIMESTAMP;
+}
+static inline bool icmp_is_query_reply(uint8_t type)
+{
+    return type == ICMP_ECHO_REPLY || type == ICMP_TIMESTAMP_REPLY;
+}
 static inline bool icmp_is_error(uint8_t type)
 {
     return icmp_is_translated(type) || type == ICMP_SOURCE_QUENCH || type == ICMP_REDIRECT;
@@ -464,6 +511,16 @@ static inline void count_tx(struct nat_core *core, const struct nat_packet *pack
 
 /* By the frames that go out: one packet may leave as several. */
 void count_pieces(struct nat_core *core, const struct nat_packet *packet);
+
+static inline void count_verdict(struct nat_core *core, struct nat_packet *packet, enum nat_verdict verdict)
+{
+    packet->verdict = (uint8_t)verdict;
+    core->stats.verdicts[verdict]++;
+    if (verdict <= NAT_REPLY)
+        count_tx(core, packet);
+    else if (verdict == NAT_FRAGMENT)
+        count_pieces(core, packet);
+}
 
 static inline void core_time(struct nat_core *core, uint64_t now)
 {

@@ -5,6 +5,46 @@
  */
 #include "core.h"
 
+static uint64_t mac_of(const uint8_t *mac)
+{
+    uint64_t v = 0;
+    for (int i = 0; i < 6; i++)
+        v = v << 8 | mac[i];
+    return v;
+}
+
+void session_record(const struct nat_core *core, uint32_t at, struct nat_record *record)
+{
+    const struct session *s = &core->sessions[at];
+    const struct session_cold *cold = &core->cold[at];
+    const struct neighbour *inside = s->neighbour[IN] == NONE16 ? NULL : &core->neighbours[s->neighbour[IN]];
+    const struct neighbour *outside =
+        s->neighbour[OUT] == NONE16 ? NULL : &core->neighbours[s->neighbour[OUT]];
+    *record = (struct nat_record){
+        .id = cold->id,
+        .mapping_id = cold->mapping == NONE32 ? 0 : core->mappings[cold->mapping].id,
+        .packets_out = (uint64_t)cold->packets_high[OUT] << 32 | s->packets[OUT],
+        .packets_in = (uint64_t)cold->packets_high[IN] << 32 | s->packets[IN],
+        .bytes_out = s->bytes[OUT],
+        .bytes_in = s->bytes[IN],
+        .internal_mac = inside ? mac_of(inside->mac) : 0,
+        .internal_addr = session_internal_addr(s),
+        .external_addr = session_external_addr(s),
+        .remote_addr = session_remote_addr(s),
+        .age_ms = core->now_ms - cold->opened_ms,
+        .idle_ms = core->now_ms - s->last_ms,
+        .timeout_ms = core->timeout_ms[s->timer],
+        .internal_port = session_internal_port(s),
+        .external_port = session_external_port(s),
+        .remote_port = session_remote_port(s),
+        .protocol = s->protocol,
+        .tcp_state = s->tcp_state,
+        .flags = s->flags,
+        .internal_if = inside ? inside->port : 0xff,
+        .external_if = outside ? outside->port : 0xff,
+    };
+}
+
 static bool ring_has(struct nat_core *core, uint32_t wanted)
 {
     uint32_t tail = atomic_load_explicit(&core->event_tail, memory_order_relaxed);
@@ -31,6 +71,8 @@ bool event_room_to_update(struct nat_core *core)
 
 void event_emit(struct nat_core *core, enum nat_event_type type, unsigned reason, uint32_t session)
 {
+    if (core->explain)
+        return;
     uint32_t tail = atomic_load_explicit(&core->event_tail, memory_order_relaxed);
     struct nat_event *event = &core->events[tail & (core->config.event_ring - 1)];
     event->sequence = core->event_sequence++;
@@ -191,14 +233,6 @@ static bool change_owner(struct nat_core *core, struct nat_command *command)
     return command->cursor >= core->session_slab.top;
 }
 
-static uint64_t mac_of(const uint8_t *mac)
-{
-    uint64_t v = 0;
-    for (int i = 0; i < 6; i++)
-        v = v << 8 | mac[i];
-    return v;
-}
-
 /* One bounded step of a command; true when it is finished. */
 static bool command_step(struct nat_core *core, struct nat_command *command)
 {
@@ -249,6 +283,12 @@ static bool command_step(struct nat_core *core, struct nat_command *command)
     case NAT_CMD_ADOPT:
     case NAT_CMD_CEDE:
         return change_owner(core, command);
+    case NAT_CMD_EXPLAIN:
+        explain(core, command->buffer);
+        return true;
+    case NAT_CMD_TRACE:
+        command->result = trace_command(core, command->buffer);
+        return true;
     default:
         return true;
     }

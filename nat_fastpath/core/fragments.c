@@ -133,6 +133,8 @@ enum nat_verdict fragment_check(const uint8_t *ip)
 void fragment_first(struct nat_core *core, const struct datagram_key *key, uint32_t session, int direction,
                     bool is_error)
 {
+    if (core->explain)
+        return;
     uint32_t at = datagram_find(core, key);
     if (at != NONE32)
         list_remove(core, at);
@@ -164,6 +166,7 @@ static enum nat_verdict follow(struct nat_core *core, struct nat_packet *packet,
         bytes > core->config.ports[core->neighbours[neighbour].port].mtu)
         return NAT_DROP_TOO_BIG;
 
+    explain_remember_session(core, session);
     if (!d->is_error) { /* that neither renews nor counts (RFC 5508, REQ-6) */
         s->last_ms = core->now_ms;
         if (++s->packets[direction] == 0)
@@ -184,6 +187,7 @@ static enum nat_verdict follow(struct nat_core *core, struct nat_packet *packet,
     patch_check(ip + 10, delta + TTL_DELTA);
     if (s->flags & NAT_SESSION_PENDING)
         return hold_for_session(core, packet, session, direction);
+    explain_next_hop(core, neighbour);
     return neighbour_send_any(core, packet, neighbour);
 }
 
@@ -201,15 +205,30 @@ static enum nat_verdict wait_for_first(struct nat_core *core, struct nat_packet 
     return NAT_HELD;
 }
 
+/* The same decision for a packet that is only explained. */
+static enum nat_verdict would_wait(const struct nat_core *core, uint32_t at, uint32_t oldest)
+{
+    uint32_t held = core->fragments_held;
+    if (held >= most_held(&core->config) && oldest != NONE32 && oldest != at)
+        held -= core->datagrams[oldest].held;
+    bool room = at == NONE32 || core->datagrams[at].held < HELD_PER_DATAGRAM;
+    return room && held < most_held(&core->config) && !slab_full(&core->held_slab) ? NAT_HELD
+                                                                                   : NAT_DROP_FRAGMENT;
+}
+
 enum nat_verdict fragment_later(struct nat_core *core, struct nat_packet *packet, unsigned l2, int direction,
                                 bool hairpinned)
 {
     const uint8_t *ip = packet->data + l2;
     struct datagram_key key = datagram_key(packet, ip, hairpinned);
     uint32_t at = datagram_find(core, &key);
-    if (at != NONE32 && core->datagrams[at].list == DATAGRAMS_KNOWN) {
-        list_remove(core, at);
-        list_append(core, at, DATAGRAMS_KNOWN);
+    bool known = at != NONE32 && core->datagrams[at].list == DATAGRAMS_KNOWN;
+    NOTE(core, FRAGMENT, .flag = known);
+    if (known) {
+        if (!core->explain) {
+            list_remove(core, at);
+            list_append(core, at, DATAGRAMS_KNOWN);
+        }
         return follow(core, packet, l2, at);
     }
     /* what its first fragment would not get past either does not wait for it */
@@ -218,6 +237,8 @@ enum nat_verdict fragment_later(struct nat_core *core, struct nat_packet *packet
     if (direction == IN && !hairpinned && is_routed_to(core, get32(ip + 12), NAT_INTERNAL))
         return NAT_DROP_ADDRESS;
     uint32_t oldest = core->datagram_list[DATAGRAMS_WAITING].first;
+    if (core->explain)
+        return would_wait(core, at, oldest);
     if (core->fragments_held >= most_held(&core->config) && oldest != NONE32 && oldest != at)
         datagram_forget(core, oldest);
     if (at == NONE32) {

@@ -174,6 +174,7 @@ enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *
     if (at == NONE32)
         return NAT_DROP_ICMP_NO_SESSION;
     const struct session *s = &core->sessions[at];
+    explain_note_session(core, NAT_STEP_QUOTED, at);
     bool hairpin = direction == OUT && s->neighbour[OUT] == NONE16;
     if (direction == IN && s->neighbour[OUT] == NONE16 && !hairpinned)
         return NAT_DROP_ADDRESS; /* as for the session's own packets: never from the wire */
@@ -208,5 +209,6 @@ enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *
     }
     ip[8]--;
     patch_check(ip + 10, delta + TTL_DELTA);
+    explain_next_hop(core, s->neighbour[direction]);
     return neighbour_send_any(core, packet, s->neighbour[direction]);
 }

@@ -324,6 +324,8 @@ enum nat_command_op {
     NAT_CMD_CHECK,  /* sets reserved0 to 1 in those records at buffer whose sessions are held */
     NAT_CMD_LEARN,  /* the nat_neighbour_records at buffer are what the peer knows; result: how many were
                        news. A mac of 0 asks for that next hop */
+    NAT_CMD_EXPLAIN, /* buffer: one struct nat_explain */
+    NAT_CMD_TRACE,   /* buffer: one struct nat_trace; result: 1, or 0 when the trace is another's or none */
 };
 struct nat_command {
     uint32_t op;
@@ -354,6 +356,110 @@ struct nat_neighbour_record {
 } __attribute__((packed));
 struct nat_host_record {
     NAT_HOST_FIELDS(NAT_STRUCT_FIELD)
+} __attribute__((packed));
+#undef NAT_STRUCT_FIELD
+
+/* One thing that was looked at on a packet's way. What the values mean, each kind says by itself. */
+#define NAT_STEPS(S)                                                                                         \
+    S(SESSION, "session") /* found: id; value idle and limit timeout in ms; port TCP state; flag flags */    \
+    S(NO_SESSION, "no_session")                                                                              \
+    S(ROUTE, "route")       /* address/value by gateway id through port; flag: it leads to the right side */ \
+    S(NO_ROUTE, "no_route") /* to address */                                                                 \
+    S(NEXT_HOP, "next_hop") /* address (0: by MAC alone), id MAC, port, flag state, value packets held */    \
+    S(HAIRPIN, "hairpin")   /* address: of the pool, reached from inside */                                  \
+    S(HOST, "host")         /* address: value of limit sessions, high half of id of its low half mappings */ \
+    S(QUOTA, "quota")       /* the host is at its limit */                                                   \
+    S(BUDGET, "budget")     /* limit new sessions per second; value are left now; flag: one is */            \
+    S(TABLES, "tables")     /* value of limit sessions exist */                                              \
+    S(MAPPING, "mapping")   /* of this inside endpoint: address:port outside, value sessions hang on it */   \
+    S(NO_MAPPING, "no_mapping")                                                                              \
+    S(PORT, "port")         /* address:port is taken; value others are free there, limit rest */      \
+    S(NO_PORT, "no_port")   /* none is free; limit rest */                                                   \
+    S(SLOT, "slot")         /* address:port outside belongs to id (address << 16 | port); flag: nat_slot */  \
+    S(FILTER, "filter")     /* address asks; flag: it is admitted; value: enum nat_filtering */              \
+    S(TCP, "tcp")           /* state value becomes limit */                                                  \
+    S(MTU, "mtu")           /* value bytes are more than limit; flag: it must not be cut */                  \
+    S(PENDING, "pending")   /* the peer has not acknowledged the session */                                  \
+    S(QUOTED, "quoted")     /* an ICMP error about the session id */                                         \
+    S(FRAGMENT, "fragment") /* a later one; flag: its first was seen */
+#define NAT_STEP_ENUM(name, text) NAT_STEP_##name,
+enum nat_step_kind { NAT_STEPS(NAT_STEP_ENUM) NAT_STEP_KINDS };
+#undef NAT_STEP_ENUM
+enum nat_slot { NAT_SLOT_FREE, NAT_SLOT_RESTING, NAT_SLOT_TAKEN, NAT_SLOT_NONE };
+#define NAT_STEP_FIELDS(F)                                                                                   \
+    F(uint64_t, id)                                                                                          \
+    F(uint32_t, address)                                                                                     \
+    F(uint32_t, value)                                                                                       \
+    F(uint32_t, limit)                                                                                       \
+    F(uint16_t, port)                                                                                        \
+    F(uint8_t, kind)                                                                                         \
+    F(uint8_t, flag)
+#define NAT_STRUCT_FIELD(type, name) type name;
+struct nat_step {
+    NAT_STEP_FIELDS(NAT_STRUCT_FIELD)
+} __attribute__((packed));
+/* A packet that is not sent: it goes its way, and then all that it has changed is undone. */
+#define NAT_EXPLAIN_STEPS 24u
+#define NAT_EXPLAIN_BYTES 2048u
+struct nat_explain {
+    uint32_t length; /* of the frame, which may be longer than what is here of it; out: of the answer */
+    uint16_t mtu;
+    uint8_t port, verdict; /* port: in, where it comes from; out, where it would go */
+    uint32_t n_steps;
+    struct nat_step steps[NAT_EXPLAIN_STEPS];
+    uint8_t room[4];                  /* for a VLAN tag in front of the frame */
+    uint8_t frame[NAT_EXPLAIN_BYTES]; /* out: as it would leave */
+} __attribute__((packed));
+
+/* A packet of a flow under trace. Addresses are those of its IP header, as it came and as it left. */
+#define NAT_TRACE_FIELDS(F)                                                                                  \
+    F(uint64_t, time_ns)                                                                                     \
+    F(uint64_t, session)      /* id, 0: none */                                                              \
+    F(uint64_t, next_hop_mac) /* 0: it did not leave */                                                      \
+    F(uint32_t, source)                                                                                      \
+    F(uint32_t, destination)                                                                                 \
+    F(uint32_t, source_after)                                                                                \
+    F(uint32_t, destination_after)                                                                           \
+    F(uint32_t, length) /* of the frame, as it came */                                                       \
+    F(uint16_t, source_port)                                                                                 \
+    F(uint16_t, destination_port)                                                                            \
+    F(uint16_t, source_port_after)                                                                           \
+    F(uint16_t, destination_port_after)                                                                      \
+    F(uint8_t, protocol)                                                                                     \
+    F(uint8_t, verdict)                                                                                      \
+    F(uint8_t, port)                                                                                         \
+    F(uint8_t, port_after)                                                                                   \
+    F(uint8_t, tcp_flags)                                                                                    \
+    F(uint8_t, tcp_state) /* of the session, afterwards */                                                   \
+    F(uint8_t, ttl)                                                                                          \
+    F(uint8_t, was_held) /* it was held before; only what it is now is known */
+struct nat_trace_entry {
+    NAT_TRACE_FIELDS(NAT_STRUCT_FIELD)
+} __attribute__((packed));
+/* One trace at a time. A filter's 0 means any. Its token is the trace's: who does not know it cannot read it.
+ */
+enum nat_trace_action { NAT_TRACE_START = 1, NAT_TRACE_READ, NAT_TRACE_STOP };
+#define NAT_TRACE_RING 256u
+#define NAT_TRACE_FILTER_FIELDS(F)                                                                           \
+    F(uint32_t, token) /* START: out, if there is one already too; else in */                                \
+    F(uint32_t, packets)                                                                                     \
+    F(uint32_t, milliseconds)                                                                                \
+    F(uint32_t, internal_addr)                                                                               \
+    F(uint32_t, external_addr)                                                                               \
+    F(uint32_t, remote_addr)                                                                                 \
+    F(uint16_t, internal_port)                                                                               \
+    F(uint16_t, external_port)                                                                               \
+    F(uint16_t, remote_port)                                                                                 \
+    F(uint8_t, protocol)                                                                                     \
+    F(uint8_t, action)  /* enum nat_trace_action */                                                          \
+    F(uint8_t, running) /* out */                                                                            \
+    F(uint8_t, reserved4)                                                                                    \
+    F(uint16_t, reserved5)                                                                                   \
+    F(uint32_t, missed)    /* out: found no room, because nobody read */                                     \
+    F(uint32_t, n_entries) /* out */
+struct nat_trace {
+    NAT_TRACE_FILTER_FIELDS(NAT_STRUCT_FIELD)
+    struct nat_trace_entry entries[NAT_TRACE_RING];
 } __attribute__((packed));
 #undef NAT_STRUCT_FIELD
 enum nat_neighbour_state { NAT_NB_FREE, NAT_NB_INCOMPLETE, NAT_NB_REACHABLE, NAT_NB_PROBE, NAT_NB_STATIC };

@@ -72,10 +72,11 @@ static uint16_t neighbour_add(struct nat_core *core, uint8_t port, uint32_t addr
         .held_last = NONE16,
     };
     memcpy(n->mac, mac, 6);
+    explain_added(core, (uint16_t)at);
     return (uint16_t)at;
 }
 
-static void neighbour_forget(struct nat_core *core, uint16_t at)
+void neighbour_forget(struct nat_core *core, uint16_t at)
 {
     struct neighbour *n = &core->neighbours[at];
     flow_table_remove(&core->neighbour_index, neighbour_hash(n->port, n->address, n->mac), at + 1u);
@@ -143,7 +144,10 @@ uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_sid
             continue;
         matched = true;
         length = route->length;
-        if (core->config.ports[route->port].side != side)
+        bool right = core->config.ports[route->port].side == side;
+        NOTE(core, ROUTE, .address = route->prefix, .value = route->length, .id = route->gateway,
+             .port = route->port, .flag = right);
+        if (!right)
             continue;
         if (!route->connected)
             return core->gateway_neighbour[i];
@@ -154,6 +158,7 @@ uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_sid
         *why = NAT_DROP_TABLE_FULL;
         return neighbour_at(core, route->port, address);
     }
+    NOTE(core, NO_ROUTE, .address = address);
     return NONE16;
 }
 
@@ -194,14 +199,14 @@ void neighbour_leave(struct nat_core *core, uint16_t at)
 {
     struct neighbour *n = &core->neighbours[at];
     /* one that is known by its MAC alone serves nobody else */
-    if (--n->sessions == 0 && !n->address && !n->held)
+    if (--n->sessions == 0 && !n->address && !n->held && !core->explain)
         neighbour_forget(core, at);
 }
 
 void neighbours_unneeded(struct nat_core *core, const uint16_t neighbour[2])
 {
     for (int d = 0; d < 2; d++) {
-        if (neighbour[d] == NONE16)
+        if (neighbour[d] == NONE16 || core->explain)
             continue;
         const struct neighbour *n = &core->neighbours[neighbour[d]];
         if (n->fresh && !n->sessions && !n->held && !n->keep && n->state != NAT_NB_FREE &&
@@ -229,7 +234,7 @@ static void put_arp(uint8_t *arp, uint16_t operation, const uint8_t *sender_mac,
 static bool send_request(struct nat_core *core, uint8_t port, const uint8_t *to, uint32_t sender,
                          uint32_t target)
 {
-    if (core->outbox_tail - core->outbox_head == NAT_OUTBOX)
+    if (core->outbox_tail - core->outbox_head == NAT_OUTBOX || core->explain)
         return false;
     const struct nat_port_config *config = &core->config.ports[port];
     struct outbox_frame *frame = &core->outbox[core->outbox_tail++ % NAT_OUTBOX];
@@ -284,6 +289,8 @@ static bool announce_step(struct nat_core *core)
 bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_t *first, uint16_t *last,
           uint32_t session, int direction)
 {
+    if (core->explain)
+        return !slab_full(&core->held_slab);
     uint32_t at = SLAB_TAKE(&core->held_slab, core->held, session);
     if (at == NONE32)
         return false;
@@ -320,6 +327,7 @@ void finish(struct nat_core *core, struct nat_packet *packet, enum nat_verdict v
     core->stats.verdicts[verdict]++;
     if (verdict == NAT_FORWARD || verdict == NAT_FRAGMENT)
         count_pieces(core, packet);
+    trace_finished(core, packet);
     /* there is room: its own place was just given back */
     hold(core, packet, &core->done_first, &core->done_last, NONE32, OUT);
 }
@@ -353,6 +361,7 @@ enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *pack
                                   int direction)
 {
     struct session_cold *cold = &core->cold[session];
+    NOTE(core, PENDING);
     return hold(core, packet, &cold->held_first, &cold->held_last, session, direction) ? NAT_HELD
                                                                                        : NAT_DROP_HOLD_LIMIT;
 }
@@ -415,11 +424,12 @@ void nat_flush(struct nat_core *core)
 static void neighbour_confirm(struct nat_core *core, uint16_t at, const uint8_t *mac)
 {
     struct neighbour *n = &core->neighbours[at];
+    explain_remember_neighbour(core, at);
     memcpy(n->mac, mac, 6);
     n->state = NAT_NB_REACHABLE;
     n->confirmed_ms = core->now_ms;
     n->asked = 0;
-    if (n->held)
+    if (n->held && !core->explain)
         neighbour_release(core, at, NAT_FORWARD);
 }
 

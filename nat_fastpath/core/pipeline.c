@@ -24,6 +24,7 @@ static void tcp_advance(struct nat_core *core, uint32_t at, uint8_t state, int d
         s->flags &= (uint8_t)~NAT_SESSION_INBOUND;
     else if (state == NAT_TCP_SYN_IN)
         s->flags |= NAT_SESSION_INBOUND;
+    NOTE(core, TCP, .value = s->tcp_state, .limit = state);
     s->tcp_state = state;
     session_set_timer(s);
     if (event_room_to_update(core))
@@ -47,9 +48,11 @@ static void follow_sender(struct nat_core *core, uint32_t session, const struct 
 /* `ip_header` and `l2` are constants where the caller knows them, and the compiler makes use of it. */
 static inline __attribute__((always_inline)) enum nat_verdict
 translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigned ip_header, uint32_t at,
-          int direction, bool hairpinned, bool cut)
+          int direction, bool hairpinned, bool cut, bool explained)
 {
     struct session *s = &core->sessions[at];
+    if (explained)
+        explain_remember_session(core, at);
     uint8_t *ip = packet->data + l2, *l4 = ip + ip_header;
     uint16_t neighbour = s->neighbour[direction];
     uint32_t bytes = get16(ip + 2);
@@ -116,6 +119,8 @@ translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigne
     patch_check(ip + 10, l3 + TTL_DELTA);
     if (s->flags & NAT_SESSION_PENDING)
         return hold_for_session(core, packet, at, direction);
+    if (explained)
+        explain_next_hop(core, neighbour);
     return cut ? neighbour_send_any(core, packet, neighbour) : neighbour_send(core, packet, l2, neighbour);
 }
 
@@ -123,8 +128,9 @@ static enum nat_verdict translate_too_big(struct nat_core *core, struct nat_pack
                                           uint32_t at, int direction, bool hairpinned, uint16_t mtu)
 {
     const uint8_t *ip = packet->data + l2;
+    NOTE(core, MTU, .value = get16(ip + 2), .limit = mtu, .flag = (get16(ip + 6) & IP_DF) != 0);
     if (!(get16(ip + 6) & IP_DF))
-        return translate(core, packet, l2, (ip[0] & 15u) * 4, at, direction, hairpinned, true);
+        return translate(core, packet, l2, (ip[0] & 15u) * 4, at, direction, hairpinned, true, core->explain);
     return hairpinned ? NAT_DROP_TOO_BIG
                       : icmp_error(core, packet, l2, ICMP_UNREACHABLE, 4, mtu, NAT_DROP_TOO_BIG);
 }
@@ -141,25 +147,17 @@ static enum nat_verdict session_packet(struct nat_core *core, struct nat_packet 
                                        uint32_t at, int direction, bool hairpinned)
 {
     const uint8_t *ip = packet->data + l2;
+    explain_note_session(core, NAT_STEP_SESSION, at);
     struct datagram_key datagram = datagram_key(packet, ip, hairpinned);
     bool first = is_fragment(ip);
     enum nat_verdict verdict =
-        translate(core, packet, l2, (ip[0] & 15u) * 4, at, direction, hairpinned, false);
+        translate(core, packet, l2, (ip[0] & 15u) * 4, at, direction, hairpinned, false, core->explain);
     if (first && verdict <= NAT_HELD && verdict != NAT_REPLY)
         fragment_first(core, &datagram, at, direction, false);
     return verdict;
 }
 
 /* --- one packet, whatever it is ----------------------------------------------------------------------- */
-
-static bool is_query(uint8_t type)
-{
-    return type == ICMP_ECHO || type == ICMP_TIMESTAMP;
-}
-static bool is_query_reply(uint8_t type)
-{
-    return type == ICMP_ECHO_REPLY || type == ICMP_TIMESTAMP_REPLY;
-}
 
 /* The key of a packet whose headers are checked. An ICMP query has one identifier for both ends. */
 static struct flow_key packet_key(const uint8_t *ip, const uint8_t *l4, int direction)
@@ -185,14 +183,15 @@ static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packe
     bool is_icmp = ip[9] == PROTO_ICMP;
     if (is_icmp && icmp_is_translated(l4[0]))
         return icmp_translate_error(core, packet, l2, OUT, false);
-    if (is_icmp && !is_query(l4[0]))
-        return is_query_reply(l4[0]) ? NAT_DROP_ICMP_NO_SESSION : NAT_DROP_ICMP_TYPE;
+    if (is_icmp && !icmp_is_query(l4[0]))
+        return icmp_is_query_reply(l4[0]) ? NAT_DROP_ICMP_NO_SESSION : NAT_DROP_ICMP_TYPE;
 
     struct flow_key key = packet_key(ip, l4, OUT);
     uint32_t hash = flow_hash_of(&core->hasher, key.addrs, key.ports, key.protocol);
     uint32_t at = session_find(core, &key, hash, OUT);
     if (at != NONE32)
         return session_packet(core, packet, l2, at, OUT, false);
+    NOTE(core, NO_SESSION);
 
     uint32_t remote = get32(ip + 16);
     bool to_pool = pool_address_index(&core->pool, remote) != POOL_NONE;
@@ -204,6 +203,8 @@ static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packe
         return NAT_DROP_TCP_NOT_SYN;
 
     enum nat_verdict verdict = NAT_FORWARD;
+    if (to_pool)
+        NOTE(core, HAIRPIN, .address = remote);
     uint16_t outside = to_pool ? NONE16 : neighbour_towards(core, remote, NAT_EXTERNAL, &verdict);
     if (!to_pool && outside == NONE16)
         return verdict;
@@ -231,7 +232,7 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
         return fragment_later(core, packet, l2, IN, hairpinned);
     bool is_icmp = ip[9] == PROTO_ICMP;
     uint32_t external = get32(ip + 16);
-    if (is_icmp && !is_query_reply(l4[0])) {
+    if (is_icmp && !icmp_is_query_reply(l4[0])) {
         if (pool_address_index(&core->pool, external) == POOL_NONE)
             return NAT_DROP_NOT_POOL;
         if (icmp_is_translated(l4[0]))
@@ -244,6 +245,7 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
     uint32_t at = session_find(core, &key, hash, IN);
     if (at != NONE32)
         return session_packet(core, packet, l2, at, IN, hairpinned);
+    NOTE(core, NO_SESSION);
 
     uint32_t remote = get32(ip + 12);
     struct session_request request = {
@@ -332,7 +334,7 @@ static bool is_unusable(uint32_t address)
     return address >> 24 == 0 || address >> 24 == 127;
 }
 
-static enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet)
+enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet)
 {
     uint8_t *data = packet->data;
     const struct nat_port_config *port = &core->config.ports[packet->port];
@@ -522,8 +524,8 @@ static __attribute__((noinline)) enum nat_verdict
 translate_tagged(struct nat_core *core, struct nat_packet *packet, uint32_t at, int direction)
 {
     if (direction == OUT)
-        return translate(core, packet, ETH_BYTES + VLAN_BYTES, IP_BYTES, at, OUT, false, false);
-    return translate(core, packet, ETH_BYTES + VLAN_BYTES, IP_BYTES, at, IN, false, false);
+        return translate(core, packet, ETH_BYTES + VLAN_BYTES, IP_BYTES, at, OUT, false, false, false);
+    return translate(core, packet, ETH_BYTES + VLAN_BYTES, IP_BYTES, at, IN, false, false, false);
 }
 
 static inline __attribute__((always_inline)) enum nat_verdict
@@ -543,8 +545,8 @@ batch_one(struct nat_core *core, struct batch *batch, unsigned i, bool tags)
     if (tags && batch->tagged >> i & 1)
         return translate_tagged(core, packet, at, direction);
     if (direction == OUT)
-        return translate(core, packet, ETH_BYTES, IP_BYTES, at, OUT, false, false);
-    return translate(core, packet, ETH_BYTES, IP_BYTES, at, IN, false, false);
+        return translate(core, packet, ETH_BYTES, IP_BYTES, at, OUT, false, false, false);
+    return translate(core, packet, ETH_BYTES, IP_BYTES, at, IN, false, false, false);
 }
 
 static inline __attribute__((always_inline)) void batch_each(struct nat_core *core, struct batch *batch,
@@ -552,13 +554,7 @@ static inline __attribute__((always_inline)) void batch_each(struct nat_core *co
 {
     for (unsigned i = 0; i < batch->n; i++) {
         enum nat_verdict verdict = batch_one(core, batch, i, tags);
-        struct nat_packet *packet = &batch->packets[i];
-        packet->verdict = (uint8_t)verdict;
-        core->stats.verdicts[verdict]++;
-        if (verdict <= NAT_REPLY)
-            count_tx(core, packet);
-        else if (verdict == NAT_FRAGMENT)
-            count_pieces(core, packet);
+        count_verdict(core, &batch->packets[i], verdict);
     }
 }
 
@@ -580,6 +576,10 @@ void nat_burst(struct nat_core *core, struct nat_packet *packets, unsigned n, ui
     if (!n)
         return;
     core_time(core, now);
+    if (core->tracing) {
+        trace_burst(core, packets, n);
+        return;
+    }
     struct batch batches[2];
     struct batch *current = &batches[0], *next = &batches[1];
     unsigned at = n < NAT_BURST ? n : NAT_BURST;

@@ -182,6 +182,7 @@ static bool take_port(struct nat_core *core, struct host *host, struct session_r
     core->stats.parity_missed += (missed & POOL_PARITY_MISSED) != 0;
     core->stats.class_missed += (missed & POOL_CLASS_MISSED) != 0;
     r->external_addr = pool_address_at(&core->pool, index);
+    explain_note_port(core, index, r->protocol, r->external_port);
     return true;
 }
 
@@ -211,6 +212,7 @@ static uint32_t add_session(struct nat_core *core, const struct session_request 
         .id = id, .opened_ms = core->now_ms, .mapping = mapping, .held_first = NONE16, .held_last = NONE16};
     for (int d = 0; d < 2; d++)
         if (s->neighbour[d] != NONE16) {
+            explain_remember_neighbour(core, s->neighbour[d]);
             core->neighbours[s->neighbour[d]].sessions++;
             core->neighbours[s->neighbour[d]].fresh = 0;
         }
@@ -233,6 +235,8 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *r, 
     if (h == NONE32 && (h = host_add(core, r->internal_addr)) == NONE32)
         return why;
     struct host *host = &core->hosts[h];
+    NOTE(core, HOST, .address = host->address, .value = host->sessions, .limit = config->sessions_per_host,
+         .id = (uint64_t)host->mappings << 32 | config->mappings_per_host);
 
     uint32_t mapping = NONE32, slot = POOL_NONE;
     bool new_port = !r->inbound;
@@ -244,25 +248,36 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *r, 
             new_port = false;
             r->external_addr = core->mappings[mapping].external_addr;
             r->external_port = core->mappings[mapping].external_port;
+            NOTE(core, MAPPING, .address = r->external_addr, .port = r->external_port,
+                 .value = core->mappings[mapping].sessions);
         }
     }
+    if (new_port)
+        NOTE(core, NO_MAPPING, .address = r->internal_addr, .port = r->internal_port);
 
     if ((config->sessions_per_host && host->sessions >= config->sessions_per_host) ||
         (new_port && config->mappings_per_host && host->mappings >= config->mappings_per_host)) {
-        host->refused++;
+        host->refused += !core->explain;
+        NOTE(core, QUOTA, .address = host->address);
         why = NAT_DROP_QUOTA;
         goto refuse_host;
     }
     /* after the quota: a host at its limit must not use up what the others may still open */
-    if (config->new_sessions_rate && !bucket_spend(&core->new_sessions, config->new_sessions_rate,
-                                                   config->new_sessions_burst, core->now_ns)) {
+    bool due = !config->new_sessions_rate || bucket_spend(&core->new_sessions, config->new_sessions_rate,
+                                                          config->new_sessions_burst, core->now_ns);
+    if (config->new_sessions_rate)
+        NOTE(core, BUDGET, .flag = due, .limit = config->new_sessions_rate,
+             .value = (uint32_t)(core->new_sessions.credit_ns * config->new_sessions_rate / 1000000000));
+    if (!due) {
         why = NAT_DROP_BUDGET;
         goto refuse_host;
     }
+    NOTE(core, TABLES, .value = core->session_slab.used, .limit = core->session_slab.capacity);
     if (slab_full(&core->session_slab) || (new_port && core->has_mappings && slab_full(&core->mapping_slab)))
         goto refuse_host;
     if (new_port) {
         if (!take_port(core, host, r)) {
+            NOTE(core, NO_PORT, .limit = core->pool.resting[pool_protocol(r->protocol)]);
             why = NAT_DROP_NO_PORT;
             goto refuse_host;
         }
@@ -291,6 +306,7 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *r, 
     if (config->synchronous)
         core->sessions[at].flags |= NAT_SESSION_PENDING;
     core->stats.sessions_opened++;
+    explain_opened(core, at);
     event_emit(core, NAT_EVENT_OPEN, 0, at);
     *session = at;
     return NAT_FORWARD;
@@ -310,12 +326,23 @@ bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason rea
 {
     if (!event_room(core))
         return false;
-    struct session *s = &core->sessions[at];
-    struct session_cold *cold = &core->cold[at];
-    if (cold->held_first != NONE16)
+    const struct session *s = &core->sessions[at];
+    if (core->cold[at].held_first != NONE16)
         hold_release(core, at,
                      reason == NAT_CLOSE_HOLD_TIMEOUT ? NAT_DROP_HOLD_TIMEOUT : NAT_DROP_SESSION_GONE);
     event_emit(core, NAT_EVENT_CLOSE, reason, at);
+    /* RFC 6888, REQ-8: a TCP port may be used again at once where connections are tracked. Of one that both
+     * sides finished, and were then silent for the transitory time, no segment is left; a reset may be
+     * forged. */
+    bool rests = s->protocol != PROTO_TCP || s->tcp_state != NAT_TCP_CLOSING || reason != NAT_CLOSE_IDLE;
+    session_end(core, at, rests);
+    return true;
+}
+
+void session_end(struct nat_core *core, uint32_t at, bool rests)
+{
+    struct session *s = &core->sessions[at];
+    const struct session_cold *cold = &core->cold[at];
     flow_table_remove(&core->flows, session_hash(core, s, OUT), 1 + (at << 1 | OUT));
     flow_table_remove(&core->flows, session_hash(core, s, IN), 1 + (at << 1 | IN));
     for (int d = 0; d < 2; d++)
@@ -326,10 +353,6 @@ bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason rea
 
     uint32_t h = host_find(core, session_internal_addr(s));
     struct host *host = &core->hosts[h];
-    /* RFC 6888, REQ-8: a TCP port may be used again at once where connections are tracked. Of one that both
-     * sides finished, and were then silent for the transitory time, no segment is left; a reset may be
-     * forged. */
-    bool rests = s->protocol != PROTO_TCP || s->tcp_state != NAT_TCP_CLOSING || reason != NAT_CLOSE_IDLE;
     bool last = true;
     uint32_t slot;
     if (core->has_mappings) {
@@ -355,19 +378,20 @@ bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason rea
     s->protocol = 0;
     SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
     core->stats.sessions_closed++;
-    return true;
 }
 
 enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, uint16_t external_port,
                                 uint8_t protocol, uint32_t remote_addr, struct session_request *r)
 {
     uint32_t slot = pool_slot(&core->pool, external_addr, protocol, external_port);
+    explain_note_slot(core, slot, external_addr, external_port);
     if (slot == POOL_NONE)
         return pool_address_index(&core->pool, external_addr) == POOL_NONE ? NAT_DROP_NOT_POOL
                                                                            : NAT_DROP_NO_MAPPING;
     uint32_t user = core->pool.slots[slot];
     if (user == POOL_FREE || user & POOL_RESTING)
         return NAT_DROP_NO_MAPPING;
+    NOTE(core, FILTER, .address = remote_addr, .value = core->config.filtering);
     if (core->config.filtering == NAT_FILTER_ADDRESS_AND_PORT)
         return NAT_DROP_FILTERED;
     if (core->config.filtering == NAT_FILTER_ADDRESS &&
@@ -382,6 +406,7 @@ enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, u
         session_find(core, &outbound, flow_hash_of(&core->hasher, outbound.addrs, outbound.ports, protocol),
                      OUT) != NONE32)
         return NAT_DROP_FILTERED;
+    NOTE(core, FILTER, .address = remote_addr, .value = core->config.filtering, .flag = 1);
     r->mapping = user - 1;
     r->internal_addr = m->internal_addr;
     r->internal_port = m->internal_port;
@@ -391,46 +416,6 @@ enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, u
 }
 
 /* --- records ---------------------------------------------------------------------------------------- */
-
-static uint64_t mac_number(const uint8_t *mac)
-{
-    uint64_t v = 0;
-    for (int i = 0; i < 6; i++)
-        v = v << 8 | mac[i];
-    return v;
-}
-
-void session_record(const struct nat_core *core, uint32_t at, struct nat_record *record)
-{
-    const struct session *s = &core->sessions[at];
-    const struct session_cold *cold = &core->cold[at];
-    const struct neighbour *inside = s->neighbour[IN] == NONE16 ? NULL : &core->neighbours[s->neighbour[IN]];
-    const struct neighbour *outside =
-        s->neighbour[OUT] == NONE16 ? NULL : &core->neighbours[s->neighbour[OUT]];
-    *record = (struct nat_record){
-        .id = cold->id,
-        .mapping_id = cold->mapping == NONE32 ? 0 : core->mappings[cold->mapping].id,
-        .packets_out = (uint64_t)cold->packets_high[OUT] << 32 | s->packets[OUT],
-        .packets_in = (uint64_t)cold->packets_high[IN] << 32 | s->packets[IN],
-        .bytes_out = s->bytes[OUT],
-        .bytes_in = s->bytes[IN],
-        .internal_mac = inside ? mac_number(inside->mac) : 0,
-        .internal_addr = session_internal_addr(s),
-        .external_addr = session_external_addr(s),
-        .remote_addr = session_remote_addr(s),
-        .age_ms = core->now_ms - cold->opened_ms,
-        .idle_ms = core->now_ms - s->last_ms,
-        .timeout_ms = core->timeout_ms[s->timer],
-        .internal_port = session_internal_port(s),
-        .external_port = session_external_port(s),
-        .remote_port = session_remote_port(s),
-        .protocol = s->protocol,
-        .tcp_state = s->tcp_state,
-        .flags = s->flags,
-        .internal_if = inside ? inside->port : 0xff,
-        .external_if = outside ? outside->port : 0xff,
-    };
-}
 
 uint32_t session_by_record(const struct nat_core *core, const struct nat_record *record)
 {
@@ -458,6 +443,10 @@ bool session_follow(struct nat_core *core, uint32_t at, uint16_t neighbour)
     struct session *s = &core->sessions[at];
     if (neighbour == NONE16 || neighbour == s->neighbour[IN])
         return false;
+    if (core->explain) { /* which has remembered the session, and has no use for those that it counts */
+        s->neighbour[IN] = neighbour;
+        return true;
+    }
     core->neighbours[neighbour].sessions++;
     core->neighbours[neighbour].fresh = 0;
     neighbour_leave(core, s->neighbour[IN]);
