@@ -111,6 +111,7 @@ def test_top_once(net: Net) -> None:
 
 def test_top_on_a_terminal_ends_with_q(net: Net) -> None:
     """80 x 24, as a person has it: each line fits, and the terminal is left as it was."""
+    send(net, 5250)
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     before = termios.tcgetattr(slave)
@@ -163,7 +164,8 @@ def test_a_stream_of_events_sees_a_session_open_and_the_server_end(net: Net) -> 
 def test_the_status_of_an_agent_is_a_table(tmp_path: Path) -> None:
     """An agent that no switch has come to yet has a status all the same."""
     config = yaml.safe_load((ROOT / "examples/pair-switch.yaml").read_text())
-    config.pop("peer", None)
+    for part in ("peer", "heartbeat"):
+        config.pop(part, None)
     config["control"] = {"socket": str(tmp_path / "agent.sock")}
     config["switch"]["openflow"], config["switch"]["takeover"] = "127.0.0.1:16653", "127.0.0.1:16654"
     (tmp_path / "agent.yaml").write_text(yaml.safe_dump(config))
