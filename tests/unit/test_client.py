@@ -9,6 +9,7 @@ import json
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,19 +245,17 @@ def test_a_second_trace_is_told_of_the_first_which_ends_with_its_reader(
     first = client.trace_lines({"trace": {"seconds": 600, "internal": CLIENT}})
     reader = threading.Thread(target=next, args=(first,))
     reader.start()
-    message = ""
-    while "another trace runs" not in message:  # until the first one does
-        with contextlib.suppress(StopIteration):
-            try:
-                next(client.trace_lines({"trace": {"packets": 1, "seconds": 0.01}}))
-            except api.ApiError as error:
-                message = str(error)
+    while not running.live._traced:  # pytest's timeout is the end of this
+        time.sleep(0.01)
+    with pytest.raises(api.ApiError, match="another trace runs") as caught:
+        next(client.trace_lines({"trace": {"packets": 1}}))
+    message = str(caught.value)
     assert f"of any protocol, internal {CLIENT}" in message
     running.send(udp(CLIENT, 4000, SERVER, 53))
     reader.join(10)
     first.close()  # type: ignore[attr-defined]
-    while running.core.trace_start(1, 1) is None:
-        pass
+    while running.call(running.core.trace_start, 1, 1) is None:
+        time.sleep(0.01)
 
 
 # -- whatever anybody sends -------------------------------------------------------------------------------
