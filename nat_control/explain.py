@@ -241,7 +241,9 @@ def step_text(step: Any, ports: Sequence[str]) -> str:
     if kind == "no_mapping":
         return "none; a new one would be opened"
     if kind == "port":
-        return f"{address}:{port} would be taken; {value} others are free there{_resting(limit)}"
+        other = " and ".join(name for i, name in enumerate(("parity", "class")) if flag >> i & 1)
+        why = f", of the other {other}, as none of its own is free" if other else ""
+        return f"{address}:{port} would be taken{why}; {value} others are free there{_resting(limit)}"
     if kind == "no_port":
         return f"none is free on any address{_resting(limit)}"
     if kind == "slot":

@@ -110,10 +110,12 @@ class Live:
             async with conversation.until_gone() as gone:
                 while not gone.done():
                     taking = asyncio.ensure_future(subscriber.take())
-                    await asyncio.wait((taking, gone), return_when=asyncio.FIRST_COMPLETED)
-                    if not taking.done():
-                        taking.cancel()
-                        break
+                    try:
+                        await asyncio.wait((taking, gone), return_when=asyncio.FIRST_COMPLETED)
+                        if not taking.done():
+                            break
+                    finally:
+                        taking.cancel()  # also when we are ended; one that is done stays done
                     events, lost = taking.result()
                     await conversation.send_records(events, lost=lost)
         finally:

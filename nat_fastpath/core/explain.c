@@ -104,11 +104,11 @@ void explain_note_session(struct nat_core *core, enum nat_step_kind kind, uint32
                        });
 }
 
-void explain_note_port(struct nat_core *core, uint32_t index, uint8_t protocol, uint16_t port)
+void explain_note_port(struct nat_core *core, uint32_t index, uint8_t protocol, uint16_t port, int missed)
 {
     NOTE(core, PORT, .address = pool_address_at(&core->pool, index), .port = port,
          .value = core->pool.bitmaps[index * POOL_PROTOCOLS + pool_protocol(protocol)].free,
-         .limit = core->pool.resting[pool_protocol(protocol)]);
+         .limit = core->pool.resting[pool_protocol(protocol)], .flag = (uint8_t)missed);
 }
 
 void explain_note_slot(struct nat_core *core, uint32_t slot, uint32_t address, uint16_t port)

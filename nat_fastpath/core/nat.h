@@ -320,10 +320,10 @@ enum nat_command_op {
     NAT_CMD_CEDE, /* buffer: an instance number, then ids in order, all uint64. Sessions with this instance in
                      their id become the peer's, but those of these ids ours; result: how many became the
                      peer's */
-    NAT_CMD_UPDATE, /* TCP state, idle time and counters of the sessions of the records at buffer */
-    NAT_CMD_CHECK,  /* sets reserved0 to 1 in those records at buffer whose sessions are held */
-    NAT_CMD_LEARN,  /* the nat_neighbour_records at buffer are what the peer knows; result: how many were
-                       news. A mac of 0 asks for that next hop */
+    NAT_CMD_UPDATE,  /* TCP state, idle time and counters of the sessions of the records at buffer */
+    NAT_CMD_CHECK,   /* sets reserved0 to 1 in those records at buffer whose sessions are held */
+    NAT_CMD_LEARN,   /* the nat_neighbour_records at buffer are what the peer knows; result: how many were
+                        news. A mac of 0 asks for that next hop */
     NAT_CMD_EXPLAIN, /* buffer: one struct nat_explain */
     NAT_CMD_TRACE,   /* buffer: one struct nat_trace; result: 1, or 0 when the trace is another's or none */
 };
@@ -373,7 +373,7 @@ struct nat_host_record {
     S(TABLES, "tables")     /* value of limit sessions exist */                                              \
     S(MAPPING, "mapping")   /* of this inside endpoint: address:port outside, value sessions hang on it */   \
     S(NO_MAPPING, "no_mapping")                                                                              \
-    S(PORT, "port")         /* address:port is taken; value others are free there, limit rest */      \
+    S(PORT, "port")         /* address:port is taken; value are left, limit rest; flag: POOL_*_MISSED */     \
     S(NO_PORT, "no_port")   /* none is free; limit rest */                                                   \
     S(SLOT, "slot")         /* address:port outside belongs to id (address << 16 | port); flag: nat_slot */  \
     S(FILTER, "filter")     /* address asks; flag: it is admitted; value: enum nat_filtering */              \

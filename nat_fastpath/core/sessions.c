@@ -182,7 +182,7 @@ static bool take_port(struct nat_core *core, struct host *host, struct session_r
     core->stats.parity_missed += (missed & POOL_PARITY_MISSED) != 0;
     core->stats.class_missed += (missed & POOL_CLASS_MISSED) != 0;
     r->external_addr = pool_address_at(&core->pool, index);
-    explain_note_port(core, index, r->protocol, r->external_port);
+    explain_note_port(core, index, r->protocol, r->external_port, missed);
     return true;
 }
 

@@ -17,8 +17,11 @@ from tests.packets import (
     SERVER,
     Nat,
     external,
+    frame,
     mac_bytes,
     number,
+    retagged,
+    tagged_ports,
     tcp,
     text,
     udp,
@@ -73,6 +76,23 @@ def test_both_directions_of_a_flow_with_what_they_became() -> None:
     assert trace.packets == 8
     assert not trace.missed
     assert not len(read(nat, token).entries), "told once"
+
+
+@pytest.mark.parametrize("vlans", [(5, 0), (0, 7), (5, 7)])
+def test_tags_make_no_difference(vlans: tuple[int, int]) -> None:
+    nat = Nat(ports=tagged_ports(*vlans))
+    token = start(nat, internal_addr=number(CLIENT))
+    assert nat.raw(retagged(frame(udp(CLIENT, 4000, SERVER, 53)), vlans[0])).verdict == Verdict.FORWARD
+    outside = external(nat.sessions()[0])
+    answer = retagged(frame(udp(SERVER, 53, *outside), OUTSIDE), vlans[1])
+    assert nat.raw(answer, OUTSIDE).verdict == Verdict.FORWARD
+    entries = read(nat, token).entries
+    assert [ends(entry) for entry in entries] == [(CLIENT, 4000, SERVER, 53), (SERVER, 53, *outside)]
+    assert [ends(entry, "_after") for entry in entries] == [
+        (*outside, SERVER, 53),
+        (SERVER, 53, CLIENT, 4000),
+    ]
+    assert set(entries["session"]) == {nat.sessions()[0]["id"]}
 
 
 def test_a_dropped_packet_says_why() -> None:

@@ -21,7 +21,20 @@ from nat_control import api
 from nat_control.client import Client, EventStream, connect
 from nat_control.live import SUBSCRIBER_EVENTS, Live, Subscriber
 from nat_fastpath.engine import EVENT, RECORD, Core
-from tests.packets import CLIENT, INSIDE, OTHER_CLIENT, SERVER, START, config, external, frame, tcp, udp
+from tests.packets import (
+    CLIENT,
+    INSIDE,
+    OTHER_CLIENT,
+    SERVER,
+    START,
+    config,
+    external,
+    frame,
+    small_pool,
+    tagged_ports,
+    tcp,
+    udp,
+)
 
 
 class Running:
@@ -203,6 +216,26 @@ def test_an_explanation_in_words(running: Running, client: Client) -> None:
     assert client.explain(f"{CLIENT}:4", f"{SERVER}:80", "tcp", flags="A")["verdict"] == "drop_tcp_not_syn"
     assert client.explain(f"{CLIENT}:4", SERVER, "icmp", length=100)["verdict"] == "forward"
     assert client.explain("10.0.0.99:4", f"{SERVER}:80")["verdict"] == "forward"
+
+
+def test_an_explanation_names_a_parity_that_was_missed(tmp_path: Path) -> None:
+    made = Running(tmp_path / "nat.sock", pool=small_pool(1, first=1001), port_parity=True)
+    with contextlib.closing(made) as running:
+        told = connect(running.path).explain(f"{CLIENT}:4000", f"{SERVER}:53")
+    (text,) = (step["text"] for step in told["steps"] if step["step"] == "port")
+    assert text == (
+        "198.51.100.10:1001 would be taken, of the other parity, as none of its own is free; "
+        "0 others are free there"
+    )
+
+
+@pytest.mark.parametrize("vlans", [(5, 0), (0, 7), (5, 7)])
+def test_an_explanation_on_tagged_ports(tmp_path: Path, vlans: tuple[int, int]) -> None:
+    with contextlib.closing(Running(tmp_path / "nat.sock", ports=tagged_ports(*vlans))) as running:
+        told = connect(running.path).explain(f"{CLIENT}:4000", f"{SERVER}:53")
+    assert told["verdict"] == "forward"
+    assert (told["becomes"]["destination"], told["becomes"]["to"]) == (f"{SERVER}:53", "external")
+    assert told["becomes"]["ttl"] == 63
 
 
 @pytest.mark.parametrize(
