@@ -25,7 +25,7 @@ from nat_fastpath.watch import Watch
 
 DIGEST_PERIOD = 2.0  # seconds; what a return waits for at most once nothing is under way
 ACTIVITY_SHARE = 8  # the owner of a session hears of its traffic so many times per timeout
-ACTIVITY_PERIOD = 5.0  # seconds at least
+ACTIVITY_PERIOD = 5.0  # seconds at least, if that is a third of the timeout at most
 NEXT_HOPS_PERIOD = 0.25  # seconds between two looks at next hops
 NEXT_HOPS_AGAIN = (
     10.0  # seconds that a MAC was confirmed later than the peer has heard; it asks itself after 30
@@ -216,7 +216,7 @@ class Pair:
     def activity_period(self) -> float:
         """Seconds between two looks at what was carried."""
         shortest = min(self._timeouts.udp, self._timeouts.icmp, self._timeouts.tcp_transitory)
-        return max(shortest / ACTIVITY_SHARE, ACTIVITY_PERIOD)
+        return min(max(shortest / ACTIVITY_SHARE, ACTIVITY_PERIOD), shortest / 3)
 
     async def _tell_activity(self) -> None:
         """The owner ages a session, but only the carrier sees its packets."""

@@ -48,7 +48,8 @@ from switch_agent.plane import OpenFlowDataPlane, SwitchError
 
 STEP = 0.005  # seconds between two looks at the core: ARP, ageing, events
 DRAIN = 0.03  # seconds that the server has to send what it has, at a planned hand-over
-GRACE = 0.25  # seconds that the server of an earlier agent has to show that it lives
+GRACE = 0.25  # seconds at least that the server of an earlier agent has to show that it lives
+BUSY = 10.0  # seconds after which a return no longer waits for a moment without new sessions, to compare digests in
 EARLY = 1024  # frames that wait until what an earlier agent has left is known
 GONE = 1  # OFPPR_DELETE
 
@@ -164,9 +165,11 @@ class Agent:
         self._kept = False  # the peer has handed the traffic over, and does not want it back
         self._reconciled = False  # rules and sessions were compared since the peer came
         self._down: set[int] = set()  # ports to the server without a link
-        # Which sessions an earlier agent has left is known, or not our business: nobody gets their ports.
-        self._settled = asyncio.Event()
-        self._known = False  # they were looked for, or the peer has told us of all there are
+        self._settled = asyncio.Event()  # the switch was prepared once
+        # Which sessions an earlier agent has left: its rules were read, or the peer has told us of all there are. Until
+        # then no packet opens a session, and no rule is taken for a stranger's.
+        self._known = False
+        self._differ = False  # the last digests did
         self._early: list[tuple[int, bytes]] = []
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -319,7 +322,7 @@ class Agent:
                 elif isinstance(event, Lost):
                     say(f"the switch is lost: {event.reason}")
                     self.ready = False
-            if not self._settled.is_set():
+            if not self._known:
                 self._early += frames[: EARLY - len(self._early)]
             elif frames:
                 self._arrived(frames)
@@ -338,8 +341,7 @@ class Agent:
             self.forwarding = await self.plane.forwards()
             if not self.forwarding:
                 await self._recover()
-            # An agent that knows no session yet must not take the rules of those that the server knows.
-            if self.core.counters()["sessions"]:
+            if self._known:
                 await self._reconcile()
         except (ChannelLost, SwitchError) as error:
             say(f"the switch cannot be prepared: {error}")
@@ -349,30 +351,28 @@ class Agent:
         say("the switch is ready")
         self.core.announce()
         self._arm()
-        if self._early:
-            early, self._early = self._early, []
-            self._arrived(early)
+        self._look_at_links()
         if self.forwarding:
-            asyncio.get_running_loop().call_later(GRACE, self._is_anybody_there)
+            beat = self.config.heartbeat
+            grace = max(GRACE, 2 * beat.interval_ms * beat.misses / 1000) if beat else GRACE
+            asyncio.get_running_loop().call_later(grace, self._is_anybody_there)
 
     def _is_anybody_there(self) -> None:
         """The switch forwards to the server as an earlier agent, or connection, has left it: is it alive?"""
         if self.pair is None or not self.pair.watch.stats()["alive"]:
-            self._work.put_nowait(self._take_over_left)
-
-    async def _take_over_left(self) -> None:
-        try:
-            await self._recover()
-        except ChannelLost as error:
-            say(f"what an earlier agent has left is not known: {error}")
-        await self._carry("the switch forwards to a server that is not there")
+            self._work.put_nowait(partial(self._carry, "the switch forwards to a server that is not there"))
 
     async def _recover(self) -> None:
-        """Sessions of an earlier agent, from its rules; only whoever has heard of none yet may do this."""
-        first = not self._known and not self.core.counters()["sessions"]
-        if first and (found := await self.plane.recover()):
+        """Sessions of an earlier agent, from its rules. Raises ChannelLost."""
+        if not self._known and (found := await self.plane.recover()):
             say(f"{found} sessions are known by the rules that an earlier agent has left")
+        self._all_known()
+
+    def _all_known(self) -> None:
         self._known = True
+        if self._early:
+            early, self._early = self._early, []
+            self._arrived(early)
 
     def _link(self, port: PortDescription, up: bool) -> None:
         """A server behind a port without a link carries nothing."""
@@ -384,8 +384,12 @@ class Agent:
             self._down.discard(port.number)
         elif port.number not in self._down:
             self._down.add(port.number)
-            if self.forwarding:
-                self._work.put_nowait(partial(self._carry, f"port {port.number} ({port.name}) is down"))
+            self._look_at_links()
+
+    def _look_at_links(self) -> None:
+        if self.forwarding and self._down:
+            ports = ", ".join(map(str, sorted(self._down)))
+            self._work.put_nowait(partial(self._carry, f"port {ports} is down"))
 
     async def _reconcile(self) -> None:
         found = await self.plane.reconcile()
@@ -397,6 +401,8 @@ class Agent:
             for event in await self.takeover_channel.events():
                 if isinstance(event, Ready):
                     self._arm()
+                elif isinstance(event, Lost) and self.pair is not None:
+                    self.pair.watch.disarm()  # its descriptor will be another one's
 
     # -- the pair ------------------------------------------------------------------------------------------
 
@@ -419,16 +425,21 @@ class Agent:
                 f"the server is dead ({reason}); written {(times['written'] - (times['detected'] or 0)) / 1e3:.0f} µs later"
             )
         self.pair.transport.lose()
+        self._work.put_nowait(partial(self._carry, reason))  # also if the peer was not operational yet
 
     def _notice(self, action: do.Action) -> None:
         match action:
             case do.StateChanged(before, after, why):
                 say(f"peer: {before.value} -> {after.value}: {why}")
-                self._known |= after is State.OPERATIONAL
+                if after is State.OPERATIONAL:
+                    self._all_known()
+                    self._differ = False
+                    asyncio.get_running_loop().call_later(BUSY, self._return_uncompared)
                 if before is State.OPERATIONAL:
                     self._reconciled = self._kept = False
                     self._work.put_nowait(partial(self._carry, why))
             case do.DigestCompared(differing):
+                self._differ = bool(differing)
                 if differing:
                     say(f"peer: {len(differing)} of 256 digests differ")
                 elif not self._returning and not (self.forwarding and self._reconciled):
@@ -438,6 +449,12 @@ class Agent:
                 say(f"peer: {len(ids)} sessions contradict others {'here' if here else 'there'}")
             case do.Carry():
                 self._work.put_nowait(self._take)
+
+    def _return_uncompared(self) -> None:
+        """Under steady new sessions no two digests are of the same moment; both sides have acknowledged everything."""
+        if not (self.forwarding or self._returning or self._differ):
+            self._returning = True
+            self._work.put_nowait(self._give_back)
 
     async def _take(self) -> None:
         """The server hands over: it goes on with what it has been sent, and hears when no more comes."""
@@ -461,6 +478,7 @@ class Agent:
                 await self.plane.delete_static_peer_rules(Kind.TO_SERVER)
                 await asyncio.sleep(DRAIN)
             await self.plane.delete_static_peer_rules()
+            await self._recover()
         except (ChannelLost, SwitchError) as error:
             say(f"takeover: {error}")
         self.counts["takeovers"] += 1
@@ -485,6 +503,7 @@ class Agent:
             return
         self.forwarding = True
         self._arm()
+        self._look_at_links()
         await self._purge()
         say("the server carries")
 

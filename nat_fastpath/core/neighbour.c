@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Next hops (ARP, RFC 826) and the packets that wait for them. Both live in the core, so that established
- * traffic never waits for anybody else.
+ * Next hops (ARP, RFC 826) and the packets that wait for them: in the core, which waits for nobody else.
  */
 #include "core.h"
 
@@ -346,8 +345,7 @@ static __attribute__((noinline)) enum nat_verdict hold_for_neighbour(struct nat_
     struct neighbour *n = &core->neighbours[at];
     if (n->held == HELD_PER_NEIGHBOUR || !hold(core, packet, &n->held_first, &n->held_last, NONE32, OUT))
         return NAT_DROP_HOLD_LIMIT;
-    n->held++;
-    if (n->held == 1 && n->asked >= ASK_TRIES)
+    if (!n->held++ && n->asked >= ASK_TRIES)
         n->asked = 0; /* what was asked in vain before this packet came is no reason to drop it */
     if (core->now_ms - n->asked_ms >= ASK_MS &&
         send_request(core, n->port, broadcast_mac, core->config.ports[n->port].address, n->address)) {

@@ -172,7 +172,7 @@ def test_the_switch_is_lost_while_sessions_open(net: PairLab) -> None:
     net.start_server()
     net.carrier("server")
     listener = net.outside.start(sys.executable, "-u", "-c", UDP_ECHO, OUTSIDE, name="echo").ready("bound")
-    asking = net.client.start(sys.executable, "-c", MANY_FLOWS, OUTSIDE, name="flows")
+    asking = net.client.start(sys.executable, "-c", MANY_FLOWS, OUTSIDE, "400", name="flows")
     for _ in range(5):
         time.sleep(0.3)
         net.switch.run("ss", "-K", "sport", "=", ":6653")
@@ -187,7 +187,7 @@ def test_the_switch_is_lost_while_sessions_open(net: PairLab) -> None:
 
 MANY_FLOWS = """
 import socket, sys, time
-for i in range(400):
+for i in range(int(sys.argv[2])):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.sendto(b"x" * 100, (sys.argv[1], 9000))
     time.sleep(0.004)
@@ -278,6 +278,59 @@ def test_agent_back_after_both_died(net: PairLab) -> None:
     net.start_agent()
     until("the agent sees it", lambda: "a server that is not there" in net.agent.output)
     passes(net)
+
+
+def test_the_server_dies_before_a_new_agent_has_heard_its_sessions(net: PairLab) -> None:
+    """Its heartbeat comes, its sync channel does not: the sessions are those of the rules, and it comes back later."""
+    net.start_server()
+    net.carrier("server")
+    record = stream(net, 8, rate=200)
+    until("its session has its rules", lambda: net.show("agent")["offloaded"] >= 1)
+    [session] = [row for row in net.show("agent", "sessions") if row["protocol"] == "udp"]
+    net.agent.popen.kill()
+    net.agent.popen.wait()
+    barred = ("ipproto", "tcp", "dport", "7000", "prohibit")
+    net.nat.ip("rule", "add", "prio", "10", *barred)
+    net.start_agent()
+    until("it hears the server", lambda: net.show("agent")["watch"]["alive"])
+    assert net.show("agent")["carrier"] == "server"
+    assert net.show("agent")["sessions"] == 0
+    net.server.popen.kill()
+    net.carrier("switch")
+    known = {row["id"]: row["external"] for row in net.show("agent", "sessions")}
+    assert known[session["id"]] == session["external"]
+    net.nat.ip("rule", "del", "prio", "10")
+    net.start_server()
+    net.carrier("server")
+    assert {row["id"]: row["external"] for row in net.show("server", "sessions")}.items() >= known.items()
+    assert len(record().lost()) < 800
+    passes(net)
+
+
+def test_a_link_that_is_down_when_the_agent_starts(net: PairLab) -> None:
+    net.start_server()
+    net.carrier("server")
+    net.agent.popen.kill()
+    net.agent.popen.wait()
+    net.nat.ip("link", "set", "nat-in", "down")
+    net.start_agent()
+    net.carrier("switch")
+    passes(net)
+    net.nat.ip("link", "set", "nat-in", "up")
+    net.carrier("server")
+    passes(net)
+
+
+def test_a_return_under_steady_new_flows(net: PairLab) -> None:
+    """No two digests are of the same moment; the server gets the traffic all the same."""
+    net.start_server()
+    net.carrier("server")
+    net.outside.start(sys.executable, "-u", "-c", UDP_ECHO, OUTSIDE, name="echo").ready("bound")
+    net.client.start(sys.executable, "-c", MANY_FLOWS, OUTSIDE, "5000", name="flows")
+    net.server.popen.kill()
+    net.carrier("switch")
+    net.start_server()
+    net.carrier("server", 30)
 
 
 def test_what_the_switch_carries_does_not_age() -> None:
