@@ -116,7 +116,7 @@ class Mempool:
     def __init__(self, name: str, count: int = 16384, mtu: int = 1500) -> None:
         self.name, self.count, self.mtu = name, count, mtu
         room = lib.RTE_PKTMBUF_HEADROOM + _frame_size(mtu)
-        self._pool = lib.rte_pktmbuf_pool_create(name.encode(), count, 256, 0, room, -1)
+        self._pool = lib.pool_create(name.encode(), count, room, not lib.rte_eal_has_hugepages())
         if self._pool == ffi.NULL:
             _check(-1, f"no mempool of {count} buffers ({count * room >> 20} MB)")
 

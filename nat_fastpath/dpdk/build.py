@@ -17,6 +17,7 @@ ffibuilder.cdef(
     /* EAL */
     int rte_eal_init(int argc, char **argv);
     int rte_eal_cleanup(void);
+    int rte_eal_has_hugepages(void);
     const char *rte_version(void);
     const char *rte_strerror(int errnum);
     int error_number(void);
@@ -27,8 +28,7 @@ ffibuilder.cdef(
     /* mempool, mbuf */
     struct rte_mempool { ...; };
     #define RTE_PKTMBUF_HEADROOM ...
-    struct rte_mempool *rte_pktmbuf_pool_create(const char *name, unsigned n, unsigned cache_size,
-        uint16_t priv_size, uint16_t data_room_size, int socket_id);
+    struct rte_mempool *pool_create(const char *name, unsigned n, uint16_t room, int pages);
     void rte_mempool_free(struct rte_mempool *pool);
     unsigned int rte_mempool_avail_count(const struct rte_mempool *pool);
     unsigned int rte_mempool_in_use_count(const struct rte_mempool *pool);
@@ -115,11 +115,39 @@ ffibuilder.set_source(
     #include <rte_errno.h>
     #include <rte_ethdev.h>
     #include <rte_mbuf.h>
+    #include <rte_mbuf_pool_ops.h>
     #include <rte_version.h>
+    #include <unistd.h>
     #include "worker.h"
 
     /* rte_errno is per thread and not a function */
     static int error_number(void) { return rte_errno; }
+
+    /* ``pages``: the memory is of ordinary pages. A buffer never crosses one, and AF_XDP registers as much memory as the
+     * buffers have bytes: with space between them the last ones would lie outside, and what the kernel is
+     * given there never comes back. So each fills its page, as it would use one anyway. */
+    static struct rte_mempool *pool_create(const char *name, unsigned n, uint16_t room, int pages)
+    {
+        const unsigned cache = 256, page = (unsigned)getpagesize(), flags = RTE_MEMPOOL_F_NO_SPREAD;
+        const unsigned size = rte_mempool_calc_obj_size((unsigned)sizeof(struct rte_mbuf) + room, flags, NULL);
+        if (!pages || size > page)
+            return rte_pktmbuf_pool_create(name, n, cache, 0, room, SOCKET_ID_ANY);
+        room = (uint16_t)(room + page - size);
+        struct rte_pktmbuf_pool_private about = {.mbuf_data_room_size = room};
+        struct rte_mempool *pool = rte_mempool_create_empty(
+            name, n, (unsigned)sizeof(struct rte_mbuf) + room, cache, sizeof about, SOCKET_ID_ANY, flags);
+        if (pool == NULL)
+            return NULL;
+        const int rc = rte_mempool_set_ops_byname(pool, rte_mbuf_best_mempool_ops(), NULL);
+        if (rc == 0)
+            rte_pktmbuf_pool_init(pool, &about);
+        if (rc != 0 || rte_mempool_populate_default(pool) < 0) {
+            rte_mempool_free(pool);
+            return NULL;
+        }
+        rte_mempool_obj_iter(pool, rte_pktmbuf_init, NULL);
+        return pool;
+    }
 
     struct link { int up; int full_duplex; uint32_t speed_mbps; };
     static int link_get(uint16_t port_id, struct link *out)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from nat_control.demo import SERVER
-from nat_control.lab import Lab
+from nat_control.lab import Lab, until
 from tests.netns.test_server import Net
 
 
@@ -53,6 +54,39 @@ def test_tcp_through_a_kernel_interface(net: Net, driver: str) -> None:
     assert transfer(net) > 20, "checksums left to hardware, or merged segments, make TCP crawl"
     assert net.server.stop() == 0, net.server.output
     assert net.state() == before
+
+
+FLOOD = """
+import socket, sys
+s = socket.socket(type=socket.SOCK_DGRAM)
+for host in range(20, 170):
+    for _ in range(70):
+        s.sendto(b"x", (f"198.51.100.{host}", 9))
+"""
+
+
+def test_many_packets_held_on_af_xdp(net: Net) -> None:
+    """150 next hops that nobody has keep 64 packets each: of the pool's buffers the kernel sees each once, and again later."""
+    path = net.write()
+    content = yaml.safe_load(path.read_text())
+    content["peer"] = {
+        "listen": "127.0.0.1:7000",
+        "mode": "asynchronous",
+        "hold": {"packets": 12000, "ms": 2000},
+    }
+    content["heartbeat"] = {"listen": "127.0.0.1:7001"}
+    content["virtual"] = {"mac": "02:00:00:00:00:0a"}
+    path.write_text(yaml.safe_dump(content))
+    net.begin(path)
+    assert {name for name, _ in drivers(net).values()} == {"net_af_xdp"}
+    most = 0
+    for _ in range(3):
+        net.client.run(sys.executable, "-c", FLOOD)
+        most = max(most, json.loads(net.show("status", "--json"))["held"])
+        until("none is held any more", lambda: json.loads(net.show("status", "--json"))["held"] == 0)
+    assert most > 8000
+    net.ping()
+    assert transfer(net) > 20
 
 
 def test_without_af_xdp_it_says_why(net: Net) -> None:
