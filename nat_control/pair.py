@@ -56,10 +56,11 @@ class PairError(Exception):
     """An address of the pair cannot be used; one line."""
 
 
-def _unusable(key: str, where: object, error: OSError) -> PairError:
-    hint = ": does another instance listen there?" if error.errno == errno.EADDRINUSE else ""
+def unusable(where: str, error: OSError, who: str = "another instance") -> str:
+    """Why an address cannot be listened at, in one line; ``who`` perhaps does already."""
+    hint = f": does {who} listen there?" if error.errno == errno.EADDRINUSE else ""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return PairError(f"{key} {where}: {reason}{hint}")
+    return f"{where}: {reason}{hint}"
 
 
 class Pair:
@@ -114,7 +115,7 @@ class Pair:
             )
         except OSError as error:
             ends = [f"{host}:{port}" for host, port in filter(None, (heartbeat.listen, heartbeat.connect))]
-            raise _unusable("heartbeat", " to ".join(ends), error) from None
+            raise PairError(unusable(f"heartbeat {' to '.join(ends)}", error)) from None
         self._peer_carries = asyncio.Event()
         # Who has nothing to write at the peer's death must notice it all the same: held packets wait for the peer.
         self._bell = socket.socketpair() if guard else None
@@ -145,7 +146,8 @@ class Pair:
         try:
             await self.transport.listen()
         except OSError as error:
-            raise _unusable("peer.listen", "{}:{}".format(*(self._listen or ())), error) from None
+            where = "peer.listen {}:{}".format(*(self._listen or ()))
+            raise PairError(unusable(where, error)) from None
 
     async def run(self) -> None:
         """Until cancelled: the sync channel, the heartbeat, and what the peer must hear of our traffic."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -35,7 +34,7 @@ from nat_control.loop import (
     no_more_signals,
     start_epoch,
 )
-from nat_control.pair import ACTIVITY_PERIOD, Pair, PairError
+from nat_control.pair import ACTIVITY_PERIOD, Pair, PairError, unusable
 from nat_control.sync import actions as do
 from nat_control.sync.actions import State
 from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result
@@ -80,8 +79,7 @@ async def _listen(channel: Channel, where: str) -> None:
     try:
         await channel.listen(where)
     except OSError as error:
-        hint = ": does another agent, or controller, listen there?" if error.errno == errno.EADDRINUSE else ""
-        raise AgentError(f"{where}: {os.strerror(error.errno or 0)}{hint}") from None
+        raise AgentError(unusable(where, error, "another agent, or controller,")) from None
 
 
 def pipeline_of(config: Config) -> Pipeline:
@@ -164,7 +162,7 @@ class Agent:
         self._returning = False
         self._kept = False  # the peer has handed the traffic over, and does not want it back
         self._reconciled = False  # rules and sessions were compared since the peer came
-        self._down: set[int] = set()  # ports to the server without a link
+        self._down: dict[int, str] = {}  # ports to the server without a link, and their names
         self._settled = asyncio.Event()  # the switch was prepared once
         # Which sessions an earlier agent has left: its rules were read, or the peer has told us of all there are. Until
         # then no packet opens a session, and no rule is taken for a stranger's.
@@ -381,14 +379,14 @@ class Agent:
         if port.number not in (ports.server_internal, ports.server_external):
             return
         if up:
-            self._down.discard(port.number)
+            self._down.pop(port.number, None)
         elif port.number not in self._down:
-            self._down.add(port.number)
+            self._down[port.number] = port.name
             self._look_at_links()
 
     def _look_at_links(self) -> None:
         if self.forwarding and self._down:
-            ports = ", ".join(map(str, sorted(self._down)))
+            ports = ", ".join(f"{number} ({name})" for number, name in sorted(self._down.items()))
             self._work.put_nowait(partial(self._carry, f"port {ports} is down"))
 
     async def _reconcile(self) -> None:

@@ -391,7 +391,7 @@ class OpenFlowDataPlane:
         return bool(len(await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)))
 
     async def recover(self) -> int:
-        """Puts the sessions whose rules an earlier agent has left into the store, which knows none yet.
+        """Puts the sessions whose rules an earlier agent has left into the store, beside those that it knows.
 
         Returns how many it holds now; rules of others are unknown to ``reconcile``. Raises ChannelLost.
         """

@@ -2,7 +2,7 @@
 """What an earlier agent has left on a switch, read back: a session's two rules say all of it but its TCP state.
 
 An agent that has lost its memory while it carried alone must not give the external ports of living sessions to
-others. Only sessions without rules are forgotten: ICMP, and what was beyond ``max_flows``.
+others. Only sessions without rules are forgotten: ICMP, hairpin, and what was beyond ``max_flows``.
 """
 
 from __future__ import annotations

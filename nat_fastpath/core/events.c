@@ -5,14 +5,6 @@
  */
 #include "core.h"
 
-static uint64_t mac_of(const uint8_t *mac)
-{
-    uint64_t v = 0;
-    for (int i = 0; i < 6; i++)
-        v = v << 8 | mac[i];
-    return v;
-}
-
 void session_record(const struct nat_core *core, uint32_t at, struct nat_record *record)
 {
     const struct session *s = &core->sessions[at];
@@ -27,7 +19,7 @@ void session_record(const struct nat_core *core, uint32_t at, struct nat_record 
         .packets_in = (uint64_t)cold->packets_high[IN] << 32 | s->packets[IN],
         .bytes_out = s->bytes[OUT],
         .bytes_in = s->bytes[IN],
-        .internal_mac = inside ? mac_of(inside->mac) : 0,
+        .internal_mac = inside ? get48(inside->mac) : 0,
         .internal_addr = session_internal_addr(s),
         .external_addr = session_external_addr(s),
         .remote_addr = session_remote_addr(s),
@@ -245,8 +237,8 @@ static bool command_step(struct nat_core *core, struct nat_command *command)
                       ({
                           const struct neighbour *n = &core->neighbours[i];
                           *record = (struct nat_neighbour_record){
-                              mac_of(n->mac), n->address, n->sessions, core->now_ms - n->confirmed_ms,
-                              n->port,        n->state,   n->held};
+                              get48(n->mac), n->address, n->sessions, core->now_ms - n->confirmed_ms,
+                              n->port,       n->state,   n->held};
                       }));
     case NAT_CMD_HOSTS:
         return GATHER(host_slab, struct nat_host_record, core->hosts[i].sessions, ({

@@ -76,14 +76,6 @@ static struct nat_trace_entry *next_entry(struct nat_core *core)
     return &core->trace.status.entries[core->trace.tail++ % NAT_TRACE_RING];
 }
 
-static uint64_t destination_mac(const uint8_t *frame)
-{
-    uint64_t mac = 0;
-    for (int i = 0; i < 6; i++)
-        mac = mac << 8 | frame[i];
-    return mac;
-}
-
 /* The session by its key in the packet as it came. */
 static uint32_t session_of(const struct nat_core *core, const struct ends *came, bool from_inside)
 {
@@ -112,7 +104,7 @@ static void record(struct nat_core *core, const struct ends *came, const struct 
     *entry = (struct nat_trace_entry){
         .time_ns = core->now_ns,
         .session = at == NONE32 ? 0 : core->cold[at].id,
-        .next_hop_mac = sent ? destination_mac(packet->data) : 0,
+        .next_hop_mac = sent ? get48(packet->data) : 0,
         .source = came->source,
         .destination = came->destination,
         .source_after = left.source,
@@ -173,7 +165,7 @@ void trace_finished(struct nat_core *core, const struct nat_packet *packet)
     bool sent = packet->verdict <= NAT_FRAGMENT;
     *entry = (struct nat_trace_entry){
         .time_ns = core->now_ns,
-        .next_hop_mac = sent ? destination_mac(packet->data) : 0,
+        .next_hop_mac = sent ? get48(packet->data) : 0,
         .source = now.source,
         .destination = now.destination,
         .source_after = now.source,

@@ -89,6 +89,10 @@ static inline uint32_t get32(const uint8_t *p)
 {
     return net32(raw32(p));
 }
+static inline uint64_t get48(const uint8_t *p) /* a MAC as a number */
+{
+    return (uint64_t)get16(p) << 32 | get32(p + 2);
+}
 static inline void put16(uint8_t *p, uint16_t v)
 {
     put_raw16(p, net16(v));
