@@ -86,6 +86,8 @@ class CoreConfig:
     port_preservation: bool = False
     port_parity: bool = False
     flow_hash: str = "fnv"
+    n_slices: int = 0  # cores that share hosts and ports, see slices.h; 0: this one has all
+    slice: int | None = 0  # this core's; None: it serves all of them, each by its own ports
     synchronous: bool = False
     instance: int = 0
     epoch: int = 0

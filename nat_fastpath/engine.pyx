@@ -23,6 +23,7 @@ from nat_fastpath.errors import EventRingFull
 cdef extern from "engine_tables.h" nogil:
     enum:
         NAT_ABI, NAT_VERDICT_COUNT, NAT_MAX_PORTS, NAT_MAX_ROUTES, NAT_MAX_RANGES, NAT_MAX_PORT_SPANS, NAT_OUTBOX_BYTES
+        NAT_EVERY_SLICE
         NAT_FORWARD, NAT_REPLY, NAT_FRAGMENT, NAT_HELD
         NAT_EVENT_OPEN, NAT_EVENT_CLOSE, NAT_EVENT_UPDATE
         NAT_CLOSE_IDLE, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT
@@ -129,6 +130,8 @@ cdef extern from "engine_tables.h" nogil:
         uint8_t port_preservation
         uint8_t port_parity
         uint8_t flow_hash
+        uint8_t n_slices
+        uint8_t slice
         uint32_t epoch
         uint32_t max_sessions
         uint32_t max_mappings
@@ -299,6 +302,7 @@ cdef class _Configuration:
         c.abi = NAT_ABI
         c.instance = config.instance
         c.epoch = config.epoch
+        c.n_slices, c.slice = config.n_slices, NAT_EVERY_SLICE if config.slice is None else config.slice
         c.mapping = _choice(_MAPPINGS, config.mapping, "mapping")
         c.filtering = _choice(_FILTERINGS, config.filtering, "filtering")
         c.synchronous = config.synchronous

@@ -8,6 +8,7 @@
 
 #include "core.h"
 #include "memory.h"
+#include "slices.h"
 
 #define LARGEST_TABLE (1u << 30) /* session << 1 | direction, plus one, fits in 32 bits */
 
@@ -100,6 +101,8 @@ static const char *config_fault(const struct nat_config *c)
         return "event_ring is a power of two";
     if (!c->n_pool || c->n_pool > NAT_MAX_RANGES || c->n_routes > NAT_MAX_ROUTES)
         return "there are 1 to 64 pool ranges and up to 64 routes";
+    if (c->n_slices > SLICES_MAX || (c->slice != NAT_EVERY_SLICE && c->slice && c->slice >= c->n_slices))
+        return "there are up to 32 slices, and a core's is one of them";
     if (c->n_port_spans > NAT_MAX_PORT_SPANS)
         return "there are up to 16 port ranges";
     for (unsigned i = 0; i < c->n_port_spans; i++)

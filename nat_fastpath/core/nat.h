@@ -273,6 +273,8 @@ struct nat_config {
     uint8_t port_preservation; /* the inside port, where it is free */
     uint8_t port_parity;       /* even for even (UDP) */
     uint8_t flow_hash;         /* enum nat_flow_hash */
+    uint8_t n_slices;          /* cores that share hosts and ports (slices.h); 0: this one has all */
+    uint8_t slice;             /* this core's, or NAT_EVERY_SLICE: each host gets a port of its own slice */
     uint32_t epoch;
     uint32_t max_sessions;
     uint32_t max_mappings; /* 0: max_sessions */
@@ -299,6 +301,7 @@ struct nat_config {
     struct nat_pool_range pool[NAT_MAX_RANGES];
     const struct nat_neighbour_config *neighbours;
 };
+#define NAT_EVERY_SLICE 0xffu
 #define NAT_ABI 1u
 
 /* What the tables take, in bytes. */
