@@ -45,7 +45,6 @@ from nat_control.pair_config import (
 )
 from nat_control.pool_config import (
     MAX_POOL_ADDRESSES,
-    MAX_POOL_TRIPLES,
     MAX_PORT_RANGES,
     MAX_TIMEOUT,
     Located,
@@ -333,14 +332,8 @@ def _check_port(reader: Reader, port: Port) -> None:
         one_mac(f"{path}.mac", neighbour.address, neighbour.mac)
 
 
-def _known_ports(config: Config) -> tuple[int, int]:
-    """Of each pool address; those that are not ours are the peer's, now or when it comes."""
-    paired = config.peer is not None and config.peer.mode != "off"
-    return (1, 65535) if paired or config.switch else config.nat.pool.ports
-
-
 def _check_pool(reader: Reader, located: list[Located], config: Config) -> None:
-    pool, (low, high) = config.nat.pool, _known_ports(config)
+    pool = config.nat.pool
     at = "nat.pool.addresses"
     if reader.good(at) and len(pool.ranges) > MAX_RANGES:
         reader.fault(at, f"{len(pool.ranges)} separate ranges, and {MAX_RANGES} at most are possible")
@@ -349,9 +342,6 @@ def _check_pool(reader: Reader, located: list[Located], config: Config) -> None:
                      f"ranges each, and {MAX_RANGES} in all are possible with a peer")  # fmt: skip
     if pool.n_addresses > MAX_POOL_ADDRESSES:
         reader.fault(at, f"{pool.n_addresses} addresses, and {MAX_POOL_ADDRESSES} at most are possible")
-    elif pool.n_addresses * 3 * (high - low + 1) > MAX_POOL_TRIPLES:
-        reader.fault(at, f"{pool.n_addresses} addresses with the ports {low}-{high} are too many: fewer than "
-                     "2^31 in addresses x 3 protocols x ports are possible")  # fmt: skip
     internal, external = config.ports
     forbidden: list[tuple[IPv4Address, str]] = []
     if reader.good("ports.external.address"):
@@ -548,7 +538,7 @@ def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreCon
             PortConfig(port.side, port.mac or mac, port.address.ip, port.mtu, port.vlan if tags else 0)
             for port, mac in zip(config.ports, macs, strict=True)
         ),
-        pool=tuple(PoolRange(first, last, _known_ports(config), pool.ports) for first, last in pool.ranges),
+        pool=tuple(PoolRange(first, last, (1, 65535), pool.ports) for first, last in pool.ranges),
         routes=tuple(routes),
         neighbours=tuple(neighbours),
         port_ranges=pool.port_ranges if len(pool.port_ranges) > 1 else (),

@@ -8,8 +8,8 @@ from ipaddress import IPv4Address
 
 from nat_control.config_reader import Reader, Section, address_range, flag, integer, port_ranges, shown
 
-# What the core's arrays hold; see nat.h and port_pool_create().
-MAX_POOL_ADDRESSES = 65535
+# What the core's arrays hold; see nat.h and port_pool.h.
+MAX_POOL_ADDRESSES = (2**31 - 2) // (3 * 65536)  # slots of all triples have 31-bit numbers
 MAX_PORT_RANGES = 16
 MAX_POOL_TRIPLES = 2**31 - 1
 MAX_TIMEOUT = 30 * 86400  # the core's ages are 32-bit milliseconds and wrap after 49 days

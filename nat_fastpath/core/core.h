@@ -345,7 +345,8 @@ void explain_note(struct nat_core *core, const struct nat_step *step);
     ((core)->explain ? explain_note(core, &(struct nat_step){.kind = NAT_STEP_##step, __VA_ARGS__}) : (void)0)
 void explain_note_slot(struct nat_core *core, uint32_t slot, uint32_t address, uint16_t port);
 void explain_note_session(struct nat_core *core, enum nat_step_kind kind, uint32_t at);
-void explain_note_port(struct nat_core *core, uint32_t index, uint8_t protocol, uint16_t port, int missed);
+void explain_note_port(struct nat_core *core, uint32_t block, unsigned slice, uint8_t protocol, uint16_t port,
+                       int missed);
 void explain_remember_session(struct nat_core *core, uint32_t at);
 void explain_remember_neighbour(struct nat_core *core, uint16_t at);
 void explain_opened(struct nat_core *core, uint32_t at);

@@ -244,7 +244,7 @@ static bool command_step(struct nat_core *core, struct nat_command *command)
         return GATHER(host_slab, struct nat_host_record, core->hosts[i].sessions, ({
                           const struct host *h = &core->hosts[i];
                           *record =
-                              (struct nat_host_record){h->address, pool_address_at(&core->pool, h->external),
+                              (struct nat_host_record){h->address, pool_address(&core->pool, h->external),
                                                        h->sessions, h->mappings, h->refused};
                       }));
     case NAT_CMD_FIND: {

@@ -104,10 +104,11 @@ void explain_note_session(struct nat_core *core, enum nat_step_kind kind, uint32
                        });
 }
 
-void explain_note_port(struct nat_core *core, uint32_t index, uint8_t protocol, uint16_t port, int missed)
+void explain_note_port(struct nat_core *core, uint32_t block, unsigned slice, uint8_t protocol, uint16_t port,
+                       int missed)
 {
-    NOTE(core, PORT, .address = pool_address_at(&core->pool, index), .port = port,
-         .value = core->pool.bitmaps[index * POOL_PROTOCOLS + pool_protocol(protocol)].free,
+    NOTE(core, PORT, .address = pool_address(&core->pool, block), .port = port,
+         .value = pool_free_ports(&core->pool, block, slice, protocol),
          .limit = core->pool.resting[pool_protocol(protocol)], .flag = (uint8_t)missed);
 }
 
@@ -115,7 +116,7 @@ void explain_note_slot(struct nat_core *core, uint32_t slot, uint32_t address, u
 {
     if (!core->explain)
         return;
-    uint32_t user = slot == POOL_NONE ? 0 : core->pool.slots[slot];
+    uint32_t user = slot == POOL_NONE ? 0 : *pool_user(&core->pool, slot);
     struct nat_step step = {.kind = NAT_STEP_SLOT, .address = address, .port = port, .flag = NAT_SLOT_TAKEN};
     if (slot == POOL_NONE) {
         step.flag = NAT_SLOT_NONE;

@@ -232,7 +232,7 @@ enum nat_verdict fragment_later(struct nat_core *core, struct nat_packet *packet
         return follow(core, packet, l2, at);
     }
     /* what its first fragment would not get past either does not wait for it */
-    if (direction == IN && pool_address_index(&core->pool, get32(ip + 16)) == POOL_NONE)
+    if (direction == IN && pool_block_of(&core->pool, get32(ip + 16)) == POOL_NONE)
         return NAT_DROP_NOT_POOL;
     if (direction == IN && !hairpinned && is_routed_to(core, get32(ip + 12), NAT_INTERNAL))
         return NAT_DROP_ADDRESS;

@@ -266,14 +266,15 @@ void nat_announce(struct nat_core *core)
 /* One address after the other, port by port: its own, then the pool's that lie in its subnet. */
 static bool announce_step(struct nat_core *core)
 {
-    uint64_t per_port = 1u + (uint64_t)core->pool.n_addresses;
+    uint64_t per_port = 1u + (uint64_t)core->pool.view.n_addresses;
     uint64_t end = per_port * core->config.n_ports;
     bool did = core->announce_at < end;
     for (unsigned budget = SWEEP_STEP; core->announce_at < end && budget; budget--, core->announce_at++) {
         uint8_t port = (uint8_t)(core->announce_at / per_port);
         uint32_t index = (uint32_t)(core->announce_at % per_port);
         const struct nat_port_config *config = &core->config.ports[port];
-        uint32_t address = index ? pool_address_at(&core->pool, index - 1) : config->address;
+        uint32_t address =
+            index ? pool_address(&core->pool, pool_block_at(&core->pool, index - 1)) : config->address;
         bool due = index ? config->side == NAT_EXTERNAL && address != config->address &&
                                is_on_link(core, port, address)
                          : address != 0;

@@ -194,7 +194,7 @@ static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packe
     NOTE(core, NO_SESSION);
 
     uint32_t remote = get32(ip + 16);
-    bool to_pool = pool_address_index(&core->pool, remote) != POOL_NONE;
+    bool to_pool = pool_block_of(&core->pool, remote) != POOL_NONE;
     if (to_pool && is_icmp)
         return l4[0] == ICMP_ECHO ? icmp_echo_reply(core, packet, l2) : NAT_DROP_ICMP_TYPE;
     if (ip[8] <= 1)
@@ -233,7 +233,7 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
     bool is_icmp = ip[9] == PROTO_ICMP;
     uint32_t external = get32(ip + 16);
     if (is_icmp && !icmp_is_query_reply(l4[0])) {
-        if (pool_address_index(&core->pool, external) == POOL_NONE)
+        if (pool_block_of(&core->pool, external) == POOL_NONE)
             return NAT_DROP_NOT_POOL;
         if (icmp_is_translated(l4[0]))
             return icmp_translate_error(core, packet, l2, IN, hairpinned);
@@ -377,9 +377,9 @@ enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet)
         return NAT_DROP_IP_CHECKSUM;
 
     uint32_t source = get32(ip + 12), destination = get32(ip + 16);
-    bool to_pool = pool_address_index(&core->pool, destination) != POOL_NONE;
+    bool to_pool = pool_block_of(&core->pool, destination) != POOL_NONE;
     if (is_unusable(source) || is_multicast(source) || is_own_address(core, source) ||
-        pool_address_index(&core->pool, source) != POOL_NONE || is_subnet_broadcast(core, source))
+        pool_block_of(&core->pool, source) != POOL_NONE || is_subnet_broadcast(core, source))
         return NAT_DROP_ADDRESS;
     if (is_multicast(destination))
         return NAT_DROP_MULTICAST;

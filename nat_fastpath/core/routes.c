@@ -15,8 +15,8 @@ bool is_own_address(const struct nat_core *core, uint32_t address)
 bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address)
 {
     const struct nat_port_config *config = &core->config.ports[port];
-    return address && (config->address == address || (config->side == NAT_EXTERNAL &&
-                                                      pool_address_index(&core->pool, address) != POOL_NONE));
+    return address && (config->address == address ||
+                       (config->side == NAT_EXTERNAL && pool_block_of(&core->pool, address) != POOL_NONE));
 }
 
 static uint32_t prefix_mask(uint8_t length)

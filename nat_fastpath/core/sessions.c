@@ -5,6 +5,8 @@
  */
 #include "core.h"
 
+#define ADDRESS_TRIES 64u /* addresses that turn out to have no port, for one packet */
+
 uint32_t session_find(const struct nat_core *core, const struct flow_key *key, uint32_t hash, int direction)
 {
     struct flow_cursor cursor = flow_cursor(&core->flows, hash);
@@ -59,8 +61,9 @@ static uint32_t host_add(struct nat_core *core, uint32_t address)
         return NONE32;
     }
     /* where it begins is spread by address and survives nothing else: any pool address serves any host */
-    uint32_t start = (uint32_t)((uint64_t)mix32(address ^ 0x5bd1e995u) * core->pool.n_addresses >> 32);
-    core->hosts[at] = (struct host){.address = address, .external = (uint16_t)start};
+    uint32_t start = (uint32_t)((uint64_t)mix32(address ^ 0x5bd1e995u) * core->pool.view.n_addresses >> 32);
+    core->hosts[at] =
+        (struct host){.address = address, .external = (uint16_t)pool_block_at(&core->pool, start)};
     return at;
 }
 
@@ -165,24 +168,30 @@ static void fill_session(struct session *s, const struct session_request *r, uin
 /* A free port for the host: of its own address, or, only when that has none left, of another. */
 static bool take_port(struct nat_core *core, struct host *host, struct session_request *r)
 {
-    uint32_t index = host->external;
-    int missed = pool_take(&core->pool, index, r->protocol, r->internal_port, &r->external_port);
+    struct port_pool *pool = &core->pool;
+    const unsigned slice = slice_of_host(r->internal_addr, pool->n_slices);
+    uint32_t block = host->external;
+    int missed = pool_take(pool, block, slice, r->protocol, r->internal_port, &r->external_port);
+    for (unsigned try = 0; missed == POOL_EXHAUSTED && try < ADDRESS_TRIES; try++) {
+        block = pool_usable_block(pool, r->protocol, block + 1);
+        if (block == POOL_NONE)
+            break;
+        missed = pool_take(pool, block, slice, r->protocol, r->internal_port, &r->external_port);
+    }
     if (missed == POOL_EXHAUSTED) {
-        index = pool_usable_address(&core->pool, r->protocol, index);
-        if (index == POOL_NONE) {
-            core->stats.no_port_resting += core->pool.resting[pool_protocol(r->protocol)] != 0;
-            return false;
-        }
-        missed = pool_take(&core->pool, index, r->protocol, r->internal_port, &r->external_port);
-        if (host->sessions == 0)
-            host->external = (uint16_t)index;
+        core->stats.no_port_resting += pool->resting[pool_protocol(r->protocol)] != 0;
+        return false;
+    }
+    if (block != host->external) {
+        if (host->sessions == 0 || (!core->explain && !pool_is_open(pool, host->external)))
+            host->external = (uint16_t)block;
         else
             core->stats.unpaired++;
     }
     core->stats.parity_missed += (missed & POOL_PARITY_MISSED) != 0;
     core->stats.class_missed += (missed & POOL_CLASS_MISSED) != 0;
-    r->external_addr = pool_address_at(&core->pool, index);
-    explain_note_port(core, index, r->protocol, r->external_port, missed);
+    r->external_addr = pool_address(pool, block);
+    explain_note_port(core, block, slice, r->protocol, r->external_port, missed);
     return true;
 }
 
@@ -294,7 +303,7 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *r, 
 
     core->cold[at].id = new_id(core, NAT_ID_SESSION);
     if (new_port) {
-        core->pool.slots[slot] = 1 + (core->has_mappings ? mapping : at);
+        *pool_user(&core->pool, slot) = 1 + (core->has_mappings ? mapping : at);
         host->mappings++;
         core->stats.mappings_opened++;
         if (core->has_mappings)
@@ -386,9 +395,9 @@ enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, u
     uint32_t slot = pool_slot(&core->pool, external_addr, protocol, external_port);
     explain_note_slot(core, slot, external_addr, external_port);
     if (slot == POOL_NONE)
-        return pool_address_index(&core->pool, external_addr) == POOL_NONE ? NAT_DROP_NOT_POOL
-                                                                           : NAT_DROP_NO_MAPPING;
-    uint32_t user = core->pool.slots[slot];
+        return pool_block_of(&core->pool, external_addr) == POOL_NONE ? NAT_DROP_NOT_POOL
+                                                                      : NAT_DROP_NO_MAPPING;
+    uint32_t user = *pool_user(&core->pool, slot);
     if (user == POOL_FREE || user & POOL_RESTING)
         return NAT_DROP_NO_MAPPING;
     NOTE(core, FILTER, .address = remote_addr, .value = core->config.filtering);
@@ -499,7 +508,7 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
     if (r.neighbour[IN] == NONE16)
         return false;
     /* to another inside host's external endpoint: a hairpin session has no next hop outside */
-    if (pool_address_index(&core->pool, r.remote_addr) == POOL_NONE &&
+    if (pool_block_of(&core->pool, r.remote_addr) == POOL_NONE &&
         (r.neighbour[OUT] = neighbour_towards(core, r.remote_addr, NAT_EXTERNAL, &why)) == NONE16)
         return false;
 
@@ -510,7 +519,7 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
     uint32_t mapping = NONE32;
     bool new_mapping = false;
     if (core->has_mappings) {
-        uint32_t user = core->pool.slots[slot];
+        uint32_t user = *pool_user(&core->pool, slot);
         mapping = user == POOL_FREE || user & POOL_RESTING ? NONE32 : user - 1;
         if (mapping != NONE32 && (core->mappings[mapping].internal_addr != r.internal_addr ||
                                   core->mappings[mapping].internal_port != r.internal_port))
@@ -531,12 +540,12 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
     if (at == NONE32)
         goto refuse_mapping;
     if (new_mapping) {
-        core->pool.slots[slot] = 1 + (core->has_mappings ? mapping : at);
+        *pool_user(&core->pool, slot) = 1 + (core->has_mappings ? mapping : at);
         host->mappings++;
         core->stats.mappings_opened++;
         /* a host that comes with sessions keeps the address that they have */
         if (!host->sessions)
-            host->external = (uint16_t)pool_address_index(&core->pool, r.external_addr);
+            host->external = (uint16_t)pool_block_of(&core->pool, r.external_addr);
     }
     if (core->has_mappings)
         core->mappings[mapping].sessions++;

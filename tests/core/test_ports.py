@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections import Counter
-from ctypes import CDLL, c_uint32
+from ctypes import CDLL, c_uint8, c_uint32
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nat_fastpath.core_config import PoolRange
-from nat_fastpath.engine import RECORD, Verdict
+from nat_fastpath.engine import RECORD, CoreError, Verdict
 from tests.packets import (
     CLIENT,
     INSIDE,
@@ -165,6 +165,83 @@ def test_preserved_port_needs_to_be_our_own() -> None:
     assert taken(nat, 2500, OTHER_CLIENT) != 2500, "it has an owner"
 
 
+# -- slices ------------------------------------------------------------------------------------------------
+
+
+def toeplitz(key: bytes, data: bytes) -> int:
+    """The hash of RSS, by its definition."""
+    bits, window, out = int.from_bytes(data, "big"), int.from_bytes(key, "big"), 0
+    for at in range(len(data) * 8):
+        if bits >> (len(data) * 8 - 1 - at) & 1:
+            out ^= window >> (len(key) * 8 - 32 - at) & 0xFFFFFFFF
+    return out
+
+
+HOST_KEY = (0x9E3779B1 << 7).to_bytes(8, "big") + bytes(44)
+PORT_KEY = bytes(14) + b"\1" + bytes(37)
+
+
+def host_slice(address: int, n: int) -> int:
+    """By the hash of whole packets with anything else in them: it must not count."""
+    rest = address * 2654435761 % 2**64
+    return (toeplitz(HOST_KEY, address.to_bytes(4, "big") + rest.to_bytes(8, "big")) & 127) * n // 128
+
+
+def port_slice(port: int, n: int) -> int:
+    rest = port * 0x9E3779B97F4A7C15 % 2**80
+    return (toeplitz(PORT_KEY, rest.to_bytes(10, "big") + port.to_bytes(2, "big")) & 127) * n // 128
+
+
+def test_keys_are_those_of_the_core(tmp_path: Path) -> None:
+    source = '#include "slices.h"\nvoid keys(uint8_t *host, uint8_t *port) { slices_host_key(host); slices_port_key(port); }\n'
+    (tmp_path / "keys.c").write_text(source)
+    library = tmp_path / "keys.so"
+    subprocess.run(
+        ["cc", "-O1", "-shared", "-fPIC", f"-I{CORE}", "-o", library, tmp_path / "keys.c"], check=True
+    )
+    host, port = (c_uint8 * 52)(), (c_uint8 * 52)()
+    CDLL(str(library)).keys(host, port)
+    assert (bytes(host), bytes(port)) == (HOST_KEY, PORT_KEY)
+
+
+@pytest.mark.parametrize("n", [2, 3, 32])
+@pytest.mark.parametrize("parity", [False, True])
+def test_slices_share_the_ports_and_each_finds_all_of_its_own(n: int, parity: bool) -> None:
+    """One core hands out each of its ports once, and then no other."""
+    found: list[int] = []
+    for one in range(n):
+        nat = Nat(
+            pool=small_pool(300, first=900), n_slices=n, slice=one, port_parity=parity, max_sessions=1000
+        )
+        client = next(f"10.0.0.{i}" for i in range(20, 250) if host_slice(number(f"10.0.0.{i}"), n) == one)
+        nat.burst([(INSIDE, f) for f in udp_flows(client, ((w, SERVER, 53) for w in range(2000, 2310)))])
+        ports = nat.sessions()["external_port"].tolist()
+        assert {port_slice(port, n) for port in ports} == {one}
+        found += ports
+        assert nat.core.install(record(901 + 2 * one)) == (
+            port_slice(901 + 2 * one, n) == one and 901 + 2 * one not in ports
+        )
+    assert sorted(found) == list(range(900, 1200))
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_core_of_every_slice_gives_each_host_ports_of_its_own(n: int) -> None:
+    nat = Nat(pool=small_pool(512, first=4096), n_slices=n, slice=None, max_sessions=1000)
+    for at in range(100):
+        for port in range(4):
+            nat.send(udp(f"10.0.0.{20 + at}", 4000 + port, SERVER, 53))
+    rows = nat.sessions()
+    assert len(rows) == 400
+    for row in rows:
+        assert port_slice(int(row["external_port"]), n) == host_slice(int(row["internal_addr"]), n)
+    assert len(np.unique(rows["external_port"])) == 400
+
+
+def test_a_slice_without_a_port_is_refused() -> None:
+    with pytest.raises(CoreError, match="no port to hand out"):
+        Nat(pool=small_pool(2, first=4096), n_slices=4, slice=3)
+
+
 # -- rest --------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +270,7 @@ def test_rest_is_never_shorter_and_a_256th_longer_at_most(rest: int, gaps: list[
 
 
 def test_rest_is_not_shorter_when_nobody_wakes() -> None:
-    """More steps of the clock than marks, without nat_poll between them: the last mark takes all on."""
+    """Many steps of the clock without nat_poll between them."""
     nat = Nat(pool=small_pool(1000), quarantine=10, max_sessions=2000)
     for at in range(700):
         nat.send(udp(CLIENT, 4000 + at, SERVER, 53))

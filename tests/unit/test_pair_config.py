@@ -95,13 +95,6 @@ def test_a_server_that_does_not_wait() -> None:
     assert (core.synchronous, core.max_held) == (False, 1024)
 
 
-def test_a_pool_is_counted_with_the_ports_of_the_peer() -> None:
-    pool = {"addresses": "20.0.0.0/18", "ports": "1024-2047"}
-    alone = with_sections({"nat": {"pool": pool}}, devices=True)
-    assert problems(alone) == {}
-    assert "1-65535 are too many" in problems({**alone, **PAIR})["nat.pool.addresses"]
-
-
 def test_defaults_and_choices_are_those_of_the_schema() -> None:
     kinds = {
         c.Hold: SCHEMA["$defs"]["hold"],
