@@ -273,8 +273,7 @@ static bool announce_step(struct nat_core *core)
         uint8_t port = (uint8_t)(core->announce_at / per_port);
         uint32_t index = (uint32_t)(core->announce_at % per_port);
         const struct nat_port_config *config = &core->config.ports[port];
-        uint32_t address =
-            index ? pool_address(&core->pool, pool_block_at(&core->pool, index - 1)) : config->address;
+        uint32_t address = index ? pool_address_at(&core->pool, index - 1) : config->address;
         bool due = index ? config->side == NAT_EXTERNAL && address != config->address &&
                                is_on_link(core, port, address)
                          : address != 0;

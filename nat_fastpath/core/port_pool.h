@@ -109,6 +109,10 @@ static inline uint32_t pool_address(const struct port_pool *pool, uint32_t block
 {
     return block < pool->view.n_blocks && pool->view.blocks[block] ? pool->view.blocks[block]->address : 0;
 }
+static inline uint32_t pool_address_at(const struct port_pool *pool, uint32_t place)
+{
+    return pool_address(pool, pool_block_at(pool, place));
+}
 /* Whether it has ports of ours. */
 bool pool_is_open(const struct port_pool *pool, uint32_t block);
 /* Index of the slot of a triple, POOL_NONE when the pool has no such triple. `protocol` is the IP number. */
