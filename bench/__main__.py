@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench [core | failover]``: measures; the last line is JSON with ``--json``."""
+"""``python -m bench [core | options | failover | newflow]``: measures; the last line is JSON with ``--json``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def main() -> None:
     of_core.add_argument("--direction", choices=["out", "in", "both"], default="both")
     of_core.add_argument("--mapping", choices=["independent", "dependent"], default="independent")
     of_core.add_argument("--rounds", type=int, default=61, help="of 16384 packets each")
+    of_options = what.add_parser("options", help="what each option costs: packet, opening, closing; a ratio")
+    of_options.add_argument("--of", nargs="+", choices=core.OPTIONS, default=core.OPTIONS)
+    of_options.add_argument("--sessions", type=int, default=1 << 17)
+    of_options.add_argument("--pairs", type=int, default=7)
     of_failover = what.add_parser("failover", help="packets and sessions lost when the server ends (root)")
     of_failover.add_argument("--how", choices=failover.HOWS, default="kill")
     of_failover.add_argument("--rate", type=int, default=1000, help="packets per second")
@@ -39,11 +43,13 @@ def main() -> None:
     of_failover.add_argument("--all", action="store_true", help="every case that a release states")
     of_latency = what.add_parser("newflow", help="latency that a new flow's first packet takes more (root)")
     of_latency.add_argument("--flows", type=int, default=500)
-    for one in (of_core, of_failover, of_latency):
+    for one in (of_core, of_options, of_failover, of_latency):
         one.add_argument("--json", action="store_true")
     arguments = parser.parse_args(sys.argv[1:] or ["core"])
     try:
-        {"core": _core, "failover": _failover, "newflow": _newflow}[arguments.what or "core"](arguments)
+        {"core": _core, "options": _options, "failover": _failover, "newflow": _newflow}[arguments.what](
+            arguments
+        )
     except LabError as error:
         sys.exit(f"bench: {error}")
 
@@ -60,7 +66,7 @@ def _print(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return " / ".join(f"{one:.4g}" for one in value.values())
+        return " / ".join(f"{one:.3g}" for one in value.values())
     return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
 
 
@@ -90,6 +96,26 @@ def _core(arguments: argparse.Namespace) -> None:
         for result in results
     ]
     _print(f"core: ns per packet, {arguments.direction}, endpoint-{arguments.mapping} mapping", rows)
+
+
+def _options(arguments: argparse.Namespace) -> None:
+    results = [core.option_cost(name, arguments.sessions, arguments.pairs) for name in arguments.of]
+    if arguments.json:
+        for result in results:
+            print(json.dumps(result))
+    else:
+        rows = [
+            {
+                "option": result["option"],
+                **{
+                    f"{what}{unit}": _cell(result[f"{what}_{key}"])
+                    for what in ("packet", "open", "close")
+                    for unit, key in ((", ns", "ns"), (" with it", "ratio"))
+                },
+            }
+            for result in results
+        ]
+        _print(f"{arguments.sessions} sessions: ns, and the ratio with an option (median / min / max)", rows)
 
 
 def _failover(arguments: argparse.Namespace) -> None:

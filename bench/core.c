@@ -4,7 +4,7 @@
  * buffers with parse and MAC swap only. The two take turns, round by round, so that both see the same
  * machine.
  *
- *   core SESSIONS ROUNDS out|in|both independent|dependent
+ *   core SESSIONS ROUNDS out|in|both independent|dependent [aes] [parity] [preservation] [quarantine] [vlan]
  *
  * Frames are 64 bytes of UDP, each session with its own endpoints, in random order, in a ring of buffers that
  * is larger than the L2 cache. Prints one JSON object.
@@ -16,6 +16,7 @@
 #include <time.h>
 
 #include "nat.h"
+#include "random.h"
 #include "wire.h"
 
 #define RING 16384u /* buffers */
@@ -49,7 +50,12 @@ static double clock_ns(void)
     return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
 }
 
-static void make_frame(uint8_t *f, unsigned port, const uint8_t endpoints[12])
+static struct {
+    bool aes, parity, preservation, quarantine, vlan;
+} with;
+
+/* Returns the length: FRAME, or four bytes more with a tag. */
+static uint32_t make_frame(uint8_t *f, unsigned port, const uint8_t endpoints[12])
 {
     memset(f, 0, FRAME);
     memcpy(f, our_mac[port], 6);
@@ -65,6 +71,24 @@ static void make_frame(uint8_t *f, unsigned port, const uint8_t endpoints[12])
     /* the pseudo-header's protocol and length stand where the header ends, for the time of the sum */
     put16(f + 40, 17 + FRAME - 34);
     put_raw16(f + 40, checksum(f + 26, FRAME - 26));
+    if (!with.vlan)
+        return FRAME;
+    memmove(f + 16, f + 12, FRAME - 12);
+    put16(f + 12, ETHERTYPE_VLAN);
+    put16(f + 14, 100 + port);
+    return FRAME + VLAN_BYTES;
+}
+
+static struct nat_packet packet_in(uint8_t *data, uint16_t capacity, unsigned port,
+                                   const uint8_t endpoints[12])
+{
+    const uint32_t length = make_frame(data, port, endpoints);
+    return (struct nat_packet){.data = data,
+                               .length = length,
+                               .segment = length,
+                               .capacity = capacity,
+                               .headroom = VLAN_BYTES,
+                               .port = (uint8_t)port};
 }
 
 /* Parse and MAC swap: what any forwarder must do. */
@@ -75,8 +99,9 @@ static void __attribute__((noinline)) floor_burst(struct nat_packet *packets, un
         uint8_t *d = p->data, mac[6];
 
         p->verdict = NAT_DROP_IP_HEADER;
-        if (p->length < ETH_BYTES + IP_BYTES + UDP_BYTES || get16(d + 12) != ETHERTYPE_IPV4 ||
-            d[14] != 0x45 || !sums_right(d + ETH_BYTES, IP_BYTES) || d[23] != PROTO_UDP)
+        const uint8_t *ip = d + ETH_BYTES + (with.vlan ? VLAN_BYTES : 0);
+        if (p->length < ETH_BYTES + IP_BYTES + UDP_BYTES || get16(ip - 2) != ETHERTYPE_IPV4 ||
+            ip[0] != 0x45 || !sums_right(ip, IP_BYTES) || ip[9] != PROTO_UDP)
             continue;
         memcpy(mac, d, 6);
         memcpy(d, d + 6, 6);
@@ -116,12 +141,18 @@ static struct nat_core *make_core(uint32_t sessions, bool dependent, struct nat_
     c.max_held = 64;
     c.event_ring = 65536;
     c.hold_ms = 1000;
+    c.flow_hash = with.aes ? NAT_HASH_AES : NAT_HASH_FNV;
+    c.port_parity = with.parity;
+    c.port_preservation = with.preservation;
+    c.quarantine_ms = with.quarantine ? 120000 : 0;
     c.timeout_udp_ms = c.timeout_tcp_established_ms = c.timeout_tcp_transitory_ms = c.timeout_icmp_ms =
         3600000;
     c.seed = 1;
     for (unsigned i = 0; i < 2; i++) {
-        c.ports[i] = (struct nat_port_config){
-            .side = (uint8_t)i, .address = i ? 0xc6336401u : 0x0a000001u, .mtu = 1500};
+        c.ports[i] = (struct nat_port_config){.side = (uint8_t)i,
+                                              .address = i ? 0xc6336401u : 0x0a000001u,
+                                              .mtu = 1500,
+                                              .vlan = (uint16_t)(with.vlan ? 100 + i : 0)};
         memcpy(c.ports[i].mac, our_mac[i], 6);
         c.routes[i] = (struct nat_route_config){.prefix = i ? 0 : 0x0a000000u,
                                                 .length = i ? 0 : 8,
@@ -148,7 +179,7 @@ static struct nat_core *make_core(uint32_t sessions, bool dependent, struct nat_
 /* Opens all sessions, and learns their outside endpoints from what comes out. Returns ns per new session. */
 static double open_sessions(struct nat_core *core, struct endpoints *all, uint32_t sessions, uint64_t now)
 {
-    static uint8_t frames[NAT_BURST][128];
+    static uint8_t frames[NAT_BURST][192];
     static struct nat_event events[4096];
     struct nat_packet packets[NAT_BURST];
     double spent = 0;
@@ -161,9 +192,7 @@ static double open_sessions(struct nat_core *core, struct endpoints *all, uint32
             put32(e->out + 4, 0x08080000u + (uint32_t)(next_random() & 0xffff));
             put16(e->out + 8, 10000 + (at + i) % SESSIONS_PER_HOST);
             put16(e->out + 10, 53);
-            make_frame(frames[i], 0, e->out);
-            packets[i] =
-                (struct nat_packet){.data = frames[i], .length = FRAME, .segment = FRAME, .capacity = 128};
+            packets[i] = packet_in(frames[i] + 64, 128, 0, e->out);
         }
         const double start = clock_ns();
         nat_burst(core, packets, n, now);
@@ -172,10 +201,11 @@ static double open_sessions(struct nat_core *core, struct endpoints *all, uint32
             struct endpoints *e = &all[at + i];
             if (packets[i].verdict != NAT_FORWARD)
                 die("a session could not be opened");
-            memcpy(e->in, frames[i] + 30, 4);
-            memcpy(e->in + 4, frames[i] + 26, 4);
-            memcpy(e->in + 8, frames[i] + 36, 2);
-            memcpy(e->in + 10, frames[i] + 34, 2);
+            const uint8_t *ip = packets[i].data + packets[i].length - (FRAME - ETH_BYTES);
+            memcpy(e->in, ip + 16, 4);
+            memcpy(e->in + 4, ip + 12, 4);
+            memcpy(e->in + 8, ip + 22, 2);
+            memcpy(e->in + 10, ip + 20, 2);
         }
         if (at % 4096 == 0)
             while (nat_events(core, events, 4096) == 4096)
@@ -184,10 +214,56 @@ static double open_sessions(struct nat_core *core, struct endpoints *all, uint32
     return spent / sessions;
 }
 
+/* Ends all sessions. Returns ns per session. */
+static double close_sessions(struct nat_core *core)
+{
+    static struct nat_record records[4096];
+    static struct nat_event events[8192];
+    double spent = 0, closed = 0;
+    uint64_t cursor = 0;
+    do {
+        struct nat_command page = {
+            .op = NAT_CMD_SESSIONS, .count = 4096, .cursor = cursor, .buffer = records};
+        nat_command_now(core, &page);
+        cursor = page.cursor;
+        struct nat_command command = {.op = NAT_CMD_DELETE, .count = page.result, .buffer = records};
+        const double start = clock_ns();
+        nat_command_now(core, &command);
+        spent += clock_ns() - start;
+        closed += command.result;
+        nat_events(core, events, 8192);
+    } while (cursor);
+    return closed ? spent / closed : 0;
+}
+
+/* What the choice of a port cannot be foreseen for: one draw of ChaCha20. */
+static double draw_ns(void)
+{
+    struct random_source source;
+    uint32_t sum = 0;
+    random_start(&source, (const uint32_t[8]){1});
+    const double start = clock_ns();
+    for (unsigned i = 0; i < 1u << 20; i++)
+        sum += random_below(&source, 64000);
+    const double spent = clock_ns() - start;
+    return sum ? spent / (1u << 20) : 0;
+}
+
 int main(int argc, char **argv)
 {
-    if (argc != 5)
-        die("core SESSIONS ROUNDS out|in|both independent|dependent");
+    if (argc < 5)
+        die("core SESSIONS ROUNDS out|in|both independent|dependent [OPTION ...]");
+    for (int i = 5; i < argc; i++) {
+        bool *option = !strcmp(argv[i], "aes")            ? &with.aes
+                       : !strcmp(argv[i], "parity")       ? &with.parity
+                       : !strcmp(argv[i], "preservation") ? &with.preservation
+                       : !strcmp(argv[i], "quarantine")   ? &with.quarantine
+                       : !strcmp(argv[i], "vlan")         ? &with.vlan
+                                                          : NULL;
+        if (option == NULL)
+            die("an option is aes, parity, preservation, quarantine or vlan");
+        *option = true;
+    }
     const uint32_t sessions = (uint32_t)strtoul(argv[1], NULL, 10);
     const unsigned rounds = (unsigned)strtoul(argv[2], NULL, 10);
     const bool both = !strcmp(argv[3], "both"), inbound = !strcmp(argv[3], "in");
@@ -211,9 +287,7 @@ int main(int argc, char **argv)
             const struct endpoints *e = &all[next_random() % sessions];
             const unsigned port = both ? next_random() >> 63 : inbound;
             uint8_t *data = ring + (size_t)i * STRIDE + 128;
-            make_frame(data, port, port ? e->in : e->out);
-            packets[i] = (struct nat_packet){
-                .data = data, .length = FRAME, .segment = FRAME, .capacity = 1024, .port = (uint8_t)port};
+            packets[i] = packet_in(data, 1024, port, port ? e->in : e->out);
         }
         const double start = clock_ns();
         for (unsigned i = 0; i < RING; i += NAT_BURST) {
@@ -236,8 +310,10 @@ int main(int argc, char **argv)
            argv[4]);
     report("nat_ns", ns[1], rounds);
     report("floor_ns", ns[0], rounds);
-    printf("\"ratio\": %.2f, \"new_session_ns\": %.1f, \"bytes_per_session\": %.1f}\n",
-           ns[1][rounds / 2] / ns[0][rounds / 2], new_ns, bytes / (sessions + sessions / 8 + 64));
+    printf("\"ratio\": %.2f, \"new_session_ns\": %.1f, \"close_ns\": %.1f, \"draw_ns\": %.2f, "
+           "\"bytes_per_session\": %.1f}\n",
+           ns[1][rounds / 2] / ns[0][rounds / 2], new_ns, close_sessions(core), draw_ns(),
+           bytes / (sessions + sessions / 8 + 64));
     nat_destroy(core);
     free(all);
     free(ring);

@@ -7,7 +7,9 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -35,10 +37,43 @@ def build() -> Path:
     return compiled("bench-core", sources, sorted(CORE.glob("*.h")), [*CFLAGS, *march, f"-I{CORE}"])
 
 
-def measure(sessions: int, *, direction: str = "both", mapping: str = "independent", rounds: int = 61) -> Any:
+def measure(
+    sessions: int,
+    *,
+    direction: str = "both",
+    mapping: str = "independent",
+    rounds: int = 61,
+    options: Sequence[str] = (),
+) -> Any:
     """One measurement; the dictionary that core.c prints. Times in ns: median, min and max over the rounds."""
-    command = [str(build()), str(sessions), str(rounds), direction, mapping]
+    command = [str(build()), str(sessions), str(rounds), direction, mapping, *options]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+OPTIONS = ("aes", "parity", "preservation", "quarantine", "vlan", "dependent")
+
+
+def option_cost(option: str, sessions: int, pairs: int) -> dict[str, Any]:
+    """What an option costs: runs without and with it in turn; ``pairs`` of them, medians, and ratios of each pair."""
+
+    def run(*chosen: str) -> tuple[float, float, float]:
+        mapping = "dependent" if "dependent" in chosen else "independent"
+        one = measure(
+            sessions, mapping=mapping, rounds=21, options=[name for name in chosen if name != "dependent"]
+        )
+        return one["nat_ns"]["median"], one["new_session_ns"], one["close_ns"]
+
+    both = [(run(), run(option)) for _ in range(pairs)]
+    out: dict[str, Any] = {"option": option, "sessions": sessions}
+    for i, what in enumerate(("packet", "open", "close")):
+        ratios = sorted(with_it[i] / without[i] for without, with_it in both)
+        out[f"{what}_ns"] = round(median(without[i] for without, _ in both), 1)
+        out[f"{what}_ratio"] = {
+            "median": round(median(ratios), 3),
+            "min": round(ratios[0], 3),
+            "max": round(ratios[-1], 3),
+        }
+    return out
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:

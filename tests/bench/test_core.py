@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from bench.core import OPTIONS
+
 
 @pytest.mark.parametrize("mapping", ["independent", "dependent"])
 def test_core(mapping: str) -> None:
@@ -24,3 +26,19 @@ def test_core(mapping: str) -> None:
         assert result["sessions"] == sessions
         assert result["min"] <= result["ns_per_packet"] <= result["max"]
         assert result["floor_ns"] > 0
+
+
+def test_options() -> None:
+    """What every option costs, on packets that are all forwarded: core.c ends at one that is not."""
+    done = subprocess.run(
+        [sys.executable, "-m", *["bench", "options", "--sessions", "500", "--pairs", "1", "--json"]],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["option"] for result in results] == list(OPTIONS)
+    assert all(
+        result[f"{what}_ratio"]["min"] > 0 for result in results for what in ("packet", "open", "close")
+    )
