@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from nat_control import api, cli_host, cli_live
+from nat_control import api, cli_certs, cli_host, cli_live
 from nat_control.cli_output import FAILED, INTERRUPTED, USAGE, Json
 from nat_control.cli_output import cell as _cell
 from nat_control.cli_output import complain as _complain
@@ -26,6 +26,7 @@ from nat_control.cli_output import user_errors as _user_errors
 from nat_control.cli_output import words as _words
 from nat_control.client import Client, SessionPages, find_socket
 from nat_control.config import Config, ConfigError, load, to_core, warnings
+from nat_control.tls import TlsError, context
 
 # typer brings a click of its own, or the installed one
 UsageError: Any = typer.BadParameter.__base__
@@ -162,6 +163,11 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
 
 def _about_this_machine(config: Config) -> Iterator[str]:
     """What is right in itself, and wrong here; a configuration may be checked elsewhere, so these are warnings."""
+    if config.peer and config.peer.tls:
+        try:
+            context(config.peer.tls, listens=config.peer.listen is not None)
+        except TlsError as error:
+            yield f"peer.tls: {error}"
     cpus = os.cpu_count() or 1
     if not config.switch and (missing := [str(cpu) for cpu in config.workers.cores if cpu >= cpus]):
         yield f"workers.cores: there is no CPU {', '.join(missing)} here, only 0 to {cpus - 1}: no server can start"
@@ -469,6 +475,7 @@ def demo(
 
 cli_host.register(app)
 cli_live.register(app)
+cli_certs.register(app)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from nat_control.sync.actions import Limits, Mode, State
 from nat_control.sync.codec import PoolRange
 from nat_control.sync.protocol import Protocol
 from nat_control.sync.transport import Transport
+from nat_control.tls import TlsError, context
 from nat_fastpath.engine import FLAG_FOREIGN
 from nat_fastpath.watch import Watch
 
@@ -43,9 +44,14 @@ def pools(config: Config) -> tuple[PoolRange, ...]:
 
 
 def heartbeat_key(config: Config) -> bytes:
-    """The configured key; without one both sides derive the same, which keeps strays out and nobody else."""
+    """The configured key, or with TLS one of this start, which Hello tells the peer. Without either both sides derive
+    the same, which keeps strays out and nobody else.
+    """
+    assert config.peer
     assert config.heartbeat
     assert config.virtual
+    if config.peer.tls:
+        return os.urandom(16)
     return (
         config.heartbeat.key
         or hashlib.blake2b(config.virtual.mac, digest_size=16, key=b"tandem-nat").digest()
@@ -86,6 +92,10 @@ class Pair:
         assert config.heartbeat
         peer, heartbeat = config.peer, config.heartbeat
         self._listen = peer.listen
+        try:
+            tls = context(peer.tls, listens=peer.listen is not None) if peer.tls else None
+        except TlsError as error:
+            raise PairError(f"peer.tls: {error}") from None
         self._plane = plane
         self._clock = clock
         self._notice = notice
@@ -101,12 +111,16 @@ class Pair:
             notice=self._noticed,
             listen=peer.listen,
             connect=peer.connect,
+            tls=tls,
         )
+        key = heartbeat_key(config)
+        if peer.tls:
+            self.protocol.heartbeat_key = key
         try:
             self.watch = Watch(
                 heartbeat.listen,
                 heartbeat.connect,
-                heartbeat_key(config),
+                key,
                 instance=config.number,
                 epoch=epoch,
                 interval_ms=heartbeat.interval_ms,
@@ -116,6 +130,7 @@ class Pair:
         except OSError as error:
             ends = [f"{host}:{port}" for host, port in filter(None, (heartbeat.listen, heartbeat.connect))]
             raise PairError(unusable(f"heartbeat {' to '.join(ends)}", error)) from None
+        self._takes_key = peer.tls is not None and peer.connect is not None  # that of the side that listens
         self._peer_carries = asyncio.Event()
         # Who has nothing to write at the peer's death must notice it all the same: held packets wait for the peer.
         self._bell = socket.socketpair() if guard else None
@@ -130,6 +145,8 @@ class Pair:
 
     def _noticed(self, action: do.Action) -> None:
         if isinstance(action, do.StateChanged):
+            if self._takes_key and (it := self.protocol.peer) is not None:
+                self.watch.rekey(it.heartbeat_key)
             # A descriptor must be out of the watch before the transport closes it.
             operational = action.after is State.OPERATIONAL
             self.watch.watch_tcp(self.transport.fileno() if operational else None)

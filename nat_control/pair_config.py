@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from nat_control.config_reader import MAX_SOCKET_PATH, Reader, Section, choice, integer, shown, text_like
+from nat_control.config_reader import (
+    MAX_SOCKET_PATH,
+    Reader,
+    Section,
+    choice,
+    flag,
+    integer,
+    shown,
+    text_like,
+)
+from nat_control.tls import Tls
 
 MODES = ("off", "asynchronous", "synchronous")
 PARTITIONS = ("all_peer",)
@@ -30,13 +40,15 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The sync channel; one side listens, the other connects."""
+    """The sync channel; one side listens, the other connects. ``plain``: without TLS over a network that is trusted."""
 
     listen: Address | None
     connect: Address | None
     mode: str = "synchronous"
     partition: str = PARTITIONS[0]
     hold: Hold = Hold()
+    tls: Tls | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +96,16 @@ class Virtual:
 
 
 KEYS: Mapping[str, Mapping[str, bool]] = {
-    "peer": {"listen": False, "connect": False, "mode": False, "partition": False, "hold": False},
+    "peer": {
+        "listen": False,
+        "connect": False,
+        "mode": False,
+        "partition": False,
+        "hold": False,
+        "tls": False,
+        "plain": False,
+    },
+    "tls": {"ca": True, "certificate": True, "key": True},
     "hold": {"packets": False, "ms": False, "on_limit": False},
     "heartbeat": {"listen": True, "connect": False, "interval_ms": False, "misses": False, "key": False},
     "switch": {
@@ -171,7 +192,14 @@ def read_peer(section: Section) -> Peer:
             ms=hold.get("ms", integer(1, 10_000), 50),
             on_limit=hold.get("on_limit", choice(ON_LIMIT), ON_LIMIT[0]),
         ),
+        tls=_read_tls(section.section("tls", "tls")) if "tls" in section.values else None,
+        plain=section.get("plain", flag, False),
     )
+
+
+def _read_tls(section: Section) -> Tls:
+    nowhere = Path("/")
+    return Tls(*(section.get(key, lambda value: Path(_path(value)), nowhere) for key in KEYS["tls"]))
 
 
 def read_heartbeat(section: Section) -> Heartbeat:
@@ -216,6 +244,8 @@ def check_pair(
     active = peer is not None and peer.mode != "off" and reader.good("peer.mode")
     if active and heartbeat is None:
         reader.fault("heartbeat", "missing: a peer needs it to learn of the other's death")
+    if active and peer:
+        _check_tls(reader, peer, heartbeat)
     if heartbeat is not None and peer is None:
         reader.fault("peer", "missing: a heartbeat is for the peer")
     lacking = active and peer and peer.connect and heartbeat and heartbeat.connect is None
@@ -241,4 +271,20 @@ def check_pair(
     if switch.takeover == switch.openflow and reader.good("switch.takeover", "switch.openflow"):
         reader.fault(
             "switch.takeover", "must be another place than `openflow`: it is a connection of its own"
+        )
+
+
+def _check_tls(reader: Reader, peer: Peer, heartbeat: Heartbeat | None) -> None:
+    """Plain only where nobody else can listen, or where somebody has said that the network is trusted."""
+    if peer.tls and peer.plain:
+        reader.fault("peer.plain", "there is `tls`: one of the two")
+    if peer.tls and heartbeat and heartbeat.key:
+        reader.fault("heartbeat.key", "the sync channel has TLS, and brings a key of its own at every start")
+    key = "listen" if peer.listen else "connect"
+    where = peer.listen or peer.connect
+    if where and not peer.tls and not peer.plain and not IPv4Address(where[0]).is_loopback:
+        reader.fault(
+            f"peer.{key}",
+            f"{where[0]} is not on loopback: `tls` is needed (tandem-nat certs makes the files), "
+            "or `plain: true` where the network between is trusted",
         )

@@ -45,6 +45,8 @@ def _say_notice(action: do.Action) -> None:
     match action:
         case do.StateChanged(before, after, why):
             say(f"peer: {before.value} -> {after.value}: {why}")
+        case do.Unreachable(why):
+            say(f"peer: not reached: {why}")
         case do.Conflicts(ids, here):
             say(f"peer: {len(ids)} sessions contradict others {'here' if here else 'there'}")
         case do.DigestCompared(differing) if differing:

@@ -1,13 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * One loop, one mutex. A thread holds the mutex for the whole of a lap and gives it up only to wait in ppoll;
- * callers hold it for a few assignments. So a caller that has returned knows that the loop acts on what it
- * said: after hb_disarm no byte is written. The mutex inherits priority, since the threads outrank their
- * callers.
- *
- * Where there are two CPUs, two threads run the same loop, on different ones: a hypervisor takes a CPU away
- * for 10 ms now and then, and no priority helps against that. Whoever wakes first does what is due; the other
- * finds it done.
+ * One loop, one mutex. A thread holds it for the whole of a lap, but for the wait in ppoll; callers hold it
+ * for a few assignments. So a caller that has returned knows that the loop acts on what it said: after
+ * hb_disarm no byte is written. It inherits priority, since the threads outrank their callers.
+ * Two CPUs have a thread each, with the same loop: a hypervisor takes a CPU away for 10 ms now and then, and
+ * no priority helps against that. Whoever wakes first does what is due; the other finds it done.
  */
 #define _GNU_SOURCE
 #include "heartbeat.h"
@@ -425,12 +422,10 @@ void hb_destroy(struct heartbeat *hb)
     free(hb);
 }
 
-/* One half of the CPUs that the caller may use for each thread; a single CPU is the first one's. Neighbours,
- * which may be two threads of one core, fall into the same half. */
+/* For each thread one half of our CPUs, or the only one. Neighbours may be one core, and are in one half. */
 static unsigned split_cpus(cpu_set_t halves[RUNNERS])
 {
     cpu_set_t all;
-    CPU_ZERO(&all);
     pthread_getaffinity_np(pthread_self(), sizeof all, &all);
     const int n = CPU_COUNT(&all);
     memset(halves, 0, RUNNERS * sizeof *halves);
@@ -448,7 +443,6 @@ int hb_start(struct heartbeat *hb)
     hb->stop = false;
     hb->next_send = hb->last_look = now;
     expect_next(hb, now);
-
     pthread_attr_t attributes;
     sigset_t all, before;
     cpu_set_t halves[RUNNERS];
@@ -489,25 +483,25 @@ void hb_stop(struct heartbeat *hb)
         pthread_join(hb->runners[--hb->running].thread, NULL);
 }
 
-static struct prepared *copy(const void *data, size_t n)
+static int copy(struct prepared **out, const void *data, size_t n)
 {
-    struct prepared *prepared = malloc(sizeof *prepared + n);
-    if (prepared) {
-        prepared->length = n;
-        memcpy(prepared->bytes, data, n);
-    }
-    return prepared;
+    if (n > HB_MAX_PREPARED)
+        return EMSGSIZE;
+    if (!(*out = malloc(sizeof **out + n)))
+        return ENOMEM;
+    (*out)->length = n;
+    memcpy((*out)->bytes, data, n);
+    return 0;
 }
 
 int hb_arm(struct heartbeat *hb, const void *data, size_t n, int fd)
 {
-    if (n > HB_MAX_PREPARED)
-        return EMSGSIZE;
-    struct prepared *new = copy(data, n);
-    if (!new)
-        return ENOMEM;
+    struct prepared *new, *old;
+    const int rc = copy(&new, data, n);
+    if (rc)
+        return rc;
     pthread_mutex_lock(&hb->mutex);
-    struct prepared *old = hb->prepared;
+    old = hb->prepared;
     hb->prepared = new;
     hb->written = 0;
     hb->stream_fd = fd;
@@ -526,21 +520,20 @@ int hb_arm(struct heartbeat *hb, const void *data, size_t n, int fd)
 
 int hb_update(struct heartbeat *hb, const void *data, size_t n)
 {
-    if (n > HB_MAX_PREPARED)
-        return EMSGSIZE;
-    struct prepared *old = copy(data, n);
-    if (!old)
-        return ENOMEM;
+    struct prepared *old;
+    int rc = copy(&old, data, n);
+    if (rc)
+        return rc;
     pthread_mutex_lock(&hb->mutex);
-    const bool in_time = hb->armed && !hb->fired;
-    if (in_time) {
+    if (hb->armed && !hb->fired) {
         struct prepared *swap = hb->prepared;
         hb->prepared = old;
         old = swap;
-    }
+    } else
+        rc = ECANCELED;
     pthread_mutex_unlock(&hb->mutex);
     free(old);
-    return in_time ? 0 : ECANCELED;
+    return rc;
 }
 
 bool hb_disarm(struct heartbeat *hb)
@@ -553,6 +546,13 @@ bool hb_disarm(struct heartbeat *hb)
     pthread_mutex_unlock(&hb->mutex);
     kick(hb);
     return in_time;
+}
+
+void hb_rekey(struct heartbeat *hb, const uint8_t key[HB_KEY_BYTES])
+{
+    pthread_mutex_lock(&hb->mutex);
+    memcpy(hb->config.key, key, HB_KEY_BYTES);
+    pthread_mutex_unlock(&hb->mutex);
 }
 
 void hb_leave(struct heartbeat *hb, bool leave)

@@ -80,6 +80,8 @@ int hb_arm(struct heartbeat *hb, const void *data, size_t n, int fd);
 int hb_update(struct heartbeat *hb, const void *data, size_t n);
 /* After it returns nothing is written. Whether it came before the death (false: fired, bytes may be out). */
 bool hb_disarm(struct heartbeat *hb);
+/* Both sides must change their keys; what comes with another one meanwhile counts as no heartbeat. */
+void hb_rekey(struct heartbeat *hb, const uint8_t key[HB_KEY_BYTES]);
 /* From the next heartbeat on, one of which is sent at once, say that we leave (or that we do not). */
 void hb_leave(struct heartbeat *hb, bool leave);
 /* Connections whose end is a death; -1: none. What was watched before may be closed once this has returned.

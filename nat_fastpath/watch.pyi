@@ -82,6 +82,9 @@ class Watch:
     def disarm(self) -> bool:
         """When this returns nothing is written any more. False: the peer died first, so bytes may have been."""
 
+    def rekey(self, key: bytes) -> None:
+        """Another key of 16 bytes from now on; the peer must change, too. Raises ValueError."""
+
     def leave(self, leave: bool = True) -> None:
         """Tells the peer, three times at once and in every heartbeat after, that we leave on purpose: it does not
         fire. Call it before closing connections. ``leave(False)`` takes it back."""

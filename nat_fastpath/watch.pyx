@@ -46,6 +46,7 @@ cdef extern from "heartbeat.h" nogil:
     int hb_arm(heartbeat *hb, const void *data, size_t n, int fd)
     int hb_update(heartbeat *hb, const void *data, size_t n)
     bint hb_disarm(heartbeat *hb)
+    void hb_rekey(heartbeat *hb, const uint8_t *key)
     void hb_leave(heartbeat *hb, bint leave)
     void hb_watch_tcp(heartbeat *hb, const int *fds)
     int hb_fired(heartbeat *hb, hb_times *times)
@@ -110,6 +111,12 @@ def _udp_socket(listen, peer):
     return udp
 
 
+cdef const char *_key_bytes(bytes key) except NULL:
+    if len(key) != HB_KEY_BYTES:
+        raise ValueError(f"key must have {HB_KEY_BYTES} bytes, not {len(key)}")
+    return key
+
+
 cdef class Watch:
     cdef heartbeat *_hb
     cdef object _address
@@ -120,9 +127,7 @@ cdef class Watch:
     ):
         cdef hb_config config
         memset(&config, 0, sizeof(config))
-        if len(key) != HB_KEY_BYTES:
-            raise ValueError(f"key must have {HB_KEY_BYTES} bytes, not {len(key)}")
-        memcpy(config.key, <const char *>key, HB_KEY_BYTES)
+        memcpy(config.key, _key_bytes(key), HB_KEY_BYTES)
         config.instance = _in_range("instance", instance, 0, 255)
         config.peer_instance = -1 if peer_instance is None else _in_range("peer_instance", peer_instance, 0, 255)
         if config.peer_instance == config.instance:
@@ -210,6 +215,10 @@ cdef class Watch:
         with nogil:
             in_time = hb_disarm(hb)
         return in_time
+
+    def rekey(self, bytes key not None):
+        cdef heartbeat *hb = self._open()
+        hb_rekey(hb, <const uint8_t *>_key_bytes(key))
 
     def leave(self, bint leave=True):
         cdef heartbeat *hb = self._open()

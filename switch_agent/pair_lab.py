@@ -13,6 +13,7 @@ import yaml
 
 from nat_control import api
 from nat_control.lab import Lab, Process, until
+from nat_control.tls import make_certificates
 from switch_agent.ovs import OpenVSwitch
 
 CLIENT, NAT_INSIDE, ROUTER, OUTSIDE = "10.0.0.10", "10.0.0.1", "198.51.100.254", "203.0.113.1"
@@ -63,6 +64,7 @@ class PairLab:
         # what the client's and the outside's kernels leave to hardware does not pass a userspace switch
         for end, device in ((self.client, "eth0"), (self.outside, "eth0")):
             end.run("ethtool", "-K", device, "tx", "off", "tso", "off", "gso", "off")
+        make_certificates(lab.directory, ("agent", "server"))
         self.heartbeat = f"{interval_ms:g} ms x {misses}"
         beats = {"interval_ms": interval_ms, "misses": misses}
         hold = {"packets": 1024, "ms": 500, "on_limit": "drop"}
@@ -70,7 +72,7 @@ class PairLab:
             "agent",
             "32768-65535",
             {},
-            peer={"listen": f"{AGENT}:7000", "mode": mode, "partition": "all_peer", "hold": hold},
+            peer={"listen": f"{AGENT}:7000", "mode": mode, "hold": hold, "tls": self._tls("agent")},
             heartbeat={"listen": f"{AGENT}:7001", **beats},
             switch={
                 "openflow": "127.0.0.1:6653",
@@ -84,9 +86,13 @@ class PairLab:
             "server",
             "1024-32767",
             {"internal": "nat-in", "external": "nat-out"},
-            peer={"connect": f"{AGENT}:7000", "mode": mode, "partition": "all_peer", "hold": hold},
+            peer={"connect": f"{AGENT}:7000", "mode": mode, "hold": hold, "tls": self._tls("server")},
             heartbeat={"listen": f"{SERVER}:7001", "connect": f"{AGENT}:7001", **beats},
         )
+
+    def _tls(self, name: str) -> dict[str, str]:
+        files = {"ca": "ca.pem", "certificate": f"{name}.pem", "key": f"{name}.key"}
+        return {key: str(self.lab.directory / file) for key, file in files.items()}
 
     def _write(self, name: str, ports: str, devices: dict[str, str], **more: Any) -> str:
         sides: dict[str, Any] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both sides of a pair in one process, over real TCP: ``python -m tests.sync_pair``, within a namespace.
+"""Both sides of a pair in one process, over real TCP: ``python -m tests.sync_pair [CERTIFICATES]``, within a namespace.
 
 Prints one line of JSON about what happened.
 """
@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +23,7 @@ from nat_control.sync.actions import Limits, Mode, State
 from nat_control.sync.codec import PoolRange
 from nat_control.sync.protocol import Protocol
 from nat_control.sync.transport import Transport
+from nat_control.tls import Tls, context
 from nat_fastpath.engine import FLAG_FOREIGN, FLAG_PENDING
 from tests.memory_plane import UDP, AsyncMemoryPlane, MemoryPlane, key_of
 
@@ -29,7 +33,14 @@ PATIENCE = 20.0
 
 
 class Side:
-    def __init__(self, instance: int, *, listen: int | None = None, connect: int | None = None) -> None:
+    def __init__(
+        self,
+        instance: int,
+        *,
+        listen: int | None = None,
+        connect: int | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         first, last = (1024, 31999) if instance == 1 else (32000, 62975)
         self.plane = MemoryPlane(
             instance, [(ADDRESS, port) for port in range(first, last + 1)], synchronous=True
@@ -49,6 +60,7 @@ class Side:
             notice=self.told.append,
             listen=None if listen is None else ("127.0.0.1", listen),
             connect=None if connect is None else ("127.0.0.1", connect),
+            tls=tls,
         )
         self.task = asyncio.create_task(self.transport.run())
 
@@ -88,12 +100,19 @@ async def until(probe: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+def tls_of(name: str, *, listens: bool) -> ssl.SSLContext | None:
+    if len(sys.argv) < 2:
+        return None
+    where = Path(sys.argv[1])
+    return context(Tls(where / "ca.pem", where / f"{name}.pem", where / f"{name}.key"), listens=listens)
+
+
 async def main() -> None:
-    a = Side(1, listen=0)
+    a = Side(1, listen=0, tls=tls_of("server", listens=True))
     await until(lambda: a.transport.address is not None)
     assert a.transport.address is not None
     port = a.transport.address[1]
-    b = Side(2, connect=port)
+    b = Side(2, connect=port, tls=tls_of("switch", listens=False))
 
     def paired() -> bool:
         return a.protocol.state is State.OPERATIONAL and b.protocol.state is State.OPERATIONAL
@@ -123,7 +142,7 @@ async def main() -> None:
     found["survivor_owns_all"] = not any(r["flags"] & FLAG_FOREIGN for r in a.plane.held.values())
     a.open(10, 0x0A300000)
     await until(lambda: a.held == 0)
-    b = Side(2, connect=port)
+    b = Side(2, connect=port, tls=tls_of("switch", listens=False))
     b.transport.ready()
     await until(paired)
     found["returned"] = a.ids == b.ids

@@ -183,6 +183,13 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreachable:
+    """No connection comes about, for this reason; told when the reason is another one."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class StateChanged:
     before: State
     after: State
@@ -206,6 +213,7 @@ Action = (
     | Conflicts
     | Close
     | StateChanged
+    | Unreachable
 )
 
 

@@ -33,6 +33,8 @@ BUCKETS = 256  # of a digest
 MAX_RECORDS = (MAX_PAYLOAD - 16) // RECORD.itemsize  # in one message
 MAX_NEXT_HOPS = MAX_PAYLOAD // NEIGHBOUR.itemsize
 
+NO_KEY = bytes(16)
+
 Buckets = np.ndarray[Any, np.dtype[np.uint64]]
 
 
@@ -67,13 +69,17 @@ class PoolRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first message of both. ``pools`` are the sender's own sets, ``term`` counts takeovers."""
+    """The first message of both. ``pools`` are the sender's own sets, ``term`` counts takeovers.
+
+    ``heartbeat_key`` (16 bytes) is zeros without TLS; else that of the side that listens is used by both.
+    """
 
     instance: int
     epoch: int
     term: int
     pools: tuple[PoolRange, ...]
     record_size: int = RECORD.itemsize
+    heartbeat_key: bytes = NO_KEY
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,7 +185,7 @@ Message = (
     | HandOverComplete
 )
 
-_HELLO = struct.Struct("<HBxIHxx")  # record size, instance, term, number of ranges
+_HELLO = struct.Struct("<HBxIHxx16s")  # record size, instance, term, number of ranges, key of heartbeats
 _RANGE = struct.Struct("<IIHH")
 _INIT = struct.Struct("<QIB3x")  # txid, chunk, last
 _U64 = struct.Struct("<Q")
@@ -224,12 +230,12 @@ def _exactly(payload: memoryview, size: int) -> None:
 def _write_hello(m: Hello) -> bytes:
     if len(m.pools) > MAX_POOLS:
         raise CodecError(f"{len(m.pools)} address ranges, and {MAX_POOLS} at most fit a hello")
-    head = _HELLO.pack(m.record_size, m.instance, m.term, len(m.pools))
+    head = _HELLO.pack(m.record_size, m.instance, m.term, len(m.pools), m.heartbeat_key)
     return head + b"".join(_RANGE.pack(*pool) for pool in m.pools)
 
 
 def _read_hello(payload: memoryview, epoch: int) -> Hello:
-    size, instance, term, count = _head(_HELLO, payload)
+    size, instance, term, count, key = _head(_HELLO, payload)
     if count > MAX_POOLS:
         raise CodecError(f"hello with {count} address ranges, {MAX_POOLS} at most")
     _exactly(payload, _HELLO.size + count * _RANGE.size)
@@ -237,7 +243,7 @@ def _read_hello(payload: memoryview, epoch: int) -> Hello:
     for pool in pools:
         if pool.first > pool.last or pool.port_first > pool.port_last:
             raise CodecError(f"hello with an empty range: {pool}")
-    return Hello(instance, epoch, term, pools, size)
+    return Hello(instance, epoch, term, pools, size, key)
 
 
 def _read_init(payload: memoryview, epoch: int) -> InitState:

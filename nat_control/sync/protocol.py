@@ -75,10 +75,9 @@ MAX_REFUSED = (codec.MAX_PAYLOAD - 8) // 8
 
 
 class Protocol:
-    """One side. Every input returns the actions to carry out, in order.
+    """One side. Every input returns the actions to carry out, in order. ``heartbeat_key`` is what Hello tells.
 
-    ``epoch``: the number of the last connection of an earlier start, or anything that differs from it.
-    """
+    ``epoch``: the number of the last connection of an earlier start, or anything that differs from it."""
 
     def __init__(
         self,
@@ -97,6 +96,7 @@ class Protocol:
         self.term = term
         self.limits = limits or Limits()
         self.state = State.STARTING
+        self.heartbeat_key = codec.NO_KEY
         self.peer: Hello | None = None
         self.conflicts = 0  # sessions refused, here or at the peer, since the start
         self.last_error = ""
@@ -249,7 +249,7 @@ class Protocol:
         self.epoch = (self.epoch + 1) & 0xFFFFFFFF
         self._forget()
         self._deadline = now + self.limits.handshake
-        self._send(Hello(self.instance, self.epoch, self.term, self.pools))
+        self._send(Hello(self.instance, self.epoch, self.term, self.pools, heartbeat_key=self.heartbeat_key))
         self._become(State.HANDSHAKE, "connected")
 
     def _disconnected(self, why: str) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
+import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -19,6 +21,7 @@ from nat_control.sync import actions as do
 from nat_control.sync.codec import CodecError, Decoder, Error, Hello, encode
 from nat_control.sync.digest import Summary
 from nat_control.sync.protocol import Protocol
+from nat_control.tls import reason
 
 READ_BYTES = 1 << 18
 QUEUED_RECORDS = 1 << 17  # of the peer, not yet given to the plane
@@ -54,6 +57,7 @@ class Transport:
         notice: Callable[[do.Action], None],
         listen: tuple[str, int] | None = None,
         connect: tuple[str, int] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         if (listen is None) == (connect is None):
             raise ValueError("one side listens, the other connects")
@@ -64,6 +68,8 @@ class Transport:
         self._notice = notice
         self._listen = listen
         self._connect = connect
+        self._tls = tls
+        self._unreachable = ""
         self._server: asyncio.Server | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._connection: asyncio.Task[None] | None = None
@@ -124,7 +130,12 @@ class Transport:
         """Takes its address, where it is the side that listens; nobody is served before ``run``. Raises OSError."""
         if self._listen is not None and self._server is None:
             self._server = await asyncio.start_server(
-                self._accepted, *self._listen, limit=READ_BYTES, start_serving=False
+                self._accepted,
+                *self._listen,
+                limit=READ_BYTES,
+                start_serving=False,
+                ssl=self._tls,
+                ssl_handshake_timeout=HELLO if self._tls else None,
             )
             self.address = self._server.sockets[0].getsockname()[:2]
 
@@ -172,8 +183,16 @@ class Transport:
         assert self._connect is not None
         pause = BACKOFF[0]
         while not self._leaving:
-            with contextlib.suppress(OSError):
-                reader, writer = await asyncio.open_connection(*self._connect, limit=READ_BYTES)
+            try:
+                reader, writer = await asyncio.open_connection(
+                    *self._connect,
+                    limit=READ_BYTES,
+                    ssl=self._tls,
+                    ssl_handshake_timeout=HELLO if self._tls else None,
+                )
+            except OSError as error:
+                self._not_reached(error)
+            else:
                 began = self._clock()
                 self._connection = self._tasks.create_task(self._talk(reader, writer))
                 await asyncio.wait([self._connection])
@@ -181,6 +200,14 @@ class Transport:
                     pause = BACKOFF[0]
             await asyncio.sleep(pause)
             pause = min(2 * pause, BACKOFF[1])
+
+    def _not_reached(self, error: OSError) -> None:
+        why = reason(error) if isinstance(error, ssl.SSLError) else os.strerror(error.errno or 0)
+        if error.errno is None and not isinstance(error, ssl.SSLError):
+            why = str(error)
+        if why != self._unreachable:
+            self._unreachable = why
+            self._notice(do.Unreachable(why))
 
     async def _talk(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, first: bytes = b""
@@ -190,6 +217,7 @@ class Transport:
         try:
             _prepare(writer)
             self._writer = writer
+            self._unreachable = ""
             self._carry_out(self.protocol.connected(self._clock()))
             await self._read(reader, first)
             await _drained(reader)
@@ -197,7 +225,7 @@ class Transport:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(writer.wait_closed(), GOODBYE)
         except OSError as error:
-            why = error.strerror or str(error)
+            why = reason(error) if isinstance(error, ssl.SSLError) else error.strerror or str(error)
         finally:
             writer.transport.abort()
             if self._paging is not None:
@@ -275,6 +303,8 @@ class Transport:
             with contextlib.suppress(OSError):
                 if writer.can_write_eof():
                     writer.write_eof()
+                else:  # TLS has no half of an end: all that is written still goes out
+                    writer.close()
             asyncio.get_running_loop().call_later(GOODBYE, writer.transport.abort)
 
     # -- the plane, one operation after the other

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +162,9 @@ def test_the_schema_wants_exactly_one_of_listen_and_connect_too(peer: dict[str, 
         ("peer.listen", "127.0.0.1:7000", "peer", "exactly one of"),
         ("peer.connect", "127.0.0.1:70000", "peer.connect", "from 1 to 65535"),
         ("peer.connect", "localhost:7000", "peer.connect", "ADDRESS:PORT"),
+        ("peer.connect", "192.0.2.7:7000", "peer.connect", "not on loopback: `tls` is needed"),
+        ("peer.tls", {"ca": "/ca.pem", "certificate": "/me.pem"}, "peer.tls.key", "missing"),
+        ("peer.tls", {"ca": "ca.pem", "certificate": "/m", "key": "/k"}, "peer.tls.ca", "absolute path"),
         ("peer.partition", "all_local", "peer.partition", "none of: all_peer"),
         ("peer.hold", {"ms": 0}, "peer.hold.ms", "from 1 to 10000"),
         ("heartbeat", ..., "heartbeat", "missing"),
@@ -184,6 +188,20 @@ def test_halves_that_do_not_fit(path: str, value: object, where: str, message: s
     else:
         place[last] = value
     assert message in problems(document)[where]
+
+
+def test_tls_or_plain_and_one_key() -> None:
+    tls = {key: f"/etc/{key}" for key in ("ca", "certificate", "key")}
+    away = {**PAIR, "peer": {"connect": "192.0.2.7:7000", "tls": tls}}
+    document = with_sections(away, devices=True)
+    SCHEMA_CHECK.validate(document)
+    assert c.parse(document).peer.tls.certificate == Path("/etc/certificate")
+    trusted = with_sections({**PAIR, "peer": {"connect": "192.0.2.7:7000", "plain": True}}, devices=True)
+    assert problems(trusted) == {}
+    away["peer"]["plain"] = True
+    away["heartbeat"] = {**PAIR["heartbeat"], "key": "00" * 16}
+    found = problems(with_sections(away, devices=True))
+    assert found.keys() == {"peer.plain", "heartbeat.key"}
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,29 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from nat_control.lab import Lab
+from nat_control.tls import make_certificates
 
 
-def test_a_pair_over_tcp() -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_a_pair_over_tcp(tls: bool) -> None:
     with Lab() as lab:
+        if tls:
+            make_certificates(lab.directory, ("server", "switch"))
         here = lab.namespace("pair")
         here.ip("link", "set", "lo", "up")
         root = str(Path(__file__).parents[2])
-        printed = here.run("env", f"PYTHONPATH={root}", sys.executable, "-m", "tests.sync_pair", timeout=90)
+        printed = here.run(
+            "env",
+            f"PYTHONPATH={root}",
+            sys.executable,
+            "-m",
+            "tests.sync_pair",
+            *([str(lab.directory)] if tls else []),
+            timeout=90,
+        )
     found = json.loads(printed.splitlines()[-1])
     assert found == {
         "exchanged": True,

@@ -240,3 +240,20 @@ def test_signals_stay_with_the_main_thread() -> None:
                 blocked.append(int(status["SigBlk"], 16) & wanted)
     assert blocked
     assert set(blocked) == {wanted}
+
+
+def test_another_key_for_both_is_no_death_and_for_one_is() -> None:
+    with pair() as (w, peer):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            w.arm(b"dead", ours.fileno())
+            for one in (peer, w):
+                one.rekey(b"k" * 16)
+            heard = w.stats()["received"]
+            until(lambda: w.stats()["received"] > heard + 3)
+            assert w.fired is None
+            peer.rekey(b"l" * 16)
+            until(lambda: w.fired)
+            assert take(theirs) == b"dead"
+        with pytest.raises(ValueError, match="16 bytes"):
+            w.rekey(b"short")

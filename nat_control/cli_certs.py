@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `certs`: what the two halves of a pair know each other by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from re import fullmatch
+from typing import Annotated
+
+import typer
+
+from nat_control.cli_output import fail
+from nat_control.tls import AUTHORITY, TlsError, make_certificates
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(certs)
+
+
+def certs(
+    directory: Annotated[Path, typer.Argument(help="Where the files shall be; made where it is not there.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="One for each half.", show_default="server switch"),
+    ] = None,
+) -> None:
+    """Make the certificates of a pair: an authority of its own, and NAME.pem and NAME.key for each half.
+
+    Each half needs ca.pem and its own two files. The authority's key (ca.key) makes further certificates, and belongs on
+    neither: who has it can pass for either half.
+    """
+    chosen = tuple(names or ("server", "switch"))
+    if bad := next(
+        (name for name in chosen if name == AUTHORITY or not fullmatch(r"[\w-][\w.-]*", name)), None
+    ):
+        raise typer.BadParameter(f"{bad!r} is no name for files beside {AUTHORITY}.pem")
+    if len(set(chosen)) < len(chosen):
+        raise typer.BadParameter("a name stands twice")
+    try:
+        made = make_certificates(directory, chosen)
+    except TlsError as error:
+        raise fail(str(error)) from None
+    for path in made:
+        print(path)
