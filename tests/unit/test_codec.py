@@ -154,9 +154,9 @@ def test_a_flipped_bit_does_no_harm(message: Message, data: st.DataObject) -> No
         (header(11, 1) + bytes(1), "instead of 0"),
         (header(10, 1027) + bytes(1027), "error text"),
         (header(2, 16) + bytes(12) + b"\2" + bytes(3), "last flag"),
-        (header(1, 12) + bytes(8) + b"\xff\xff" + bytes(2), "65535 address ranges"),
-        (header(1, 12) + bytes(8) + b"\1\0" + bytes(2), "instead of 24"),
-        (header(1, 24) + bytes(8) + b"\1\0\0\0" + b"\2" + bytes(11), "empty range"),
+        (header(1, 28) + bytes(8) + b"\xff\xff" + bytes(18), "65535 address ranges"),
+        (header(1, 28) + bytes(8) + b"\1\0" + bytes(18), "instead of 40"),
+        (header(1, 40) + bytes(8) + b"\1\0" + bytes(18) + b"\2" + bytes(11), "empty range"),
     ],
 )
 def test_what_is_refused(stream: bytes, why: str) -> None:
