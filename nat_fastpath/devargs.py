@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import stat
+from collections.abc import Set
 from pathlib import Path
 
 PCI = re.compile(r"(?:pci:)?((?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])(?=,|$)", re.ASCII | re.I)
@@ -61,13 +62,15 @@ def scatters(device: str) -> bool:
     return driver_of(device) in SCATTERING
 
 
-def problem_of(device: str, root: Path = Path("/")) -> str:
+def problem_of(device: str, root: Path = Path("/"), needed: Set[str] = frozenset()) -> str:
     """Why DPDK could not use it, and how to mend that; empty when nothing is known to be in the way.
+
+    Kernel interfaces that are ``needed`` are not to be given up: this host would be cut off.
 
     A socket that a killed process has left where this device is to listen is removed.
     """
     if address := pci_address(device):
-        return _pci_problem(address, root)
+        return _pci_problem(address, root, needed)
     driver, arguments = driver_of(device), arguments_of(device)
     if driver == "net_virtio_user" and arguments.get("server") == "1":
         return _listening_place(arguments.get("path", ""), "path")
@@ -77,7 +80,7 @@ def problem_of(device: str, root: Path = Path("/")) -> str:
     return ""
 
 
-def _pci_problem(address: str, root: Path) -> str:
+def _pci_problem(address: str, root: Path, needed: Set[str]) -> str:
     path = root / "sys/bus/pci/devices" / address
     if not path.exists():
         return "there is no such PCI device here; `tandem-nat drivers` lists those that there are"
@@ -99,6 +102,10 @@ def _pci_problem(address: str, root: Path) -> str:
     has_it = f"the kernel's driver {driver} has it" if driver else "no driver has it"
     if interfaces:
         has_it += f" as {', '.join(interfaces)}"
+    if not needed.isdisjoint(interfaces):
+        return (
+            f"{has_it}, which carries this host's default route; choose another NIC, or move the route first"
+        )
     first = "".join(f"ip link set {name} down && " for name in interfaces)
     return f"{has_it}; {first}modprobe vfio-pci && dpdk-devbind.py --bind=vfio-pci {address}"
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from nat_fastpath import devargs as words
 from nat_fastpath.dpdk._dpdk import ffi, lib
-from nat_fastpath.dpdk.kernel_interface import Interface, InterfaceError, interface_names
+from nat_fastpath.dpdk.kernel_interface import Interface, InterfaceError, below_default_route, interface_names
 from nat_fastpath.dpdk.packet_ring import SOL_PACKET, Ring
 
 RX_DESCRIPTORS = TX_DESCRIPTORS = 1024
@@ -222,7 +222,9 @@ class Port:
                 f"device {device}: no kernel interface of this network namespace (which has "
                 f"{', '.join(interface_names())}), and no DPDK devargs such as net_memif0 or 0000:03:00.0"
             )
-        elif problem := words.problem_of(device):
+        elif problem := words.problem_of(
+            device, needed=below_default_route() if words.pci_address(device) else frozenset()
+        ):
             raise DpdkError(f"device {device}: {problem}")
         try:
             if self._interface is None:

@@ -83,6 +83,14 @@ def test_a_pci_device_of_the_kernel(tmp_path: Path) -> None:
     )
 
 
+def test_a_nic_that_carries_the_default_route_is_never_told_away(tmp_path: Path) -> None:
+    root = host(tmp_path, "ixgbe", interface="enp3s0")
+    said = problem_of(NIC, root, needed={"enp3s0"})
+    assert "default route; choose another NIC" in said
+    assert "devbind" not in said
+    assert "devbind" in problem_of(NIC, root, needed={"enp4s0"})
+
+
 def test_a_pci_device_of_nobody(tmp_path: Path) -> None:
     said = problem_of(NIC, host(tmp_path))
     assert said == f"no driver has it; modprobe vfio-pci && dpdk-devbind.py --bind=vfio-pci {NIC}"
