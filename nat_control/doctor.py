@@ -12,8 +12,8 @@ from nat_control.findings import Finding, Severity, good, sysctl, write
 from nat_control.host_facts import Facts
 from nat_control.ovs_doctor import ovs_findings
 from nat_control.pci import PciDevice
+from nat_fastpath.devargs import DEVARGS, pci_address
 
-PCI = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b", re.IGNORECASE)
 CAPABILITIES = {"NET_ADMIN": 12, "NET_RAW": 13}  # what raw sockets and changes to interfaces need
 IPC_LOCK = 14
 USERSPACE = {"vfio-pci", "uio_pci_generic", "igb_uio"}
@@ -169,9 +169,7 @@ def _pci_ports(facts: Facts, config: Config | None) -> Iterator[tuple[str, str, 
     """(port, device, NIC): the ports of a configuration that are PCI devices, and who that is here."""
     nics = {nic.address: nic for nic in facts.nics}
     for port in config.ports if config else ():
-        if found := PCI.match(port.device):
-            address = found[0].lower()
-            address = address if address.count(":") == 2 else f"0000:{address}"
+        if address := pci_address(port.device):
             yield port.name, address, nics.get(address)
 
 
@@ -252,6 +250,15 @@ def _ports(facts: Facts, config: Config | None) -> Iterator[Finding]:
                 advice="another interface; or `tandem-nat server --force`, if you know how to come back",
             )
         if not (interface := interfaces.get(device)):
+            if not DEVARGS.match(port.device):
+                yield Finding(
+                    "interface",
+                    Severity.PROBLEM,
+                    f"ports.{port.name}: there is no interface {device} in this network namespace",
+                    "the server does not start",
+                    advice="`ip link` lists them; `ip netns exec NAME tandem-nat doctor` looks at another namespace",
+                    subject=port.name,
+                )
             continue
         if interface.mtu < port.mtu:
             yield Finding(

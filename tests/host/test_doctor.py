@@ -81,6 +81,7 @@ def test_a_healthy_host_has_nothing_but_good_findings(config: Need | None) -> No
 
 
 NOTE, WARNING, PROBLEM = Severity.NOTE, Severity.WARNING, Severity.PROBLEM
+NAT_OUT = HEALTHY.interfaces[1]
 UNBOUND = (replace(NIC, driver="ixgbe", interfaces=("eth0",)), replace(NIC, address="0000:03:00.1"))
 
 
@@ -99,6 +100,7 @@ UNBOUND = (replace(NIC, driver="ixgbe", interfaces=("eth0",)), replace(NIC, addr
         (VFIO, {"modules": frozenset({"igb_uio"})}, "vfio", NOTE, "modprobe vfio-pci"),
         (KERNEL, {"modules": frozenset(), "loadable": frozenset()}, "vfio", NOTE, ""),
         (VFIO, {"nics": HEALTHY.nics[1:]}, "nic", PROBLEM, ""),
+        (need(internal="pci:03:00.0", external="03:00.1"), {"nics": HEALTHY.nics[1:]}, "nic", PROBLEM, ""),
         (VFIO, {"nics": (replace(NIC, driver=None), HEALTHY.nics[1])}, "nic", PROBLEM, "--bind=vfio-pci 0000:03:00.0"),
         (VFIO, {"nics": UNBOUND}, "nic", PROBLEM, ""),  # it carries the default route: no command
         (VFIO, {"nics": (replace(NIC, node=1), HEALTHY.nics[1])}, "numa", WARNING, ""),
@@ -113,8 +115,9 @@ UNBOUND = (replace(NIC, driver="ixgbe", interfaces=("eth0",)), replace(NIC, addr
         (None, {"capabilities": ~(1 << 14), "memlock": 8 << 20}, "memlock", NOTE, ""),
         (None, {"realtime": False}, "realtime", NOTE, ""),
         (KERNEL, {"default_route": frozenset({"nat-in"})}, "default-route", PROBLEM, ""),
-        (KERNEL, {"interfaces": (("nat-in", Interface(1400)),)}, "mtu", NOTE, "nat-in mtu 1500"),
-        (KERNEL, {"interfaces": (("nat-in", Interface(1500, ("gro", "lro"))),)}, "offloads", NOTE, "nat-in gro off lro off"),
+        (KERNEL, {"interfaces": HEALTHY.interfaces[1:]}, "interface", PROBLEM, ""),
+        (KERNEL, {"interfaces": (("nat-in", Interface(1400)), NAT_OUT)}, "mtu", NOTE, "nat-in mtu 1500"),
+        (KERNEL, {"interfaces": (("nat-in", Interface(1500, ("gro", "lro"))), NAT_OUT)}, "offloads", NOTE, "nat-in gro off lro off"),
         (None, {"unseen": ("x: why",)}, "unseen", NOTE, ""),
         (switch(), {"rmem_default": 212992}, "ovs-rmem-default", WARNING, "net.core.rmem_default=67108864"),
     ],
