@@ -112,6 +112,10 @@ class _Connection:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    @property
+    def closed(self) -> bool:
+        return self._lines.closed
+
     def close(self) -> None:
         self._lines.close()
         self._socket.close()
@@ -126,13 +130,19 @@ class SessionPages(Iterator[Records]):
         self.rows = 0
 
     def __next__(self) -> Records:
+        if self._connection.closed:
+            raise StopIteration
         records, line = self._connection.next_records()
         if records is None:
             self.cursor = line["end"]["cursor"]
-            self._connection.close()
+            self.close()
             raise StopIteration
         self.rows += len(records)
         return records
+
+    def close(self) -> None:
+        """For whoever reads no further; the last page does it, too."""
+        self._connection.close()
 
 
 class EventStream(Iterator[Records]):
@@ -150,6 +160,8 @@ class EventStream(Iterator[Records]):
         self.lost = 0
 
     def __next__(self) -> Records:
+        if self._connection.closed:
+            raise StopIteration
         try:
             records, line = self._connection.next_records()
         except NotRunning:

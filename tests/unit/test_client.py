@@ -116,6 +116,11 @@ def test_pages_go_on_where_the_last_one_ended(running: Running, client: Client) 
     ports = [*first["internal_port"], *np.concatenate(list(rest))["internal_port"]]
     assert sorted(ports) == list(range(4000, 4010))
     assert rest.cursor == 0
+    assert list(rest) == [], "at its end it stays"
+    begun = client.session_pages()
+    next(begun)
+    begun.close()
+    assert list(begun) == []
 
 
 # -- events -----------------------------------------------------------------------------------------------
@@ -142,6 +147,9 @@ def test_a_stream_that_is_closed_elsewhere_ends(client: Client) -> None:
     stream.close()
     reader.join(10)
     assert not reader.is_alive()
+    with client.events() as left:
+        pass
+    assert list(left) == [], "at its end it stays"
 
 
 def events_of(n: int, first: int) -> np.ndarray:

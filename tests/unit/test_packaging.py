@@ -42,6 +42,7 @@ sent, = core.take()
 print(json.dumps({
     "verdicts": [held.verdict.name, answered.verdict.name, sent.verdict.name],
     "source": list(sent.frame[26:30]),
+    "typed": all(files(name).joinpath("py.typed").is_file() for name in ("nat_control", "nat_fastpath")),
     "schema": "$schema" in json.loads(files("nat_control").joinpath("config.schema.json").read_text()),
 }))
 """
@@ -87,6 +88,7 @@ def test_the_core_works_without_libdpdk(installed: Path) -> None:
     assert found["source"][:3] == [198, 51, 100]
     assert 10 <= found["source"][3] <= 13
     assert found["schema"]
+    assert found["typed"], "or a type checker ignores the annotations of nat_control.client"
 
 
 @pytest.mark.timeout(300)
