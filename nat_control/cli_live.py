@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import sys
 import termios
+import time
 import tty
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,9 +175,14 @@ def _keys() -> Iterator[bool]:
 
 
 def _wants_to_leave(seconds: float, keyboard: bool) -> bool:
-    """Waits so long; true as soon as q is typed."""
-    ready, _, _ = select.select([sys.stdin] if keyboard else [], [], [], seconds)
-    return bool(ready) and sys.stdin.read(1) in ("q", "Q", "\x1b", "")
+    """Waits so long; true as soon as q, or escape alone, is typed. Keys such as the arrows begin with an escape."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if select.select([sys.stdin] if keyboard else [], [], [], left)[0]:
+            typed = os.read(sys.stdin.fileno(), 64)
+            if typed in (b"", b"\x1b") or (b"q" in typed.lower() and b"\x1b" not in typed):
+                return True
+    return False
 
 
 def top(

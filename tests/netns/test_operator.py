@@ -129,7 +129,11 @@ def test_top_on_a_terminal_ends_with_q(net: Net) -> None:
 
     until("three pictures", read, timeout=60)
     assert CLIENT.encode() in seen
-    os.write(master, b"q")
+    os.write(master, b"\x1b[B")  # arrow down: no escape
+    before_keys = seen.count(b"q ends")
+    until("another picture", lambda: read() and seen.count(b"q ends") > before_keys + 1, timeout=60)
+    assert watching.poll() is None
+    os.write(master, b"xq")
     while watching.poll() is None:
         read()
     assert watching.returncode == 0
