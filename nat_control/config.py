@@ -83,6 +83,7 @@ __all__ = [
 
 MAPPINGS = ("endpoint-independent", "endpoint-dependent")
 FILTERINGS = ("address-and-port-dependent", "address-dependent", "endpoint-independent")
+MAX_AF_XDP_MTU = 1898  # its buffers hold no more; they serve both ports
 DRIVERS = ("auto", "af_xdp", "af_packet")  # of kernel interfaces
 FLOW_HASHES = ("fnv", "aes")
 IDLE_MODES = ("adaptive", "busy")
@@ -438,6 +439,10 @@ def _check(reader: Reader, config: Config, located: list[Located]) -> None:
     internal, external = config.ports
     for port in config.ports:
         _check_port(reader, port)
+        largest = max(internal.mtu, external.mtu)
+        if port.driver == "af_xdp" and largest > MAX_AF_XDP_MTU:
+            reader.fault(f"ports.{port.name}.driver", f"an MTU of {largest} is more than AF_XDP's {MAX_AF_XDP_MTU}"
+                         " (both ports share their buffers); auto or af_packet carries it")  # fmt: skip
     if internal.device and internal.device == external.device:
         _check_shared_device(reader, internal, external)
     if reader.good("ports.internal.address", "ports.external.address"):

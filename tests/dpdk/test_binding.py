@@ -9,6 +9,8 @@ import pytest
 from scapy.layers.inet import IP, IPerror
 from scapy.utils import PcapReader
 
+from nat_control.config import MAX_AF_XDP_MTU
+from nat_fastpath.dpdk import binding
 from tests.dpdk import dpdk_process as process
 from tests.packets import (
     CLIENT,
@@ -229,3 +231,9 @@ def test_a_ring_between_two_nats_of_one_process(tmp_path: Path) -> None:
     assert (parse(answer).src, parse(answer).dst) == (GATEWAY, CLIENT)
     quoted = parse(answer)[IPerror]
     assert (quoted.src, quoted.dst, quoted.payload.sport) == (CLIENT, SERVER, 5000)
+
+
+def test_the_configuration_knows_what_af_xdp_takes() -> None:
+    assert (
+        binding._frame_size(MAX_AF_XDP_MTU) == binding.AF_XDP_FRAME < binding._frame_size(MAX_AF_XDP_MTU + 1)
+    )
