@@ -66,7 +66,7 @@ def _number(key: str, value: object, low: float, high: float) -> float:
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ApiError(f"{key}: {value!r} is not a number from {low:g} to {high:g}")
+        raise ApiError(f"{key}: {value!r} is not a number from {low:.0f} to {high:.0f}")
     return value
 
 

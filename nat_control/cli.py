@@ -297,7 +297,7 @@ def show_sessions(
     """Sessions, filtered and paged."""
     sides = {"internal": internal, "external": external, "remote": remote}
     wanted = {**sides, "port": port, "protocol": protocol, "state": state, "older": older, "idle": idle}
-    filters = {key: value for key, value in wanted.items() if value is not None}
+    filters: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
     with _user_errors():
         pages = Client(find_socket(config, socket)).session_pages(limit=limit, cursor=cursor, **filters)
         (_sessions_as_json if as_json else _sessions_as_text)(pages)

@@ -17,18 +17,59 @@ import json
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, TypedDict, Unpack
 
 import numpy as np
 
 from nat_control import config as configuration
 from nat_control.api import ApiError, NotRunning, connection
 
-__all__ = ["ApiError", "Client", "EventStream", "NotRunning", "SessionPages", "connect", "find_socket"]
+__all__ = [
+    "ApiError",
+    "Client",
+    "EventStream",
+    "Filters",
+    "NotRunning",
+    "SessionPages",
+    "connect",
+    "find_socket",
+]
 
 Records = np.ndarray[Any, np.dtype[np.void]]
 RUN = Path("/run/tandem-nat")
 PATIENCE = 30.0  # seconds for an answer
+
+
+class Filters(TypedDict, total=False):
+    """Of sessions; all that are given must match."""
+
+    internal: str  # "10.0.0.5", "10.0.0.5:80", "10.0.0.0/24", "10.0.0.0/24:80" or ":80"
+    external: str
+    remote: str
+    port: int  # of any of the three
+    protocol: str  # "icmp", "tcp" or "udp"
+    state: str  # of TCP: "established"
+    older: float  # seconds since it was opened
+    idle: float  # seconds without a packet
+
+
+class Flow(TypedDict, total=False):
+    """Of packets; all that are given must match, and each is written as in Filters."""
+
+    internal: str
+    external: str
+    remote: str
+    protocol: str  # "icmp", "tcp" or "udp"
+
+
+class More(TypedDict, total=False):
+    """Of a packet to explain."""
+
+    side: Literal["internal", "external"]  # where it comes from; without it, where its source address is
+    flags: str  # of TCP, "SA"
+    length: int  # of the IP packet
+    ttl: int
+    dont_fragment: bool
 
 
 def find_socket(config: Path | None = None, path: Path | None = None) -> Path:
@@ -132,7 +173,11 @@ class SessionPages(Iterator[Records]):
     def __next__(self) -> Records:
         if self._connection.closed:
             raise StopIteration
-        records, line = self._connection.next_records()
+        try:
+            records, line = self._connection.next_records()
+        except BaseException:
+            self.close()
+            raise
         if records is None:
             self.cursor = line["end"]["cursor"]
             self.close()
@@ -155,7 +200,11 @@ class EventStream(Iterator[Records]):
 
     def __init__(self, path: Path, timeout: float | None) -> None:
         self._connection = _Connection(path, {"events": {}}, timeout)
-        self._connection._dtype = np.dtype(self._connection.line()["dtype"])
+        try:
+            self._connection._dtype = np.dtype(self._connection.line()["dtype"])
+        except BaseException:
+            self._connection.close()
+            raise
         self._closed = False
         self.lost = 0
 
@@ -205,16 +254,12 @@ class Client:
         """Packets by verdict, and all counters."""
         return self.show("stats")
 
-    def sessions(self, **filters: Any) -> Records:
-        """Sessions as one array, shape (n,), dtype RECORD.
-
-        ``filters``, all of which must match: internal, external, remote ("10.0.0.5", "10.0.0.5:80", "10.0.0.0/24",
-        ":80"), port, protocol ("tcp"), state ("established"), older, idle (seconds).
-        """
+    def sessions(self, **filters: Unpack[Filters]) -> Records:
+        """Sessions as one array, shape (n,), dtype RECORD."""
         pages = list(self.session_pages(**filters))
         return np.concatenate(pages) if len(pages) > 1 else pages[0]
 
-    def session_pages(self, *, limit: int = 0, cursor: int = 0, **filters: Any) -> SessionPages:
+    def session_pages(self, *, limit: int = 0, cursor: int = 0, **filters: Unpack[Filters]) -> SessionPages:
         """The same in pages, at most ``limit`` in all (0: no limit), going on at ``cursor``."""
         request = {
             "show": "sessions",
@@ -230,20 +275,20 @@ class Client:
         NotRunning is raised; None waits for ever."""
         return EventStream(self.path, timeout)
 
-    def explain(self, source: str, destination: str, protocol: str = "udp", **more: Any) -> dict[str, Any]:
-        """What would happen to a packet from ``source`` ("10.0.0.7:5000") to ``destination``, and why.
-
-        ``more``: flags (of TCP, "SA"), length (of the IP packet), ttl, dont_fragment, and ``side``, where it comes from
-        ("internal" or "external"; without it, where its source address is).
-        """
-        if "side" in more:
-            more["from"] = more.pop("side")
+    def explain(
+        self, source: str, destination: str, protocol: str = "udp", **more: Unpack[More]
+    ) -> dict[str, Any]:
+        """What would happen to a packet from ``source`` ("10.0.0.7:5000") to ``destination``, and why."""
         asked = {"source": source, "destination": destination, "protocol": protocol, **more}
+        if "side" in asked:
+            asked["from"] = asked.pop("side")
         answer: dict[str, Any] = self._ask({"explain": asked})["explain"]
         return answer
 
-    def trace(self, *, packets: int = 20, seconds: float = 10, **flow: str) -> Iterator[dict[str, Any]]:
-        """The decisions for the next packets of a flow (internal, external, remote, protocol), one dict each.
+    def trace(
+        self, *, packets: int = 20, seconds: float = 10, **flow: Unpack[Flow]
+    ) -> Iterator[dict[str, Any]]:
+        """The decisions for the next packets of a flow, one dict each.
         Raises ApiError when another trace runs."""
         request = {"trace": {"packets": packets, "seconds": seconds, **flow}}
         for answer in self.trace_lines(request):

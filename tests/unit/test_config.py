@@ -114,14 +114,6 @@ def test_vlans_and_one_device_for_both_ports() -> None:
     assert all("the internal port has another one" in message for message in found.values())
 
 
-def test_af_xdp_has_buffers_of_a_page() -> None:
-    document = changed(f"{INTERNAL}.driver", "af_xdp")
-    document["ports"]["external"]["mtu"] = c.MAX_AF_XDP_MTU
-    c.parse(document)
-    document["ports"]["external"]["mtu"] += 1
-    assert "more than AF_XDP's 1898" in problems(document)[f"{INTERNAL}.driver"]
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_an_example_makes_a_core(path: Path) -> None:
     document = yaml.safe_load(path.read_text())
