@@ -9,7 +9,6 @@ import os
 import select
 import sys
 import termios
-import time
 import tty
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +88,9 @@ def explain(
     if told["becomes"]:
         left = told["becomes"]
         print(f"becomes: {left['source']} -> {left['destination']}, ttl {left['ttl']}, to {left['to']}")
+    if told["answer"]:
+        back = told["answer"]
+        print(f"answer: {back['message']}, {back['source']} -> {back['destination']}, to {back['to']}")
     print(f"verdict: {told['verdict']} ({told['meaning']})")
 
 
@@ -175,14 +177,11 @@ def _keys() -> Iterator[bool]:
 
 
 def _wants_to_leave(seconds: float, keyboard: bool) -> bool:
-    """Waits so long; true as soon as q, or escape alone, is typed. Keys such as the arrows begin with an escape."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        if select.select([sys.stdin] if keyboard else [], [], [], left)[0]:
-            typed = os.read(sys.stdin.fileno(), 64)
-            if typed in (b"", b"\x1b") or (b"q" in typed.lower() and b"\x1b" not in typed):
-                return True
-    return False
+    """Waits so long, or for a key; true when it is q, or escape alone, with which those of arrows begin."""
+    if not select.select([sys.stdin] if keyboard else [], [], [], seconds)[0]:
+        return False
+    typed = os.read(sys.stdin.fileno(), 64)
+    return typed in (b"", b"\x1b") or (b"q" in typed.lower() and b"\x1b" not in typed)
 
 
 def top(

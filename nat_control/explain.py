@@ -29,6 +29,11 @@ FLAGS = "FSRPAU"  # from the lowest bit
 UNSEEN_MAC = 0x02_00_00_00_00_FE  # of a sender that nobody has seen yet
 FILTERINGS = ("address-and-port-dependent", "address-dependent", "endpoint-independent")
 PENDING, FOREIGN = 1, 2
+ANSWERS = {
+    (0, 0): "echo reply",
+    (3, 4): "fragmentation needed",
+    (11, 0): "time exceeded",
+}  # ICMP types and codes
 FREE, RESTING, TAKEN = range(3)  # enum nat_slot
 
 Endpoint = tuple[IPv4Address, int]
@@ -233,7 +238,9 @@ def step_text(step: Any, ports: Sequence[str]) -> str:
     if kind == "quota":
         return f"{address} is at its limit"
     if kind == "budget":
-        return f"{value} of {limit} new sessions per second are left{'' if flag else ': too few'}"
+        if not flag:
+            return f"{limit} new sessions per second are used up"
+        return f"{limit} new sessions per second; after this one, {value} more may open at once"
     if kind == "tables":
         return f"{value} of {limit} sessions exist"
     if kind == "mapping":
@@ -271,6 +278,17 @@ def step_text(step: Any, ports: Sequence[str]) -> str:
 
 def _resting(number: int) -> str:
     return f", {number} rest" if number else ""
+
+
+def answer_in(frame: bytes) -> dict[str, Any]:
+    """The NAT's own ICMP message in a frame that goes back."""
+    ip = 18 if frame[12:14] == b"\x81\0" else 14
+    source, destination = (str(IPv4Address(frame[at : at + 4])) for at in (ip + 12, ip + 16))
+    kind, code = frame[ip + 20 : ip + 22]
+    mtu = int.from_bytes(frame[ip + 26 : ip + 28], "big")
+    name = ANSWERS.get((kind, code), f"type {kind} code {code}")
+    message = f"icmp {name}" + (f", MTU {mtu}" if (kind, code) == (3, 4) else "")
+    return {"message": message, "source": source, "destination": destination}
 
 
 def ends_after(frame: bytes) -> dict[str, Any]:
@@ -313,4 +331,5 @@ def answer(core: ExplainingCore, asked: Question, ports: Sequence[str]) -> dict[
         "verdict": verdict,
         "meaning": VERDICT_HELP[told.verdict],
         "becomes": {**ends_after(told.frame), "to": ports[told.port]} if leaves else None,
+        "answer": {**answer_in(told.frame), "to": ports[told.port]} if verdict == "reply" else None,
     }

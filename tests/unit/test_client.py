@@ -25,6 +25,7 @@ from tests.packets import (
     CLIENT,
     INSIDE,
     OTHER_CLIENT,
+    OUR_ADDRESS,
     SERVER,
     START,
     config,
@@ -221,9 +222,33 @@ def test_an_explanation_in_words(running: Running, client: Client) -> None:
         client.explain(f"{CLIENT}:4000", f"{SERVER}:53", length=1600, dont_fragment=True)["verdict"]
         == "reply"
     )
+    cut = client.explain(f"{CLIENT}:4000", f"{SERVER}:53", length=1600, dont_fragment=True)["answer"]
+    assert cut["message"] == "icmp fragmentation needed, MTU 1500"
+    late = client.explain(f"{CLIENT}:4000", f"{SERVER}:53", ttl=1)
+    assert (late["verdict"], late["becomes"]) == ("reply", None)
+    assert late["answer"] == {
+        "message": "icmp time exceeded", "source": OUR_ADDRESS[INSIDE], "destination": CLIENT, "to": "internal"
+    }  # fmt: skip
+    ping = client.explain(CLIENT, OUR_ADDRESS[INSIDE], "icmp")
+    assert ping["answer"]["message"] == "icmp echo reply"
     assert client.explain(f"{CLIENT}:4", f"{SERVER}:80", "tcp", flags="A")["verdict"] == "drop_tcp_not_syn"
     assert client.explain(f"{CLIENT}:4", SERVER, "icmp", length=100)["verdict"] == "forward"
     assert client.explain("10.0.0.99:4", f"{SERVER}:80")["verdict"] == "forward"
+
+
+def test_an_explanation_tells_what_the_budget_leaves(tmp_path: Path) -> None:
+    made = Running(tmp_path / "nat.sock", new_sessions_rate=20, new_sessions_burst=2)
+    with contextlib.closing(made) as running:
+        client, said = connect(running.path), []
+        for port in range(4000, 4003):
+            told = client.explain(f"{CLIENT}:{port}", f"{SERVER}:53")
+            said += [step["text"] for step in told["steps"] if step["step"] == "budget"]
+            running.send(udp(CLIENT, port, SERVER, 53))
+    assert said == [
+        "20 new sessions per second; after this one, 1 more may open at once",
+        "20 new sessions per second; after this one, 0 more may open at once",
+        "20 new sessions per second are used up",
+    ]
 
 
 def test_an_explanation_names_a_parity_that_was_missed(tmp_path: Path) -> None:
