@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from scapy.layers.inet import IP, IPerror
 from scapy.utils import PcapReader
 
-from nat_control.config import MAX_AF_XDP_MTU
+from nat_control.config import MAX_AF_XDP_MTU, ConfigError
+from nat_control.config import parse as parse_config
 from nat_fastpath.dpdk import binding
 from tests.dpdk import dpdk_process as process
 from tests.packets import (
@@ -29,6 +32,8 @@ from tests.packets import (
     together,
     udp,
 )
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_eal_starts_once_and_leaves_the_affinity_alone() -> None:
@@ -237,3 +242,12 @@ def test_the_configuration_knows_what_af_xdp_takes() -> None:
     assert (
         binding._frame_size(MAX_AF_XDP_MTU) == binding.AF_XDP_FRAME < binding._frame_size(MAX_AF_XDP_MTU + 1)
     )
+    document: dict[str, Any] = yaml.safe_load((EXAMPLES / "server.yaml").read_text())
+    document["ports"]["internal"]["driver"] = "af_xdp"
+    document["ports"]["external"]["mtu"] = MAX_AF_XDP_MTU
+    parse_config(document)
+    document["ports"]["external"]["mtu"] += 1
+    with pytest.raises(
+        ConfigError, match=r"ports\.internal\.driver: an MTU of 1899 is more than AF_XDP's 1898"
+    ):
+        parse_config(document)
