@@ -130,7 +130,10 @@ def _hugepages(facts: Facts, need: Need | None) -> Iterator[Finding]:
     small = min(facts.hugepages, key=lambda pages: pages.size_kb)
     missing = -(-(wanted - free_mb) * 1024 // small.size_kb)
     state = f"hugepages free: {total or 'none, and none reserved'}"
-    if (need and missing > 0) or not free_mb:
+    far = list(_node_hugepages(facts, need)) if need and len(facts.nodes) > 1 else []
+    if far:
+        yield from far
+    elif (need and missing > 0) or not free_mb:
         for_what = "this configuration takes" if need else "a start may take"
         mend = (
             sysctl("vm.nr_hugepages", small.total + missing)
@@ -162,6 +165,32 @@ def _hugepages(facts: Facts, need: Need | None) -> Iterator[Finding]:
             "the server does without; other programs with DPDK want it",
             (("mkdir", "-p", "/dev/hugepages"), ("mount", "-t", "hugetlbfs", "none", "/dev/hugepages")),
             automatic=True,
+        )
+
+
+def _node_hugepages(facts: Facts, need: Need) -> Iterator[Finding]:
+    """Those of the NUMA nodes at which NICs of the configuration are."""
+    nodes = {nic.node: address for _, address, nic in _pci_ports(facts, need.config) if nic}
+    for node, address in sorted(nodes.items()):
+        if not 0 <= node < len(facts.node_hugepages) or not facts.node_hugepages[node]:
+            continue
+        pages = facts.node_hugepages[node]
+        free_mb = sum(kind.free * kind.size_kb for kind in pages) >> 10
+        if free_mb >= need.hugepages_mb:
+            continue
+        small = min(pages, key=lambda kind: kind.size_kb)
+        wanted = small.total - (-(need.hugepages_mb - free_mb) * 1024 // small.size_kb)
+        folder = f"/sys/devices/system/node/node{node}/hugepages/hugepages-{small.size_kb}kB"
+        yield Finding(
+            "hugepages",
+            Severity.WARNING,
+            f"NUMA node {node}, with NIC {address}, has {free_mb} MiB of hugepages free; this configuration takes"
+            f" {need.hugepages_mb} MiB",
+            "what does not lie there is reached through the other socket, or is ordinary memory",
+            (write(str(wanted), f"{folder}/nr_hugepages"),),
+            advice="a line of /etc/tmpfiles.d (`w`) outlasts a reboot",
+            automatic=True,
+            subject=f"node {node}",
         )
 
 

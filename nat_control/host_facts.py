@@ -49,6 +49,7 @@ class Facts:
     rtprio: int | None = None  # None: no limit
     realtime: bool | None = None  # a thread may have SCHED_FIFO
     hugepages: tuple[Hugepages, ...] = ()
+    node_hugepages: tuple[tuple[Hugepages, ...], ...] = ()  # of each NUMA node
     hugetlbfs: tuple[str, ...] = ()  # where it is mounted
     iommu_groups: int = 0
     unsafe_noiommu: bool = False
@@ -92,17 +93,15 @@ def gather(
     clock = root / "sys/devices/system/clocksource/clocksource0"
     noiommu = _text(root / "sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
     modules, loadable = _modules(root)
+    nodes = sorted((root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda path: int(path.name[4:]))
     return Facts(
         root=(status.get("Uid", "0 0").split() or ["0", "0"])[1] == "0",
         capabilities=int(status.get("CapEff", "0").strip() or "0", 16),
         memlock=_limit(resource.RLIMIT_MEMLOCK),
         rtprio=_limit(resource.RLIMIT_RTPRIO),
         realtime=_realtime() if here else None,
-        hugepages=tuple(
-            Hugepages(size, _int(path / "nr_hugepages") or 0, _int(path / "free_hugepages") or 0)
-            for path in sorted((root / "sys/kernel/mm/hugepages").glob("hugepages-*kB"))
-            if (size := int(path.name[10:-2]))
-        ),
+        hugepages=_hugepages(root / "sys/kernel/mm/hugepages"),
+        node_hugepages=tuple(_hugepages(path / "hugepages") for path in nodes),
         hugetlbfs=tuple(
             words[1]
             for line in _text(root / "proc/mounts").splitlines()
@@ -116,12 +115,7 @@ def gather(
         cpu_flags=_cpu_flags(root),
         hash_path=hash_path(),
         cpus=cpu_list(_text(cpu / "online")),
-        nodes=tuple(
-            cpu_list(_text(path / "cpulist"))
-            for path in sorted(
-                (root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda path: int(path.name[4:])
-            )
-        ),
+        nodes=tuple(cpu_list(_text(path / "cpulist")) for path in nodes),
         isolated=cpu_list(_text(cpu / "isolated")),
         governors=tuple(
             sorted(
@@ -151,6 +145,14 @@ def cpu_list(text: str) -> frozenset[int]:
         first, _, last = part.partition("-")
         found |= set(range(int(first), int(last or first) + 1))
     return frozenset(found)
+
+
+def _hugepages(folder: Path) -> tuple[Hugepages, ...]:
+    return tuple(
+        Hugepages(size, _int(path / "nr_hugepages") or 0, _int(path / "free_hugepages") or 0)
+        for path in sorted(folder.glob("hugepages-*kB"))
+        if (size := int(path.name[10:-2]))
+    )
 
 
 def _text(path: Path) -> str:

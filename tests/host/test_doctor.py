@@ -40,6 +40,7 @@ HEALTHY = Facts(
     hash_path="avx2",
     cpus=frozenset(range(4)),
     nodes=(frozenset({0, 1}), frozenset({2, 3})),
+    node_hugepages=((Hugepages(2048, 512, 512),), (Hugepages(2048, 512, 512),)),
     isolated=frozenset({1}),
     governors=((1, "performance"),),
     clock="tsc",
@@ -91,6 +92,9 @@ UNBOUND = (replace(NIC, driver="ixgbe", interfaces=("eth0",)), replace(NIC, addr
         (None, {"hugepages": (Hugepages(2048, 0, 0),)}, "hugepages", WARNING, "vm.nr_hugepages=256"),
         # 136 MiB, of which 20 are free: 58 pages more than the 100 that others have
         (KERNEL, {"hugepages": (Hugepages(2048, 110, 10),)}, "hugepages", WARNING, "vm.nr_hugepages=168"),
+        # the NIC's node lacks 136 - 2 MiB, and the other one does not help
+        (VFIO, {"node_hugepages": ((Hugepages(2048, 9, 1),), HEALTHY.hugepages)}, "hugepages", WARNING,
+         "echo 76 > /sys/devices/system/node/node0/hugepages/hugepages-2048kB/nr_hugepages"),
         (None, {"hugepages": (Hugepages(1 << 20, 0, 0),)}, "hugepages", WARNING, "hugepages-1048576kB"),
         (None, {"hugetlbfs": ()}, "hugetlbfs", NOTE, "mount -t hugetlbfs"),
         (None, {"iommu_groups": 0}, "iommu", NOTE, "enable_unsafe_noiommu_mode"),
@@ -208,6 +212,7 @@ def test_facts_of_a_planted_host(tmp_path: Path) -> None:
             "sys/devices/system/cpu/cpu2/cpufreq/scaling_governor": "powersave\n",
             "sys/devices/system/node/node0/cpulist": "0-1\n",
             "sys/devices/system/node/node1/cpulist": "2-3\n",
+            "sys/devices/system/node/node1/hugepages/hugepages-2048kB/nr_hugepages": "16\n",
             "sys/devices/system/clocksource/clocksource0/current_clocksource": "hpet\n",
             "sys/devices/system/clocksource/clocksource0/available_clocksource": "hpet acpi_pm\n",
             "sys/class/net/nat-in/mtu": "9000\n",
@@ -219,6 +224,7 @@ def test_facts_of_a_planted_host(tmp_path: Path) -> None:
     facts = gather(tmp_path, ["nat-in", "absent"])
     assert (facts.root, facts.capabilities, facts.iommu_groups) == (False, 0x3000, 1)
     assert facts.hugepages == (Hugepages(2048, 32, 30),)
+    assert facts.node_hugepages == ((), (Hugepages(2048, 16, 0),))
     assert facts.hugetlbfs == ("/dev/hugepages",)
     assert facts.cpu_flags == {"fpu", "tsc", "aes"}
     assert facts.hash_path == hash_path()
