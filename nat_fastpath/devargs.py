@@ -20,6 +20,7 @@ USERSPACE = {"vfio-pci", "igb_uio", "uio_pci_generic"}
 BIFURCATED = {"mlx4_core", "mlx5_core", "mana"}  # their NICs stay with the kernel's driver
 # they take a frame of any size in several buffers, and hand it over so; others need one that holds it whole
 SCATTERING = {"net_memif", "net_virtio_user", "net_tap", "net_pcap", "net_ring", "net_null"}
+INTERFACES = {"iface", "rx_iface", "rx_iface_in", "tx_iface"}
 NO_LINK = {
     "net_memif": "no other end is connected",
     "net_virtio_user": "no other end is connected",
@@ -41,6 +42,11 @@ def driver_of(device: str) -> str:
 def arguments_of(device: str) -> dict[str, str]:
     words = (word.partition("=") for word in device.split(",")[1:])
     return {key: value for key, _, value in words}
+
+
+def kernel_interfaces(device: str) -> set[str]:
+    """Those that a driver is told to take packets from, such as ``eth0`` of ``net_pcap0,iface=eth0``."""
+    return {name for key, name in arguments_of(device).items() if key in INTERFACES}
 
 
 def pci_address(device: str) -> str:
@@ -74,6 +80,8 @@ def problem_of(device: str, root: Path = Path("/"), needed: Set[str] = frozenset
     driver, arguments = driver_of(device), arguments_of(device)
     if driver == "net_virtio_user" and arguments.get("server") == "1":
         return _listening_place(arguments.get("path", ""), "path")
+    if driver == "net_tap" and tap_files(name := tap_interface(device)):
+        return f"the interface {name} is another port's already; choose another iface"
     listens = driver == "net_memif" and arguments.get("role") in ("server", "master")
     if listens and arguments.get("socket-abstract") == "no":  # an abstract one ends with its process
         return _listening_place(arguments.get("socket", ""), "socket")

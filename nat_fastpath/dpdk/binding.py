@@ -222,10 +222,16 @@ class Port:
                 f"device {device}: no kernel interface of this network namespace (which has "
                 f"{', '.join(interface_names())}), and no DPDK devargs such as net_memif0 or 0000:03:00.0"
             )
-        elif problem := words.problem_of(
-            device, needed=below_default_route() if words.pci_address(device) else frozenset()
-        ):
-            raise DpdkError(f"device {device}: {problem}")
+        else:
+            named = words.kernel_interfaces(device)
+            needed = set() if force or not (named or words.pci_address(device)) else below_default_route()
+            if cut := ", ".join(named & needed):
+                raise DpdkError(
+                    f"device {device}: {cut} carries this host's default route, which the NAT would cut off; "
+                    "name another device, or say --force"
+                )
+            if problem := words.problem_of(device, needed=needed):
+                raise DpdkError(f"device {device}: {problem}")
         try:
             if self._interface is None:
                 self._open(words.canonical(device), pool, mac)

@@ -267,6 +267,23 @@ def borrow(
     return {"changes": changes}
 
 
+def by_dpdks_words(state: str, force: bool = False) -> list[str]:
+    """What is said of a kernel interface that stands in devargs, and of a tap that is taken; "" is opened."""
+    Eal(memory_mb=64)
+    pool = Mempool("buffers", 2048)
+    said, opened = [], []
+    for device in ("net_pcap0,iface=port", "net_tap0,iface=lan", "net_tap1,iface=lan", "net_tap2,iface=wan"):
+        try:
+            opened.append(Port(device, pool, index=0, state_dir=Path(state), force=force))
+            said.append("")
+        except DpdkError as error:
+            said.append(str(error))
+    for port in opened:
+        port.close()
+    Port("net_tap3,iface=lan", pool, index=0, state_dir=Path(state)).close()
+    return said
+
+
 def put_back(state: str) -> list[str]:
     from nat_fastpath.dpdk import repair
 

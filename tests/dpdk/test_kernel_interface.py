@@ -145,6 +145,19 @@ def test_the_default_route_is_refused_without_force(host: Host) -> None:
     assert "changes" in host.borrow(force=True)
 
 
+def test_dpdks_words_are_no_way_round_that(host: Host) -> None:
+    host.here.address("port", "192.0.2.1/24")
+    host.here.ip("link", "set", "port", "up")
+    assert host.run(process.by_dpdks_words, host.state)[0] == ""
+    host.here.route("default", "192.0.2.2")
+    refused, first, second, third = host.run(process.by_dpdks_words, host.state)
+    assert "port carries this host's default route" in refused
+    assert "--force" in refused
+    assert (first, third) == ("", "")
+    assert "the interface lan is another port's already" in second
+    assert host.run(process.by_dpdks_words, host.state, True)[0] == ""
+
+
 @pytest.mark.parametrize(
     "routes",
     [

@@ -14,6 +14,7 @@ from nat_fastpath.devargs import (
     arguments_of,
     canonical,
     driver_of,
+    kernel_interfaces,
     name_of,
     pci_address,
     problem_of,
@@ -53,6 +54,12 @@ def test_what_the_words_say() -> None:
     assert not scatters("net_af_packet0,iface=eth0")
     assert not scatters(NIC)
     assert (tap_interface("net_tap3"), tap_interface("net_tap0,iface=lan")) == ("dtap3", "lan")
+
+
+def test_kernel_interfaces_by_dpdks_own_words() -> None:
+    assert kernel_interfaces("net_af_xdp0,iface=eth0,start_queue=1") == {"eth0"}
+    assert kernel_interfaces("net_pcap0,rx_iface=eth0,tx_iface=eth1") == {"eth0", "eth1"}
+    assert kernel_interfaces("net_memif0,role=client") == kernel_interfaces("eth0") == set()
 
 
 # -- PCI ------------------------------------------------------------------------------------------------------
