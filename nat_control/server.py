@@ -109,6 +109,10 @@ class Server:
                 )
                 undo.callback(opened.close)
             self.ports.append(opened)
+            if not any(opened.mac):
+                raise ServerError(
+                    f"device {port.device} has no MAC; ports.{port.name}.mac says which the NAT takes"
+                )
             carrier = (
                 f"{opened.kernel_interface} by {opened.driver}" if opened.kernel_interface else opened.driver
             )

@@ -435,6 +435,15 @@ def test_a_failed_start_undoes_what_was_done(bare: Net) -> None:
     assert bare.state() == before
 
 
+def test_a_device_without_a_mac_needs_one(bare: Net) -> None:
+    server = bare.nat.attempt(*server_command(bare.write(external={"device": "net_ring0"})))
+    assert server.returncode == 1
+    assert "device net_ring0 has no MAC; ports.external.mac says which the NAT takes" in server.stderr
+    config = bare.write(external={"device": "net_ring0", "mac": "02:00:00:00:00:01"})
+    bare.begin(config)
+    assert bare.server.stop() == 0
+
+
 def test_the_device_of_the_default_route_is_refused_without_force(bare: Net) -> None:
     bare.nat.ip("route", "add", "default", "dev", "nat-out")
     config = bare.write()
