@@ -209,13 +209,14 @@ def _session_text(flags: int, state: int, idle: int, timeout: int, ident: int) -
     return f"{ident:016x}{tcp}, idle for {idle / 1000:g} s of {timeout / 1000:g} s{owner}"
 
 
-def step_text(step: Any, ports: Sequence[str]) -> str:
-    """One step in words; ``ports`` are their names."""
+def step_text(step: Any, ports: Sequence[str], *, opened: bool = False) -> str:
+    """One step in words; ``ports`` are their names. ``opened``: its session would come with this packet."""
     kind = STEP_KINDS[step["kind"]]
     address, port = _dotted(step["address"]), int(step["port"])
     value, limit, flag, ident = (int(step[name]) for name in ("value", "limit", "flag", "id"))
     if kind in ("session", "quoted"):
-        return _session_text(flag, port, value, limit, ident)
+        new = "would be opened: " if opened else ""
+        return new + _session_text(flag, port, value, limit, ident)
     if kind == "no_session":
         return "none has these ends"
     if kind == "route":
@@ -309,14 +310,13 @@ def answer(core: ExplainingCore, asked: Question, ports: Sequence[str]) -> dict[
     told = core.explain(port, frame, length)
     verdict = VERDICT_NAMES[told.verdict]
     leaves = verdict in ("forward", "fragment", "held")
-    steps = [
-        {
-            "step": STEP_KINDS[step["kind"]],
-            "text": step_text(step, ports),
-            **{name: int(step[name]) for name in ("address", "port", "value", "limit", "flag", "id")},
-        }
-        for step in told.steps
-    ]
+    steps = []
+    room = False  # was found in the tables: the session after that is a new one
+    for step in told.steps:
+        kind = STEP_KINDS[step["kind"]]
+        room = kind == "tables" or (room and kind != "no_session")
+        figures = {name: int(step[name]) for name in ("address", "port", "value", "limit", "flag", "id")}
+        steps.append({"step": kind, "text": step_text(step, ports, opened=room), **figures})
     return {
         "packet": {
             "protocol": asked.protocol,

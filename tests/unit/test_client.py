@@ -204,6 +204,7 @@ def test_an_explanation_in_words(running: Running, client: Client) -> None:
     assert said["next_hop"] == "198.51.100.254 (external), MAC 02:00:00:00:01:fe static"
     assert said["mapping" if "mapping" in said else "no_mapping"] == "none; a new one would be opened"
     assert said["host"] == f"{CLIENT} has 0 sessions, 0 mappings"
+    assert said["session"].startswith("would be opened: ")
     assert told["becomes"]["destination"] == f"{SERVER}:53"
     assert told["becomes"]["to"] == "external"
     running.send(udp(CLIENT, 4000, SERVER, 53))
@@ -212,6 +213,7 @@ def test_an_explanation_in_words(running: Running, client: Client) -> None:
 
     answer = client.explain(f"{SERVER}:53", "{}:{}".format(*outside))
     assert (answer["packet"]["from"], answer["verdict"]) == ("external", "forward")
+    assert not [step for step in answer["steps"] if "would be opened" in step["text"]]
     assert answer["becomes"]["destination"] == f"{CLIENT}:4000"
     stranger = client.explain(f"{SERVER}:99", "{}:{}".format(*outside))
     assert stranger["verdict"] == "drop_filtered"
