@@ -40,26 +40,34 @@ FLAG_PENDING: int
 FLAG_FOREIGN: int
 FLAG_INBOUND: int
 FLAG_OFFLOAD: int
+SLICE_ANY: int  # whoever receives such a frame does what is to be done
+SLICE_ALL: int  # likewise, and all other cores get a copy (ARP)
 
 class Result(NamedTuple):
     """What became of one packet. ``frame`` is the translated frame or the answer, empty when dropped or held.
 
     ``frames`` are those to be sent: none, ``frame``, or its fragments when it is longer than the MTU (FRAGMENT).
+    HANDOFF: ``frame`` and ``handoff`` are for ``handed`` of another core, that of slice ``handoff & 0x1f``.
     """
 
     verdict: Verdict
     port: int
     frame: bytes
     frames: tuple[bytes, ...]
+    handoff: int = 0
 
 class Explanation(NamedTuple):
-    """What would become of a packet. ``frame`` is what would leave, as far as it was given; empty when dropped."""
+    """What would become of a packet. ``frame`` is what would leave, as far as it was given; empty when dropped.
+
+    HANDOFF: the core of slice ``handoff & 0x1f`` goes on, asked with this ``frame`` and ``handoff``.
+    """
 
     verdict: Verdict
     port: int
     frame: bytes
     mtu: int  # for FRAGMENT
     steps: np.ndarray[Any, np.dtype[np.void]]  # dtype STEP
+    handoff: int = 0
 
 class Trace(NamedTuple):
     """What a trace has seen since it was last read."""
@@ -92,6 +100,8 @@ class Core:
     # -- packets; raise RuntimeError while a worker is attached
     def burst(self, frames: Sequence[tuple[int, bytes]], now_ns: int) -> list[Result]:
         """Sends (port, frame) pairs through the core as one call; one Result each, in order."""
+    def handed(self, frames: Sequence[tuple[int, bytes, int]], now_ns: int) -> list[Result]:
+        """As ``burst``, for (port, frame, handoff) that another core had from a wire and has counted."""
     def poll(self, now_ns: int) -> bool: ...
     def settle(self, now_ns: int) -> None:
         """Polls until the ageing sweep has seen every session once at ``now_ns``."""
@@ -139,9 +149,9 @@ class Core:
         """Next hops that the peer knows, dtype NEIGHBOUR: the later confirmation counts. One with ``mac`` 0 is
         asked for. Returns how many were news."""
     def hosts(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
-    def explain(self, port: int, frame: bytes, length: int | None = None) -> Explanation:
+    def explain(self, port: int, frame: bytes, length: int | None = None, handoff: int = 0) -> Explanation:
         """What would become of a frame that came by ``port`` now, and why; nothing is changed or sent. ``length`` is
-        that of the whole frame, when only its beginning is given."""
+        that of the whole frame, when only its beginning is given; ``handoff`` what another core's explanation says."""
     def trace_start(self, packets: int, seconds: float, **flow: int) -> int | None:
         """Traces the next packets of a flow (protocol, internal_addr, internal_port, external_..., remote_...; what
         is left out or 0 may be any). Returns a token, or None when another trace runs."""
@@ -157,6 +167,9 @@ class Core:
 
 def hash_path() -> str:
     """The code that hashes on this CPU: "avx512", "avx2" or "baseline"."""
+
+def slice_of(frame: bytes, side: str, n_slices: int) -> int:
+    """Whose packet a frame from a wire is, of ``n_slices`` cores: a slice, SLICE_ANY or SLICE_ALL."""
 
 def memory_for(config: CoreConfig) -> dict[str, int]:
     """What ``Core(config)`` would take, in bytes, without taking it."""

@@ -24,7 +24,8 @@ cdef extern from "engine_tables.h" nogil:
     enum:
         NAT_ABI, NAT_VERDICT_COUNT, NAT_MAX_PORTS, NAT_MAX_ROUTES, NAT_MAX_RANGES, NAT_MAX_PORT_SPANS, NAT_OUTBOX_BYTES
         NAT_EVERY_SLICE
-        NAT_FORWARD, NAT_REPLY, NAT_FRAGMENT, NAT_HELD
+        NAT_FORWARD, NAT_REPLY, NAT_FRAGMENT, NAT_HANDOFF, NAT_HELD
+        NAT_SLICE_ANY, NAT_SLICE_ALL
         NAT_EVENT_OPEN, NAT_EVENT_CLOSE, NAT_EVENT_UPDATE
         NAT_CLOSE_IDLE, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT
         NAT_SESSION_PENDING, NAT_SESSION_FOREIGN, NAT_SESSION_INBOUND, NAT_SESSION_OFFLOAD
@@ -66,7 +67,8 @@ cdef extern from "engine_tables.h" nogil:
         uint32_t length
         uint32_t segment
         uint16_t capacity
-        uint16_t headroom
+        uint8_t headroom
+        uint8_t handoff
         uint8_t port
         uint8_t verdict
         uint16_t mtu
@@ -186,6 +188,8 @@ cdef extern from "engine_tables.h" nogil:
     void nat_destroy(nat_core *core)
     void nat_memory_for(const nat_config *config, nat_memory *out)
     void nat_burst(nat_core *core, nat_packet *packets, unsigned n, uint64_t now)
+    void nat_handed(nat_core *core, nat_packet *packets, unsigned n, uint64_t now)
+    unsigned nat_slice_of(const uint8_t *frame, uint32_t bytes, unsigned side, unsigned n)
     bint nat_poll(nat_core *core, uint64_t now)
     void nat_settle(nat_core *core, uint64_t now)
     unsigned nat_take(nat_core *core, nat_packet *out, unsigned max)
@@ -226,8 +230,8 @@ STEP_KINDS = tuple(step_name_rows[i].text.decode() for i in range(NAT_STEP_KINDS
 TRACE = _dtype(trace_rows, N_TRACE_ROWS, sizeof(nat_trace_entry))
 TRACE_FILTER = _dtype(trace_filter_rows, N_TRACE_FILTER_ROWS, sizeof(nat_trace) - NAT_TRACE_RING * sizeof(nat_trace_entry))
 _EXPLAIN = np.dtype([
-    ("length", "<u4"), ("mtu", "<u2"), ("port", "u1"), ("verdict", "u1"), ("n_steps", "<u4"),
-    ("steps", STEP, NAT_EXPLAIN_STEPS), ("room", "u1", 4), ("frame", "u1", NAT_EXPLAIN_BYTES),
+    ("length", "<u4"), ("mtu", "<u2"), ("port", "u1"), ("verdict", "u1"), ("n_steps", "<u2"), ("handoff", "u1"),
+    ("reserved", "u1"), ("steps", STEP, NAT_EXPLAIN_STEPS), ("room", "u1", 4), ("frame", "u1", NAT_EXPLAIN_BYTES),
 ])
 _TRACE = np.dtype([("head", TRACE_FILTER), ("entries", TRACE, NAT_TRACE_RING)])
 assert _EXPLAIN.itemsize == sizeof(nat_explain) and _TRACE.itemsize == sizeof(nat_trace)
@@ -249,14 +253,16 @@ FLAG_PENDING = NAT_SESSION_PENDING
 FLAG_FOREIGN = NAT_SESSION_FOREIGN
 FLAG_INBOUND = NAT_SESSION_INBOUND
 FLAG_OFFLOAD = NAT_SESSION_OFFLOAD
+SLICE_ANY = NAT_SLICE_ANY
+SLICE_ALL = NAT_SLICE_ALL
 
 _SIDES = {"internal": 0, "external": 1}
 _MAPPINGS = {"endpoint-independent": 0, "endpoint-dependent": 1}
 _HASHES = {"fnv": 0, "aes": 1}
 _FILTERINGS = {"address-and-port-dependent": 0, "address-dependent": 1, "endpoint-independent": 2}
 
-Result = namedtuple("Result", ("verdict", "port", "frame", "frames"))
-Explanation = namedtuple("Explanation", ("verdict", "port", "frame", "mtu", "steps"))
+Result = namedtuple("Result", ("verdict", "port", "frame", "frames", "handoff"), defaults=(0,))
+Explanation = namedtuple("Explanation", ("verdict", "port", "frame", "mtu", "steps", "handoff"), defaults=(0,))
 Trace = namedtuple("Trace", ("entries", "running", "packets", "missed"))
 
 
@@ -387,6 +393,12 @@ def memory_for(config):
     return _Configuration(config).memory()
 
 
+def slice_of(frame, side, n_slices):
+    """Whose packet a frame from a wire is, of ``n_slices`` cores: a slice, SLICE_ANY or SLICE_ALL."""
+    cdef const uint8_t[::1] view = frame
+    return nat_slice_of(&view[0] if len(view) else NULL, <uint32_t>len(view), _choice(_SIDES, side, "side"), n_slices)
+
+
 # An answer may be longer than the question: an ICMP error has up to 576 bytes.
 cdef enum:
     ANSWER_BYTES = 640
@@ -408,7 +420,10 @@ cdef object _result(const nat_packet *packet):
         while nat_cut(packet.data, packet.mtu, &piece):
             pieces.append(piece.header[:piece.header_bytes] + frame[piece.at : piece.at + piece.bytes])
         frames = tuple(pieces)
-    return Result(_VERDICTS[packet.verdict], packet.port, frame, frames)
+    if packet.verdict == NAT_HANDOFF:
+        frame = PyBytes_FromStringAndSize(<char *>packet.data, packet.length)
+    return Result(_VERDICTS[packet.verdict], packet.port, frame, frames,
+                  packet.handoff if packet.verdict == NAT_HANDOFF else 0)
 
 
 cdef class Posted:
@@ -506,6 +521,13 @@ cdef class Core:
 
     def burst(self, frames, now_ns):
         """Sends (port, frame) pairs through the core as one call; one Result each, in order."""
+        return self._burst([(port, frame, 0) for port, frame in frames], now_ns, False)
+
+    def handed(self, frames, now_ns):
+        """As ``burst``, for (port, frame, handoff) that another core had."""
+        return self._burst(frames, now_ns, True)
+
+    cdef list _burst(self, frames, now_ns, bint handed):
         self._own()
         cdef unsigned n = len(frames), i
         cdef uint64_t now = now_ns
@@ -514,13 +536,13 @@ cdef class Core:
         if packets == NULL:
             raise MemoryError
         try:
-            for i, (port, frame) in enumerate(frames):
+            for i, (port, frame, handoff) in enumerate(frames):
                 if not 0 <= port < self.configuration.c.n_ports:
                     raise ValueError(f"port {port}: there are {self.configuration.c.n_ports}")
                 packets[i].length = packets[i].segment = len(frame)
                 packets[i].capacity = min(max(len(frame), ANSWER_BYTES), MOST_CAPACITY)
                 packets[i].headroom = HEADROOM
-                packets[i].port = port
+                packets[i].port, packets[i].handoff = port, handoff
                 packets[i].cookie = malloc(HEADROOM + max(len(frame), ANSWER_BYTES))
                 if packets[i].cookie == NULL:
                     raise MemoryError
@@ -529,7 +551,7 @@ cdef class Core:
                     view = frame
                     memcpy(packets[i].data, &view[0], len(frame))
             with nogil:
-                nat_burst(self.core, packets, n, now)
+                (nat_handed if handed else nat_burst)(self.core, packets, n, now)
             results = []
             for i in range(n):
                 results.append(_result(&packets[i]))
@@ -738,13 +760,14 @@ cdef class Core:
         """The inside hosts that have a session, dtype HOST."""
         return self._all(NAT_CMD_HOSTS, HOST)
 
-    def explain(self, port, frame, length=None):
+    def explain(self, port, frame, length=None, handoff=0):
         """What would become of a frame that came by ``port`` now, and why; nothing is changed or sent."""
         if not 0 <= port < self.configuration.c.n_ports:
             raise ValueError(f"port {port}: there are {self.configuration.c.n_ports}")
         question = np.zeros(1, _EXPLAIN)
         there = min(len(frame), NAT_EXPLAIN_BYTES)
         question["port"], question["length"] = port, len(frame) if length is None else max(length, len(frame))
+        question["handoff"] = handoff
         question["frame"][0, :there] = np.frombuffer(frame, np.uint8, there)
         self._command(NAT_CMD_EXPLAIN, question, 0)
         answer = question[0]
@@ -752,7 +775,7 @@ cdef class Core:
         if answer["verdict"] <= NAT_HELD:
             left = answer["frame"].tobytes()[: min(int(answer["length"]), NAT_EXPLAIN_BYTES)]
         return Explanation(_VERDICTS[answer["verdict"]], int(answer["port"]), left, int(answer["mtu"]),
-                           answer["steps"][: int(answer["n_steps"])].copy())
+                           answer["steps"][: int(answer["n_steps"])].copy(), int(answer["handoff"]))
 
     def trace_start(self, packets, seconds, **flow):
         """Begins to trace; returns the token, or None when another trace runs."""

@@ -237,6 +237,12 @@ bool nat_poll(struct nat_core *core, uint64_t now)
     return did;
 }
 
+void nat_announce(struct nat_core *core)
+{
+    if (has_slice(core, 0))
+        core->announce_at = 0;
+}
+
 const struct nat_stats *nat_stats(struct nat_core *core)
 {
     struct nat_stats *stats = &core->stats;
@@ -261,6 +267,8 @@ const struct nat_api nat_api = {
     .abi = NAT_ABI,
     .header_hash = NAT_HEADER_HASH,
     .burst = nat_burst,
+    .slice_of = nat_slice_of,
+    .handed = nat_handed,
     .poll = nat_poll,
     .take = nat_take,
     .outbox = nat_outbox,

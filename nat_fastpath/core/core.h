@@ -117,6 +117,7 @@ struct datagram {
     uint16_t held_first, held_last;
     uint32_t session; /* of the first fragment, and its id, for sessions end and slots are used again */
     uint32_t seen_ms;
+    uint8_t slice; /* where it has gone; for session NONE32 */
     uint64_t session_id;
     uint32_t before, after; /* in its list; after also links free ones */
 };
@@ -358,12 +359,48 @@ void explain(struct nat_core *core, struct nat_explain *question);
 /* --- trace.c ----------------------------------------------------------------------------------------- */
 bool trace_command(struct nat_core *core, struct nat_trace *trace);
 void trace_burst(struct nat_core *core, struct nat_packet *packets, unsigned n);
+/* The decision for one packet, and its entry. */
+void trace_packet(struct nat_core *core, struct nat_packet *packet);
 /* A packet that was held has its verdict. */
 void trace_finished(struct nat_core *core, const struct nat_packet *packet);
 
 /* --- pipeline.c --------------------------------------------------------------------------------------- */
 /* The definition of what this NAT does with a packet. */
 enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet);
+/* One that is checked, from outside or from inside to a pool address. */
+enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2, bool hairpinned);
+
+/* --- checks.c ----------------------------------------------------------------------------------------- */
+/* The transport header lies within the datagram, and what of it we read or write within the first segment. Of
+ * a first fragment it must all be there; what speaks of the whole datagram cannot be checked against it. */
+enum nat_verdict transport_check(const struct nat_packet *packet, const uint8_t *ip, unsigned header,
+                                 uint32_t total);
+static inline bool is_multicast(uint32_t address)
+{
+    return address >> 28 == 14 || address == 0xffffffffu;
+}
+static inline bool is_unusable(uint32_t address)
+{
+    return address >> 24 == 0 || address >> 24 == 127;
+}
+
+/* --- slices.c ----------------------------------------------------------------------------------------- */
+static inline bool is_one_of_several(const struct nat_core *core)
+{
+    return core->config.n_slices > 1 && core->config.slice != NAT_EVERY_SLICE;
+}
+static inline bool has_slice(const struct nat_core *core, unsigned slice)
+{
+    return slice == core->config.slice || !is_one_of_several(core);
+}
+/* Of a whole datagram or a first fragment, of which so many bytes are there; NAT_SLICE_ANY too. */
+unsigned slice_of_datagram(const uint8_t *ip, uint32_t bytes, enum nat_side side, unsigned n);
+/* HANDOFF; `done` are the flags of NAT_HANDOFF_*. */
+enum nat_verdict hand_off(struct nat_core *core, struct nat_packet *packet, unsigned slice, unsigned done);
+/* The outbound half of a hairpin is done: FORWARD, when the other half is this core's too; else HANDOFF. */
+enum nat_verdict hand_off_turned(struct nat_core *core, struct nat_packet *packet, uint32_t session);
+/* Goes on with what another core has begun. */
+enum nat_verdict packet_handed(struct nat_core *core, struct nat_packet *packet);
 
 /* --- ageing.c ---------------------------------------------------------------------------------------- */
 bool ageing_step(struct nat_core *core);
@@ -470,6 +507,8 @@ struct datagram_key {
 struct datagram_key datagram_key(const struct nat_packet *packet, const uint8_t *ip, bool hairpinned);
 void fragment_first(struct nat_core *core, const struct datagram_key *key, uint32_t session, int direction,
                     bool is_error);
+/* A first fragment that another core must translate, and then the later ones too: HANDOFF; else FORWARD. */
+enum nat_verdict fragment_direct(struct nat_core *core, struct nat_packet *packet, const uint8_t *ip);
 /* Translates a later fragment as its first one was, or lets it wait for that. */
 enum nat_verdict fragment_later(struct nat_core *core, struct nat_packet *packet, unsigned l2, int direction,
                                 bool hairpinned);

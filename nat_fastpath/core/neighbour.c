@@ -258,11 +258,6 @@ unsigned nat_outbox(struct nat_core *core, uint8_t *bytes, uint8_t *port)
     return frame->length;
 }
 
-void nat_announce(struct nat_core *core)
-{
-    core->announce_at = 0;
-}
-
 /* One address after the other, port by port: its own, then the pool's that lie in its subnet. */
 static bool announce_step(struct nat_core *core)
 {
@@ -512,7 +507,10 @@ enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet,
         return NAT_DROP_ARP;
     uint32_t sender = get32(arp + 14), target = get32(arp + 24);
 
-    enum nat_verdict verdict = NAT_DROP_ARP;
+    bool for_us = is_answered_address(core, packet->port, target);
+    /* an answer to what another core has asked is as it should be */
+    bool awaited = for_us && operation == ARP_REPLY && is_one_of_several(core);
+    enum nat_verdict verdict = awaited ? NAT_CONSUMED : NAT_DROP_ARP;
     if (sender && !is_answered_address(core, packet->port, sender)) {
         uint16_t at = neighbour_find(core, packet->port, sender, no_mac);
         if (at != NONE16) {
@@ -521,7 +519,7 @@ enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet,
             verdict = NAT_CONSUMED;
         }
     }
-    if (operation == ARP_REPLY || !is_answered_address(core, packet->port, target))
+    if (operation == ARP_REPLY || !for_us || packet->handoff & NAT_HANDOFF_COPY)
         return verdict;
 
     uint8_t asker[6];

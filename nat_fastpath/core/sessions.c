@@ -230,8 +230,12 @@ static uint32_t add_session(struct nat_core *core, const struct session_request 
 
 static uint64_t new_id(struct nat_core *core, enum nat_id_class cls)
 {
+    const struct nat_config *config = &core->config;
     uint32_t *counter = cls == NAT_ID_SESSION ? &core->next_session_id : &core->next_mapping_id;
-    return nat_id(cls, core->config.instance, core->config.epoch, ++*counter);
+    uint32_t n = ++*counter;
+    if (is_one_of_several(core))
+        n = n * config->n_slices + config->slice;
+    return nat_id(cls, config->instance, config->epoch, n);
 }
 
 enum nat_verdict session_open(struct nat_core *core, struct session_request *r, uint32_t *session)

@@ -235,7 +235,7 @@ static inline void check_result(const struct nat_packet *p, const struct sent *s
 static inline struct nat_packet make_packet(uint8_t port, const uint8_t *bytes, uint32_t length, bool room)
 {
     uint32_t capacity = room && length < ANSWER_ROOM ? ANSWER_ROOM : length;
-    uint16_t headroom = room ? HEADROOM : 0;
+    uint8_t headroom = room ? HEADROOM : 0;
     struct sent *sent = malloc(sizeof *sent);
     if (!sent)
         abort();
