@@ -163,7 +163,8 @@ enum nat_verdict fragment_direct(struct nat_core *core, struct nat_packet *packe
     if (is_later_fragment(ip) || packet->handoff & NAT_HANDOFF_DIRECTED)
         return NAT_FORWARD;
     uint32_t bytes = (uint32_t)(packet->data + packet->segment - ip);
-    unsigned slice = slice_of_datagram(ip, bytes, core->config.ports[packet->port].side, core->config.n_slices);
+    unsigned slice =
+        slice_of_datagram(ip, bytes, core->config.ports[packet->port].side, core->config.n_slices);
     if (slice == NAT_SLICE_ANY || has_slice(core, slice))
         return NAT_FORWARD;
     struct datagram_key key = datagram_key(packet, ip, false);

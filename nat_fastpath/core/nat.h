@@ -125,8 +125,8 @@ struct nat_stats {
 };
 
 /* Of several cores (slices.h) each has a slice of the inside hosts and of the external ports. A packet that
- * another core has to go on with has the verdict HANDOFF, and these bits say whose it is and what is done; the
- * driver gives it to that core's nat_handed with them. */
+ * another core has to go on with has the verdict HANDOFF, and these bits say whose it is and what is done;
+ * the driver gives it to that core's nat_handed with them. */
 #define NAT_HANDOFF_SLICE 0x1fu
 #define NAT_HANDOFF_DIRECTED 0x20u /* a fragment, by where its first one went */
 #define NAT_HANDOFF_TURNED 0x40u   /* a hairpin: its outbound half is done */
@@ -222,8 +222,8 @@ struct nat_event {
 #undef NAT_STRUCT_FIELD
 
 /* Identity of a session or mapping, also its OpenFlow cookie:
- * direction 1 | class 3 | instance 8 | start epoch 20 | counter 32, from the highest bit down. The counters of
- * n cores go in steps of n. */
+ * direction 1 | class 3 | instance 8 | start epoch 20 | counter 32, from the highest bit down. The counters
+ * of n cores go in steps of n. */
 enum nat_id_class { NAT_ID_SESSION = 1, NAT_ID_MAPPING = 2 };
 static inline uint64_t nat_id(unsigned cls, unsigned instance, unsigned epoch, uint32_t counter)
 {

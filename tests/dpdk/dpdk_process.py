@@ -221,12 +221,12 @@ def other_header(state: str) -> dict[str, str]:
     for name, at in (("size", 0), ("abi", 4), ("hash", 8)):
         copy = ffi.new("uint8_t[]", ffi.unpack(ffi.cast("char *", original), 128))
         copy[at] ^= 1
-        settings = ffi.new("struct worker_config *")
+        settings = ffi.new("struct workers_config *")
         settings.api = ffi.cast("const struct nat_api *", copy)
-        settings.core = ffi.cast("struct nat_core *", core.address)
+        settings.n, settings.cores[0] = 1, ffi.cast("struct nat_core *", core.address)
         settings.pool = pool._pool
         error = ffi.new("char[256]")
-        assert lib.worker_start(settings, error, len(error)) == ffi.NULL
+        assert lib.workers_start(settings, error, len(error)) == ffi.NULL
         said[name] = ffi.string(error).decode()
     return said
 
