@@ -355,7 +355,10 @@ class Port:
     def _fill_rss_table(self, conf: Any, pool: Mempool) -> None:
         """Of the started port; one that does not take it gets along without."""
         try:
-            _check(lib.spread_fill(self.port_id, self._workers), "its RSS does not take our table")
+            _check(
+                lib.spread_fill(self.port_id, self._side, self._workers),
+                "its RSS does not take our key and table",
+            )
         except DpdkError as error:
             self.spread = f"software: {error}"
             lib.rte_eth_dev_stop(self.port_id)

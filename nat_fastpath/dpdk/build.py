@@ -79,7 +79,7 @@ ffibuilder.cdef(
     int link_get(uint16_t port_id, struct link *out);
     void port_pause(uint16_t port_id);
     int spread_ask(uint16_t port_id, int side, unsigned n, struct rte_eth_conf *conf, char *why, size_t why_size);
-    int spread_fill(uint16_t port_id, unsigned n);
+    int spread_fill(uint16_t port_id, int side, unsigned n);
 
     /* worker */
     #define NAT_MAX_PORTS ...

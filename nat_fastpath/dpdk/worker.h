@@ -63,8 +63,9 @@ struct rte_eth_conf;
 /* Asks in `conf` for it; `side` is NAT_INTERNAL, NAT_EXTERNAL, or -1 where both are on this device. Returns
  * false, and the reason in `why`, when the device cannot. */
 int spread_ask(uint16_t port_id, int side, unsigned n, struct rte_eth_conf *conf, char *why, size_t why_size);
-/* Which queue gets which hash, once the port is started; a negative errno when it does not take that. */
-int spread_fill(uint16_t port_id, unsigned n);
+/* Once the port is started: which queue gets which hash, and that the key is ours; a negative errno when it
+ * does not take that. */
+int spread_fill(uint16_t port_id, int side, unsigned n);
 
 /* Takes DPDK's log instead of stderr: the last lines of it, for exceptions. */
 int log_capture(void);

@@ -45,9 +45,9 @@ FAR: dict[str, Any] = {
 
 
 def run(function: Callable[..., Any], *arguments: Any, command: tuple[str, ...] = ()) -> Any:
-    """``command`` goes before the interpreter, such as ``ip netns exec NAME``."""
+    """A function of a module with ``main`` at its end; ``command`` goes before the interpreter, such as ``ip netns exec``."""
     done = subprocess.run(
-        [*command, sys.executable, "-m", __name__, function.__name__, json.dumps(arguments)],
+        [*command, sys.executable, "-m", function.__module__, function.__name__, json.dumps(arguments)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -279,6 +279,10 @@ def write_capture(path: str, frames: list[bytes]) -> None:
             writer.write(frame)
 
 
-if __name__ == "__main__":
+def main(functions: dict[str, Any]) -> None:
     name, arguments = sys.argv[1:]
-    print(json.dumps(globals()[name](*json.loads(arguments))))
+    print(json.dumps(functions[name](*json.loads(arguments))))
+
+
+if __name__ == "__main__":
+    main(globals())
