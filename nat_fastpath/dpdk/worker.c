@@ -64,6 +64,7 @@ struct workers {
     struct workers_config config;
     uint8_t device[NAT_MAX_PORTS]; /* the first port on the same device */
     bool shared[NAT_MAX_PORTS];    /* there are others */
+    bool fills;                    /* a port may have checksums to be filled in */
     pthread_mutex_t gate;          /* shut until all threads are there, or one is not */
     bool failed;
     atomic_bool stop;
@@ -281,7 +282,7 @@ static void carry(struct worker *w, struct nat_packet *packets, unsigned n, bool
 {
     const struct workers_config *config = &w->all->config;
 
-    for (unsigned i = 0; i < n && !handed; i++)
+    for (unsigned i = 0; w->all->fills && !handed && i < n; i++)
         if (config->ports[packets[i].port].fill_checksums && fill_checksum(packets[i].cookie))
             add(&w->stats.checksums_filled[packets[i].port], 1);
     (handed ? config->api->handed : config->api->burst)(w->core, packets, n, now);
@@ -546,6 +547,7 @@ struct workers *workers_start(const struct workers_config *config, char *error, 
         while (config->ports[all->device[port]].port_id != config->ports[port].port_id)
             all->device[port]++;
         all->shared[all->device[port]] |= all->device[port] != port;
+        all->fills |= config->ports[port].fill_checksums;
     }
     for (unsigned i = 0; i < config->n; i++) {
         struct worker *w = &all->worker[i];
