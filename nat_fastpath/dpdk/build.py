@@ -2,6 +2,7 @@
 """Makes ``_dpdk``: what we use of EAL, ethdev and mempool, and the worker, for cffi in API mode."""
 
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from cffi import FFI
 
 HERE = Path("nat_fastpath/dpdk")
 CORE = Path("nat_fastpath/core")
+# as setup.py; of DPDK's rings the variant that a sanitizer of threads can follow
+SANITIZERS = os.environ.get("TANDEM_SANITIZE")
+SANITIZE = [f"-fsanitize={SANITIZERS}", "-DRTE_USE_C11_MEM_MODEL"] if SANITIZERS else []
 LIBRARIES = ["rte_eal", "rte_ethdev", "rte_mempool", "rte_mbuf", "rte_ring"]
 
 ffibuilder = FFI()
@@ -186,8 +190,10 @@ ffibuilder.set_source(
         "-O3",
         "-g",
         "-std=gnu11",
+        *SANITIZE,
         *(f.replace("-I", "-isystem") for f in pkg_config("--cflags")),
     ],
+    extra_link_args=SANITIZE[:1],
     libraries=LIBRARIES,
     library_dirs=[f[2:] for f in pkg_config("--libs-only-L")],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nat_control.lab import Lab
 from tests.dpdk import wire
 from tests.dpdk import workers_process as process
 from tests.dpdk.dpdk_process import run
@@ -44,6 +45,25 @@ def test_flows_stay_in_their_cores(library: str, how: str, n: int, idle: str) ->
         "vlan": "software: inside and outside share the device, and RSS has one key only",
     }
     assert said["said"] == [why[how]] * 2
+
+
+@pytest.mark.parametrize("driver", ["af_packet", "af_xdp"])
+def test_two_workers_between_kernel_interfaces(library: str, driver: str) -> None:
+    """Each polls one of them, and sends on it for the other."""
+    with Lab() as lab:
+        host = lab.namespace("workers")
+        host.run("sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+        for side in ("internal", "external"):
+            host.ip("link", "add", f"{side}0", "type", "veth", "peer", "name", f"{side}1")
+            host.ip("link", "set", f"{side}1", "up")
+        said = run(process.several, library, driver, 2, "adaptive", command=tuple(host.command()))
+    assert said["drops"] == {}
+    assert said["counted"]
+    assert (said["tx_dropped"], said["received"]) == (0, 0)
+    assert said["lost"] == 0 or driver == "af_xdp", "whose driver keeps what is in its fill rings"
+    assert said["spread"]["handed_off"] == said["spread"]["handoff_received"] > 0
+    assert said["spread"]["tx_passed"] > 0
+    assert said["said"] == [f"software: net_{driver} has no RSS"] * 2
 
 
 @pytest.mark.parametrize("how", ["rss", "software"])

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from typing import Any
 from nat_fastpath.dpdk._dpdk import ffi
 
 from nat_fastpath.dpdk import Mempool, Port
-from tests.packets import retagged
+from tests.packets import OUR_MAC, mac_bytes, retagged
 
 HERE = Path(__file__).parent
 ETHERTYPE_ARP = b"\x08\x06"
@@ -62,6 +64,20 @@ class Wire:
         self.port = kind(f"net_ring_{name}0", pool, index=0, state_dir=Path(), queues=workers, side=side)
         self.sent, self.arp = 0, list[bytes]()
 
+    def _frames(self) -> list[bytes]:
+        return [frame for ring in self.fro for frame in self._of(ring)]
+
+    def _of(self, ring: int) -> list[bytes]:
+        frames, buffer = [], ctypes.create_string_buffer(2048)
+        while n := self.library.wire_receive(ctypes.c_void_p(ring), buffer, len(buffer)):
+            frames.append(buffer.raw[:n])
+        return frames
+
+    def drain(self) -> None:
+        """Whatever is still in it, of both directions."""
+        for ring in (*self.fro, *self.to):
+            self._of(ring)
+
     def send(self, frames: list[bytes]) -> None:
         for frame in frames:
             external = self.side == "external"
@@ -71,10 +87,7 @@ class Wire:
 
     def received(self, vlan: int = 0) -> list[bytes]:
         """What has come to this VLAN and without its tag, but for ARP, which is put aside."""
-        frames, buffer = [], ctypes.create_string_buffer(2048)
-        for ring in self.fro:
-            while n := self.library.wire_receive(ctypes.c_void_p(ring), buffer, len(buffer)):
-                frames.append(buffer.raw[:n])
+        frames = self._frames()
         tag = retagged(bytes(14), vlan)[12:-2]
         tagged = 4 if frames and frames[0][12:14] == b"\x81\x00" else 0
         self.arp += [one for one in frames if one[12 + tagged :][:2] == ETHERTYPE_ARP]
@@ -87,6 +100,47 @@ class Wire:
         frames: list[bytes] = []
         until(lambda: len(frames.__iadd__(self.received(vlan))) >= n)
         return frames
+
+
+class Veth(Wire):
+    """A kernel interface ``SIDE0`` of ours, and the far end of its cable, ``SIDE1``."""
+
+    def __init__(self, pool: Mempool, workers: int, side: str, driver: str, state: Path) -> None:
+        self.side, self.sent, self.arp = side, 0, []
+        index = ("internal", "external").index(side)
+        mac = mac_bytes(OUR_MAC[index])
+        self.port = Port(
+            f"{side}0",
+            pool,
+            index=index,
+            mac=mac,
+            state_dir=state,
+            queues=workers,
+            side=side,
+            driver=driver,
+        )
+        self.far = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))
+        self.far.bind((f"{side}1", 0))
+        self.far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        self.far.setblocking(False)
+
+    def _frames(self) -> list[bytes]:
+        frames = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                frame, address = self.far.recvfrom(2048)
+                if address[2] != socket.PACKET_OUTGOING:
+                    frames.append(frame)
+        return frames
+
+    def send(self, frames: list[bytes]) -> None:
+        for frame in frames:
+            self.far.send(frame)
+            self.sent += 1
+
+    def drain(self) -> None:
+        self.port.close()
+        self.far.close()
 
 
 def until(what: Callable[[], object], seconds: float = 20) -> bool:
