@@ -18,6 +18,7 @@ import yaml
 T = TypeVar("T")
 
 MAX_SOCKET_PATH = 107  # bytes of sun_path, unix(7)
+MAX_WORKERS = 32  # SLICES_MAX of slices.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +185,12 @@ def flag(value: object) -> bool:
 
 
 def the_cores(value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) != 1:
-        raise ValueError(f"{shown(value)} is not allowed: a list of exactly one CPU, such as [1]")
-    return (integer(0, 1023)(value[0]),)
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_WORKERS:
+        raise ValueError(f"{shown(value)} is not allowed: a list of 1 to {MAX_WORKERS} CPUs, such as [1, 2]")
+    cores = tuple(integer(0, 1023)(cpu) for cpu in value)
+    if twice := sorted({cpu for cpu in cores if cores.count(cpu) > 1}):
+        raise ValueError(f"CPU {twice[0]} is listed twice, and a worker has a CPU of its own")
+    return cores
 
 
 def address_range(text: str) -> tuple[IPv4Address, IPv4Address]:

@@ -30,6 +30,7 @@ UNSEEN_MAC = 0x02_00_00_00_00_FE  # of a sender that nobody has seen yet
 FILTERINGS = ("address-and-port-dependent", "address-dependent", "endpoint-independent")
 PENDING, FOREIGN = 1, 2
 FREE, RESTING, TAKEN = range(3)  # enum nat_slot
+DIRECTED, TURNED = 0x20, 0x40  # NAT_HANDOFF_*
 
 Endpoint = tuple[IPv4Address, int]
 Records = np.ndarray[Any, np.dtype[np.void]]
@@ -264,6 +265,10 @@ def step_text(step: Any, ports: Sequence[str]) -> str:
         return f"{TCP_STATES[value]} becomes {TCP_STATES[limit]}"
     if kind == "mtu":
         return f"{value} bytes are more than {limit}: {'must not be cut' if flag else 'cut into fragments'}"
+    if kind == "handoff":
+        if flag & TURNED:
+            return f"worker {value} has the external port: it goes on there, from outside to inside"
+        return f"worker {value} {'had the first fragment' if flag & DIRECTED else 'has this packet'}"
     if kind == "pending":
         return "waits until the peer, or the switch, has the session"
     return f"a later fragment, whose first {'was seen' if flag else 'was not seen yet'}"

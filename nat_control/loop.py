@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from types import FrameType
 
 from nat_control.dataplane import Events
-from nat_fastpath.engine import Core
+from nat_fastpath.cores import AnyCore, parts
 
 EVENTS = 16384  # taken at once, in less than a millisecond
 STEP = 0.02  # seconds between two looks at the events: 65 536 fit the ring, so 3 million per second do
@@ -67,7 +67,7 @@ class ControlLoop:
 
     def __init__(
         self,
-        core: Core,
+        core: AnyCore,
         n_ports: int,
         watch: Callable[[], None],
         *,
@@ -76,6 +76,8 @@ class ControlLoop:
         wake_fd: int | None = None,
     ) -> None:
         self._core = core
+        self._rings = parts(core)
+        self._next_sequence = [0] * len(self._rings)
         self._watch = watch
         self._sink = sink
         self._step = step
@@ -83,7 +85,6 @@ class ControlLoop:
         self._names = (*RATES, *(f"{name}.{i}" for i in range(n_ports) for name in PORT_RATES))
         self._started = time.monotonic()
         self._before: tuple[float, Mapping[str, int]] = (self._started, core.counters())
-        self._next_sequence = 0
         self._end: asyncio.Future[str] | None = None
         self.events = 0
         self.events_lost = 0
@@ -122,14 +123,17 @@ class ControlLoop:
         if self._end is not None:
             _fail(self._end, task)
 
-    def drain(self) -> int:
-        """Takes what events there are, one batch; returns how many."""
-        events = self._core.events(EVENTS)
+    def drain(self) -> bool:
+        """Takes what events there are, one batch of each core; whether there may be more."""
+        return EVENTS in [self._take(ring) for ring in range(len(self._rings))]
+
+    def _take(self, ring: int) -> int:
+        events = self._rings[ring].events(EVENTS)
         if len(events):
             first, last = int(events["sequence"][0]), int(events["sequence"][-1])
-            if self._next_sequence:
-                self.events_lost += first - self._next_sequence
-            self._next_sequence = last + 1
+            if self._next_sequence[ring]:
+                self.events_lost += first - self._next_sequence[ring]
+            self._next_sequence[ring] = last + 1
             self.events += len(events)
             if self._sink is not None:
                 self._sink(events)
@@ -143,7 +147,7 @@ class ControlLoop:
 
     def _sleep(self) -> None:
         """One batch at a time: the rest of a flood is left to the steps, between which others have their turn."""
-        if not self._core.events_sleep():
+        if not all(ring.events_sleep() for ring in self._rings):
             asyncio.get_running_loop().call_soon(self._again)
 
     def _again(self) -> None:
@@ -152,7 +156,7 @@ class ControlLoop:
 
     async def _steps(self) -> None:
         while True:
-            while self.drain() == EVENTS:
+            while self.drain():
                 await asyncio.sleep(0)
             now = time.monotonic()
             if now - self._before[0] >= RATE_PERIOD:

@@ -101,7 +101,12 @@ class Pair:
         self._notice = notice
         self._timeouts = config.nat.timeouts
         self.protocol = Protocol(
-            config.number, pools(config), Mode(peer.mode), epoch=epoch, limits=Limits(digest=DIGEST_PERIOD)
+            config.number,
+            pools(config),
+            Mode(peer.mode),
+            epoch=epoch,
+            slices=config.slices,
+            limits=Limits(digest=DIGEST_PERIOD),
         )
         self.transport = Transport(
             self.protocol,

@@ -21,11 +21,11 @@ from nat_control.core_plane import CorePlane
 from nat_control.dataplane import Events
 from nat_control.live import Live
 from nat_control.loop import ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
-from nat_control.memory import BUFFERS, buffer_mtu, packet_memory_mb
+from nat_control.memory import buffer_mtu, buffers, packet_memory_mb
 from nat_control.pair import Pair, PairError
 from nat_control.sync import actions as do
-from nat_fastpath import engine
-from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, repair
+from nat_fastpath import cores, engine
+from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Workers, repair
 from nat_fastpath.watch import hold_memory
 
 SHOWN = 256  # rows of a list that comes as one answer
@@ -86,7 +86,7 @@ class Server:
         memory = "hugepages" if self.eal.hugepages else "ordinary memory (no hugepages are free)"
         say(f"tandem-nat {version('tandem-nat')}: instance {config.instance}, {self.eal.version}, {memory}")
 
-        pool = Mempool(f"{os.getpid()}-packets", BUFFERS, buffer_mtu(config))
+        pool = Mempool(f"{os.getpid()}-packets", buffers(config), buffer_mtu(config))
         undo.callback(pool.close)
         self.pool = pool
         self.ports: list[Port] = []
@@ -106,6 +106,8 @@ class Server:
                     force=force,
                     driver=port.driver,
                     tagged=any(config.ports[k].vlan for k in on_it),
+                    queues=len(config.workers.cores),
+                    side=port.side if len(on_it) == 1 else None,
                 )
                 undo.callback(opened.close)
             self.ports.append(opened)
@@ -116,34 +118,45 @@ class Server:
             say(f"{port.name}: {carrier}{vlan}, MAC {opened.mac.hex(':')}, {port.address}, MTU {port.mtu}")
             if opened.not_af_xdp:
                 say(f"{port.name}: not by AF_XDP: {opened.not_af_xdp}")
+            if opened.spread:
+                say(
+                    f"{port.name}: packets are spread over {len(config.workers.cores)} workers by {opened.spread}"
+                )
             for change in opened.changes:
                 say(f"{port.name}: {change}")
 
         core_config = configuration.to_core(config, [port.mac for port in self.ports], epoch=start_epoch())
-        self.core = engine.Core(core_config)
+        self.core = cores.make(core_config, len(config.workers.cores))
         undo.callback(self.core.close)
         total = self.core.memory()["total"]
         sessions = config.nat.max_sessions
         say(f"memory: {total / 2**20:.0f} MiB for {sessions} sessions, {total // sessions} bytes each")
 
-        cpu = config.workers.cores[0]
         paired = config.peer is not None and config.peer.mode != "off"
         # In synchronous mode a new session's first packet waits for us: the worker wakes us by this.
         wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) if paired else None
         if wake_fd is not None:
             undo.callback(os.close, wake_fd)
-        self.worker = Worker(self.core, self.ports, pool, cpu=cpu, idle=config.workers.idle, wake_fd=wake_fd)
-        self.worker.start()
-        undo.callback(self.worker.stop)
-        self.worker_stats = self.worker.stats()
-        self.worker_stalled = False
+        self.workers = Workers(
+            cores.parts(self.core),
+            self.ports,
+            pool,
+            cpus=config.workers.cores,
+            idle=config.workers.idle,
+            wake_fd=wake_fd,
+        )
+        self.workers.start()
+        undo.callback(self.workers.stop)
+        self.worker_stats = self.workers.stats()
+        self.stalled = [False] * len(self.worker_stats)
         self.links = [True] * len(self.ports)
         bound = (
-            f", asks for sleeps of {self.worker.idle_bound_us} µs at most"  # to which the kernel adds
+            f", asks for sleeps of {Workers.idle_bound_us} µs at most"  # to which the kernel adds
             if config.workers.idle == "adaptive"
             else ""
         )
-        say(f"worker: CPU {cpu}, {config.workers.idle}{bound}")
+        for i, cpu in enumerate(config.workers.cores):
+            say(f"{self._worker_name(i)}: CPU {cpu}, {config.workers.idle}{bound}")
         self.pair: Pair | None = None
         if paired:
             self.pair = Pair(
@@ -153,7 +166,7 @@ class Server:
                 clock=monotonic,
                 drain=lambda: self.loop.drain(),
                 notice=_say_notice,
-                counters=[self.worker.loops_address],
+                counters=self.workers.loops_addresses,  # all of them move, or we are dead
                 guard=True,
             )
             undo.callback(self.pair.watch.close)
@@ -200,11 +213,12 @@ class Server:
             say("the peer carries")
 
     def _watch(self) -> None:
-        before, self.worker_stats = self.worker_stats, self.worker.stats()
-        stalled = before.get("loops") == self.worker_stats["loops"]
-        if stalled and not self.worker_stalled:
-            say("the worker has not moved for a second: nothing is forwarded")
-        self.worker_stalled = stalled
+        before, self.worker_stats = self.worker_stats, self.workers.stats()
+        for i, (old, new) in enumerate(zip(before, self.worker_stats, strict=True)):
+            stalled = old["loops"] == new["loops"]
+            if stalled and not self.stalled[i]:
+                say(self._stalled_text(i))
+            self.stalled[i] = stalled
         for i, port in enumerate(self.ports):
             if not port.is_there:
                 raise ServerError(f"device {port.device} is gone: nothing is carried any more")
@@ -216,9 +230,20 @@ class Server:
             if not up:
                 port.seek_other_end()
 
+    def _worker_name(self, i: int) -> str:
+        return "worker" if len(self.config.workers.cores) == 1 else f"worker {i}"
+
+    def _stalled_text(self, i: int) -> str:
+        lost = (
+            "nothing"
+            if len(self.stalled) == 1
+            else f"nothing of its hosts (CPU {self.config.workers.cores[i]})"
+        )
+        return f"the {self._worker_name(i)} has not moved for a second: {lost} is forwarded"
+
     def degraded(self) -> list[str]:
         """What keeps it from carrying as it should, one line each."""
-        found = ["the worker has not moved for a second: nothing is forwarded"] if self.worker_stalled else []
+        found = [self._stalled_text(i) for i, stalled in enumerate(self.stalled) if stalled]
         for config, port, up in zip(self.config.ports, self.ports, self.links, strict=True):
             if not up:
                 found.append(f"{config.name}: {port.label} is down: {port.why_down}")
@@ -227,7 +252,7 @@ class Server:
     # -- what can be shown; called from threads ------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        counters, nat = self.core.counters(), self.config.nat
+        counters, nat, workers = self.core.counters(), self.config.nat, self._workers()
         return {
             "instance": self.config.instance,
             "version": version("tandem-nat"),
@@ -242,15 +267,10 @@ class Server:
             "peer": self.pair.state.value if self.pair else "none",
             **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
             "rates": {name: round(rate, 1) for name, rate in self.loop.rates.items()},
-            "worker": {
-                "cpu": self.config.workers.cores[0],
-                "idle": self.config.workers.idle,
-                "idle_bound_us": self.worker.idle_bound_us,
-                "stalled": self.worker_stalled,
-                "busy_share": round(self.worker_stats.get("busy_share", 0.0), 4),
-            },
+            "worker": max(workers, key=lambda worker: (worker["stalled"], worker["busy_share"])),
+            "workers": workers,
             "memory": self.core.memory(),
-            "buffers": {"in_use": self.pool.in_use, "total": BUFFERS},
+            "buffers": {"in_use": self.pool.in_use, "total": self.pool.count},
             "events": {
                 "taken": self.loop.events,
                 "waiting": counters["events"],
@@ -258,12 +278,30 @@ class Server:
             },
         }
 
+    def _workers(self) -> list[dict[str, Any]]:
+        parts = zip(
+            self.config.workers.cores, cores.parts(self.core), self.worker_stats, self.stalled, strict=True
+        )
+        return [
+            {
+                "cpu": cpu,
+                "idle": self.config.workers.idle,
+                "idle_bound_us": Workers.idle_bound_us,
+                "stalled": stalled,
+                "busy_share": round(stats["busy_share"], 4),
+                "sessions": core.counters()["sessions"],
+                **{name: stats[name] for name in ("handed_off", "handoff_received", "handoff_dropped")},
+            }
+            for cpu, core, stats, stalled in parts
+        ]
+
     def stats(self) -> dict[str, Any]:
-        verdicts = self.core.verdicts().tolist()
+        verdicts, each = self.core.verdicts().tolist(), self.worker_stats
         return {
             "verdicts": dict(zip(engine.VERDICT_NAMES, verdicts, strict=True)),
             "counters": self.core.counters(),
-            "worker": self.worker_stats,
+            "worker": {name: _of_all(name, [one[name] for one in each]) for name in each[0]},
+            "workers": each,
         }
 
     def pool_use(self) -> dict[str, Any]:
@@ -317,6 +355,7 @@ class Server:
                 "driver": opened.driver,
                 "kernel_interface": opened.kernel_interface,
                 "not_af_xdp": opened.not_af_xdp or None,
+                "spread": opened.spread or None,
                 "changes": list(opened.changes),
                 "mac": opened.mac.hex(":"),
                 "address": str(port.address),
@@ -336,6 +375,11 @@ class Server:
             }
             for i, (port, opened) in enumerate(zip(self.config.ports, self.ports, strict=True))
         }
+
+
+def _of_all(name: str, values: list[int | float]) -> int | float:
+    """One figure for all workers: of shares and longest times the largest."""
+    return max(values) if name in ("busy_share", "sleep_max_us") else sum(values)
 
 
 def _neighbours(records: np.ndarray[Any, np.dtype[np.void]]) -> list[dict[str, Any]]:

@@ -84,6 +84,12 @@ class Posted:
     """A command that was given to the worker and is not waited for."""
     def result(self) -> int | None:
         """How many records were handled, or None as long as the worker has not come to it."""
+    def wait(self) -> int:
+        """How many records were handled, when they are. Raises TimeoutError when the worker does not answer, and
+        nat_fastpath.errors.EventRingFull."""
+    @property
+    def records(self) -> np.ndarray[Any, np.dtype[np.void]]:
+        """A copy of those given; of ``holds``, ``reserved0`` is 1 once it is done where the session is held."""
 
 class Core:
     """One NAT core, owned by the thread that calls it, until a worker takes it over with ``attach``."""
@@ -135,6 +141,9 @@ class Core:
     def commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
     def post_commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> Posted:
         """As ``commit``, without waiting for the worker. Raises TimeoutError when it takes no more commands."""
+    def post(self, what: str, records: np.ndarray[Any, np.dtype[np.void]]) -> Posted:
+        """Begins ``what`` (install, delete, commit, update or holds) without waiting for the worker. Raises
+        TimeoutError when it takes no more commands."""
     def adopt(self) -> int:
         """The peer's sessions become ours, and their timers restart; returns how many there were."""
     def cede(self, instance: int, besides: Sequence[int] | np.ndarray[Any, np.dtype[np.uint64]] = ()) -> int:
@@ -164,6 +173,12 @@ class Core:
     def memory(self) -> dict[str, int]:
         """Bytes by part: sessions, index, mappings, hosts, pool, other, total."""
     def close(self) -> None: ...
+
+def slice_of_hosts(addresses: Any, n: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The slice of each inside address among ``n`` (core/slices.h); the shape of ``addresses``."""
+
+def slice_of_ports(ports: Any, n: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The slice of each external port among ``n``; the shape of ``ports``."""
 
 def hash_path() -> str:
     """The code that hashes on this CPU: "avx512", "avx2" or "baseline"."""

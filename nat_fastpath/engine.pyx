@@ -203,6 +203,10 @@ cdef extern from "engine_tables.h" nogil:
     bint nat_events_sleep(nat_core *core)
     const nat_stats *nat_stats_of "nat_stats"(nat_core *core)
 
+cdef extern from "slices.h" nogil:
+    unsigned slice_of_host(uint32_t address, unsigned n)
+    unsigned slice_of_port(uint16_t port, unsigned n)
+
 cdef extern from "flow_hash.h":
     struct flow_hasher:
         const char *name
@@ -393,6 +397,28 @@ def memory_for(config):
     return _Configuration(config).memory()
 
 
+def slice_of_hosts(addresses, unsigned n):
+    """The slice of each inside address, of ``n``; shape of ``addresses``, uint8."""
+    found = np.empty(np.shape(addresses), np.uint8)
+    cdef const uint32_t[::1] given = np.ascontiguousarray(addresses, np.uint32).reshape(-1)
+    cdef uint8_t[::1] out = found.reshape(-1)
+    cdef Py_ssize_t i
+    for i in range(given.shape[0]):
+        out[i] = slice_of_host(given[i], n)
+    return found
+
+
+def slice_of_ports(ports, unsigned n):
+    """The slice of each external port, of ``n``; shape of ``ports``, uint8."""
+    found = np.empty(np.shape(ports), np.uint8)
+    cdef const uint16_t[::1] given = np.ascontiguousarray(ports, np.uint16).reshape(-1)
+    cdef uint8_t[::1] out = found.reshape(-1)
+    cdef Py_ssize_t i
+    for i in range(given.shape[0]):
+        out[i] = slice_of_port(given[i], n)
+    return found
+
+
 def slice_of(frame, side, n_slices):
     """Whose packet a frame from a wire is, of ``n_slices`` cores: a slice, SLICE_ANY or SLICE_ALL."""
     cdef const uint8_t[::1] view = frame
@@ -406,6 +432,9 @@ cdef enum:
     MOST_CAPACITY = 0xFFFF - HEADROOM
 # Without any progress for so long, the worker is taken for dead.
 COMMAND_PATIENCE = 2.0  # seconds
+SILENT = "the worker does not answer: it is stopped, or events are not taken"
+_POSTS = {"install": NAT_CMD_INSTALL, "delete": NAT_CMD_DELETE, "commit": NAT_CMD_COMMIT,
+          "update": NAT_CMD_UPDATE, "holds": NAT_CMD_CHECK}
 
 
 cdef object _result(const nat_packet *packet):
@@ -426,15 +455,38 @@ cdef object _result(const nat_packet *packet):
                   packet.handoff if packet.verdict == NAT_HANDOFF else 0)
 
 
+cdef bint _done(nat_command *command):
+    """Waits for it as long as the worker gets on with it."""
+    patience = time.monotonic() + COMMAND_PATIENCE
+    cdef uint64_t seen = command.cursor
+    while not command_done(command):
+        with nogil:
+            usleep(50)
+        if command.cursor != seen:
+            seen = command.cursor
+            patience = time.monotonic() + COMMAND_PATIENCE
+        elif time.monotonic() > patience:
+            return False
+    return True
+
+
 cdef class Posted:
     """A command that was given to the worker and is not waited for."""
 
     cdef nat_command *command
-    cdef object buffer  # the worker reads it until it is done
+    cdef readonly object records  # the worker reads and writes them until it is done
 
     def result(self):
         """How many records were handled, or None as long as the worker has not come to it."""
         return self.command.result if command_done(self.command) else None
+
+    def wait(self):
+        """How many records were handled, when they are. Raises EventRingFull and TimeoutError."""
+        if not _done(self.command):
+            raise TimeoutError(SILENT)
+        if self.command.cursor < self.command.count:
+            raise EventRingFull(self.records[self.command.cursor:], self.command.count, self.command.result)
+        return self.command.result
 
     def __dealloc__(self):
         # one that the worker may still come to must stay where it is
@@ -628,10 +680,10 @@ cdef class Core:
             if not self.attached:
                 with nogil:
                     nat_command_now(self.core, command)
-            elif not self._wait(command):
+            elif not (self._push(command) and _done(command)):
                 # The worker may still come back and write there: this memory must stay.
                 self.abandoned.append(buffer)
-                raise TimeoutError("the worker does not answer: it is stopped, or events are not taken")
+                raise TimeoutError(SILENT)
         answer = (command.result, command.cursor)
         free(command)
         return answer
@@ -643,21 +695,6 @@ cdef class Core:
                 return False
             with nogil:
                 usleep(50)
-        return True
-
-    cdef bint _wait(self, nat_command *command):
-        if not self._push(command):
-            return False
-        patience = time.monotonic() + COMMAND_PATIENCE
-        cdef uint64_t seen = command.cursor
-        while not command_done(command):
-            with nogil:
-                usleep(50)
-            if command.cursor != seen:
-                seen = command.cursor
-                patience = time.monotonic() + COMMAND_PATIENCE
-            elif time.monotonic() > patience:
-                return False
         return True
 
     def sessions(self, cursor=0, maximum=4096):
@@ -682,9 +719,10 @@ cdef class Core:
         return record[0] if found else None
 
     cdef _records(self, unsigned op, records):
-        done, cursor = self._command(op, np.array(records, RECORD, copy=True, ndmin=1), 0)
-        if cursor < np.size(records):
-            raise EventRingFull(cursor, np.size(records), done)
+        given = np.array(records, RECORD, copy=True, ndmin=1)
+        done, cursor = self._command(op, given, 0)
+        if cursor < len(given):
+            raise EventRingFull(given[cursor:], len(given), done)
         return done
 
     def install(self, records):
@@ -701,13 +739,18 @@ cdef class Core:
 
     def post_commit(self, records):
         """As ``commit``, without waiting for the worker; returns a Posted."""
+        return self.post("commit", records)
+
+    def post(self, what, records):
+        """Begins ``what``: install, delete, commit, update or holds; returns a Posted."""
         cdef Posted posted = Posted()
-        posted.buffer = np.array(records, RECORD, copy=True, ndmin=1)
-        cdef uint8_t[::1] view = posted.buffer.view(np.uint8)
+        posted.records = np.array(records, RECORD, copy=True, ndmin=1)
+        posted.records["reserved0"] = 0  # where ``holds`` is answered
+        cdef uint8_t[::1] view = posted.records.view(np.uint8)
         posted.command = <nat_command *>calloc(1, sizeof(nat_command))
         if posted.command == NULL:
             raise MemoryError
-        posted.command.op, posted.command.count = NAT_CMD_COMMIT, len(posted.buffer)
+        posted.command.op, posted.command.count = _POSTS[what], len(posted.records)
         posted.command.buffer = &view[0] if len(view) else NULL
         with self.lock:
             self._alive()
@@ -716,7 +759,7 @@ cdef class Core:
             if not self.attached:
                 nat_command_now(self.core, posted.command)
             elif not self._push(posted.command):
-                raise TimeoutError("the worker does not answer: it is stopped, or events are not taken")
+                raise TimeoutError(SILENT)
         return posted
 
     def adopt(self):
