@@ -102,7 +102,7 @@ def server(
         bool, typer.Option("--force", help="Even take the device of the default route.")
     ] = False,
 ) -> None:
-    """Run the NAT until SIGTERM or Ctrl-C; interfaces are put back as they were."""
+    """Run the NAT until SIGTERM or Ctrl-C; interfaces are put back as they were. SIGHUP reads CONFIG again."""
     if os.geteuid():
         raise _fail("a server needs root, for raw sockets and to change interfaces: try again with sudo")
     with _user_errors(), _log_may_be_lost():
@@ -114,7 +114,7 @@ def server(
         except ImportError as error:
             raise _fail(error) from None
         try:
-            serve(loaded, force=force)
+            serve(loaded, config, force=force)
         except ServerError as error:
             raise _fail(error) from None
 
@@ -129,7 +129,7 @@ def switch(config: ConfigFile) -> None:
         from switch_agent.agent import AgentError, serve  # os-ken takes its time to be imported
 
         try:
-            serve(loaded)
+            serve(loaded, config)
         except AgentError as error:
             raise _fail(error) from None
 
@@ -223,6 +223,7 @@ def _agent(status: dict[str, Any]) -> list[tuple[str, str]]:
     takeover, counts, watch = status["takeover"], status["counts"], status["watch"]
     alive = f", {'heard' if watch.get('alive') else 'not heard'} now" if watch else ""
     return [
+        *(("degraded", why) for why in status["degraded"]),
         ("process", f"{status['pid']}, up {status['uptime']:.0f} s"),
         ("switch", status["switch"]),
         ("carrier", status["carrier"]),
@@ -233,6 +234,13 @@ def _agent(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("counts", ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()) or "-"),
         ("refused rules", ", ".join(f"{n} {why}" for why, n in status["refused"].items()) or "none"),
         ("last takeover", takeover.get("reason", "none")),
+    ]
+
+
+def _draining(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("draining", f"{one['address']}: {api.count(one['mappings'], 'mapping')} left")
+        for one in answer["draining"]
     ]
 
 
@@ -250,6 +258,7 @@ def show_status(config: ConfigOption = None, socket: SocketOption = None, as_jso
     rates, workers = status["rates"], status["workers"]
     rows = [
         *(("degraded", why) for why in status["degraded"]),
+        *_draining(status),
         ("process", f"{status['pid']}, up {status['uptime']:.0f} s, {status['dpdk']}"),
         ("behaviour", f"{status['mapping']} mapping, {status['filtering']} filtering"),
         ("sessions", f"{status['sessions']} of {status['max_sessions']}"),
@@ -378,6 +387,7 @@ def show_pool(config: ConfigOption = None, socket: SocketOption = None, as_json:
     rows = [
         ("addresses", f"{pool['addresses']}: {', '.join(pool['ranges'])}"),
         ("ports", f"{ports}, {pool['capacity']} endpoints of each protocol"),
+        *_draining(pool),
         ("mappings", f"{pool['used']}, {pool['unpaired']} ever on another address than their host's"),
         (
             "resting",

@@ -19,15 +19,19 @@ from nat_control.api import Api, ApiError
 from nat_control.config import Config
 from nat_control.core_plane import CorePlane
 from nat_control.dataplane import Events
+from nat_control.health import NO_RESOURCE, Health, drops_of, state_of, states_of
 from nat_control.live import Live
 from nat_control.loop import ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
 from nat_control.memory import buffer_mtu, buffers, packet_memory_mb
 from nat_control.pair import Pair, PairError
+from nat_control.reload import Reload
 from nat_control.sync import actions as do
 from nat_fastpath import cores, engine
+from nat_fastpath.core_config import CoreConfig
 from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Workers, repair
 from nat_fastpath.watch import hold_memory
 
+WORKER_TROUBLE = ("outbox_no_buffer", "fragment_no_buffer", "handoff_dropped")
 SHOWN = 256  # rows of a list that comes as one answer
 
 
@@ -55,15 +59,23 @@ def _say_notice(action: do.Action) -> None:
             say("peer: it does not carry the traffic any more")
 
 
-def serve(config: Config, *, force: bool = False) -> None:
-    """Runs until SIGTERM, SIGINT or SIGHUP. Raises ServerError; whatever was done by then is undone."""
+def serve(config: Config, path: Path, *, force: bool = False) -> None:
+    """Runs until SIGTERM or SIGINT; SIGHUP reads ``path`` again, where ``config`` comes from. Raises ServerError; whatever
+    was done by then is undone."""
     if config.switch:
         raise ServerError("this configuration is a switch agent's: tandem-nat switch runs it")
     with contextlib.ExitStack() as undo, ending_cleanly():
         try:
-            Server(config, undo, force=force).run()
+            Server(config, path, undo, force=force).run()
         except (DpdkError, InterfaceError, engine.CoreError, ApiError, PairError) as error:
             raise ServerError(str(error)) from None
+        except MemoryError:
+            raise ServerError(
+                "the system gives no memory: see `ulimit -v`, and the limits of the service"
+            ) from None
+        except OSError as error:
+            what = f"{error.filename}: " if error.filename else ""
+            raise ServerError(f"{what}{error.strerror or error}") from None
         finally:
             no_more_signals()
 
@@ -71,9 +83,10 @@ def serve(config: Config, *, force: bool = False) -> None:
 class Server:
     """One instance: what `show` tells about it, and its way up. ``undo`` takes it down again."""
 
-    def __init__(self, config: Config, undo: contextlib.ExitStack, *, force: bool) -> None:
+    def __init__(self, config: Config, path: Path, undo: contextlib.ExitStack, *, force: bool) -> None:
         self.config = config
         state = _state_dir(config)
+        self.health = Health(say, state)
         undo.enter_context(_lock(state / f"{config.instance}.lock", config.instance))
         for line in repair(state):
             say(f"repaired: {line}")
@@ -125,8 +138,12 @@ class Server:
             for change in opened.changes:
                 say(f"{port.name}: {change}")
 
-        core_config = configuration.to_core(config, [port.mac for port in self.ports], epoch=start_epoch())
-        self.core = cores.make(core_config, len(config.workers.cores))
+        epoch = start_epoch()
+
+        def to_core(config: Config) -> CoreConfig:
+            return configuration.to_core(config, [port.mac for port in self.ports], epoch=epoch)
+
+        self.core = cores.make(to_core(config), len(config.workers.cores))
         undo.callback(self.core.close)
         total = self.core.memory()["total"]
         sessions = config.nat.max_sessions
@@ -162,7 +179,7 @@ class Server:
             self.pair = Pair(
                 config,
                 CorePlane(self.core),
-                epoch=core_config.epoch,
+                epoch=epoch,
                 clock=monotonic,
                 drain=lambda: self.loop.drain(),
                 notice=_say_notice,
@@ -173,20 +190,47 @@ class Server:
             # so that our sockets close at once if we are killed, however much memory we have
             undo.callback(hold_memory().close)
         self.live = Live(self.core, [port.name for port in config.ports])
+        self.reload = Reload(
+            config,
+            path,
+            cores.parts(self.core),
+            lambda new: cores.sliced(to_core(new), len(config.workers.cores)),
+            taken=self._reloaded,
+            say=say,
+            refuses=self._refuses,
+            pair=self.pair,
+            mtus=[port.mtu for port in self.ports],
+        )
         self.loop = ControlLoop(
             self.core,
             len(self.ports),
             self._watch,
             sink=self._events,
             wake_fd=wake_fd,
+            hang_up=self.reload.hang_up,
         )
 
     def run(self) -> None:
         asyncio.run(self._run())
 
+    def _reloaded(self, config: Config) -> None:
+        self.config = config
+
+    def _refuses(self, config: Config) -> list[str]:
+        """What is wrong with addresses of another configuration on the devices that we have."""
+        found = []
+        for i, port in enumerate(self.ports):
+            try:
+                port.refuse_addresses(_addresses(config, i))
+            except InterfaceError as error:
+                found.append(str(error))
+        return found
+
     async def _run(self) -> None:
+        asyncio.get_running_loop().set_exception_handler(self.health.unhandled)
         answers = {"status": self.status, "stats": self.stats, "pool": self.pool_use, "ports": self.port_list}
-        api = Api({**answers, "hosts": self.live.hosts}, self.core.sessions, self.live.verbs)
+        verbs = {**self.live.verbs, "reload": self.reload.verb}
+        api = Api({**answers, "hosts": self.live.hosts}, self.core.sessions, verbs)
         await api.start(self.config.control.socket)
         pair = asyncio.ensure_future(self.pair.run()) if self.pair else None
         if pair is not None:
@@ -220,15 +264,37 @@ class Server:
                 say(self._stalled_text(i))
             self.stalled[i] = stalled
         for i, port in enumerate(self.ports):
-            if not port.is_there:
+            try:
+                there, up = port.is_there, port.link().up
+            except OSError as error:
+                if error.errno not in NO_RESOURCE:
+                    raise
+                self.health.lacking(error)  # nothing to ask with: it is as it was
+                continue
+            if not there:
+                # its sockets and rings never come to life again; a new start takes what is there by then
                 raise ServerError(f"device {port.device} is gone: nothing is carried any more")
-            if (up := port.link().up) != self.links[i]:
+            if up != self.links[i]:
                 say(
                     f"{self.config.ports[i].name}: {port.label} is {'up' if up else f'down: {port.why_down}'}"
                 )
                 self.links[i] = up
             if not up:
                 port.seek_other_end()
+        self._look_at_health()
+        self.reload.tick()
+
+    def _look_at_health(self) -> None:
+        found = drops_of(self.core)
+        found |= {name: sum(one[name] for one in self.worker_stats) for name in WORKER_TROUBLE}
+        found["events_lost"] = self.loop.events_lost
+        for i, (config, port) in enumerate(zip(self.config.ports, self.ports, strict=True)):
+            found[f"tx_dropped.{config.name}"] = sum(one[f"tx_dropped.{i}"] for one in self.worker_stats)
+            with contextlib.suppress(DpdkError):  # a device that does not count
+                stats = port.stats()
+                found |= {f"{name}.{config.name}": stats[name] for name in ("rx_nombuf", "imissed")}
+        states = states_of(self.core, self.pool.in_use, self.pool.count) | state_of(self.pair)
+        self.health.look(states, found)
 
     def _worker_name(self, i: int) -> str:
         return "worker" if len(self.config.workers.cores) == 1 else f"worker {i}"
@@ -247,7 +313,7 @@ class Server:
         for config, port, up in zip(self.config.ports, self.ports, self.links, strict=True):
             if not up:
                 found.append(f"{config.name}: {port.label} is down: {port.why_down}")
-        return found
+        return found + self.health.lines
 
     # -- what can be shown; called from threads ------------------------------------------------------------
 
@@ -259,6 +325,7 @@ class Server:
             "pid": os.getpid(),
             "uptime": round(self.loop.uptime, 3),
             "degraded": self.degraded(),
+            "draining": self.reload.draining(),
             "dpdk": self.eal.version,
             "hugepages": self.eal.hugepages,
             "mapping": nat.mapping,
@@ -328,6 +395,7 @@ class Server:
             "rests_cut": counters["rests_cut"],
             "parity_missed": counters["parity_missed"],
             "class_missed": counters["class_missed"],
+            "draining": self.reload.draining(),
             "in_use": [
                 {"address": _dotted(addresses[i]), "hosts": int(users[i]), "mappings": int(mappings[i])}
                 for i in range(min(len(addresses), SHOWN))
@@ -436,8 +504,11 @@ def _lock(path: Path, instance: str) -> Iterator[None]:
             raise ServerError(
                 f"instance {instance!r} runs already (process {pid}, {path}): stop it, or choose another name"
             ) from None
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        try:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            raise ServerError(f"{path}: {error.strerror}") from None
         yield
         # The file stays: were it unlinked, two servers could hold locks on two files of the same name.
     finally:

@@ -91,12 +91,24 @@ class Posted:
     def records(self) -> np.ndarray[Any, np.dtype[np.void]]:
         """A copy of those given; of ``holds``, ``reserved0`` is 1 once it is done where the session is held."""
 
+class Change:
+    """Another configuration for a core, prepared: memory is taken, and nothing is changed yet."""
+
+    @property
+    def config(self) -> CoreConfig: ...
+    def apply(self) -> None:
+        """Puts it in force. Raises CoreError, and nothing is changed, when the core refuses it: an address that leaves the
+        pool has mappings, or there is no room for next hops. Raises TimeoutError when the worker does not answer."""
+    def reroute(self) -> int:
+        """After ``apply``: sessions whose routes are others now go the new ways; returns how many did."""
+
 class Core:
     """One NAT core, owned by the thread that calls it, until a worker takes it over with ``attach``."""
 
     def __init__(self, config: CoreConfig) -> None: ...
     @property
-    def config(self) -> CoreConfig: ...
+    def config(self) -> CoreConfig:
+        """In force now."""
     @property
     def address(self) -> int:
         """The ``struct nat_core *`` as an integer, for a native worker. Keep the Core alive while it is used."""
@@ -158,6 +170,11 @@ class Core:
         """Next hops that the peer knows, dtype NEIGHBOUR: the later confirmation counts. One with ``mac`` 0 is
         asked for. Returns how many were news."""
     def hosts(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
+    def prepare(self, config: CoreConfig) -> Change:
+        """Another configuration, checked, with all memory that it takes. Ports (but for their MTU), modes and the sizes of
+        tables must be those in force, epoch and seed stay. Raises CoreError with the reason."""
+    def mappings_on(self, address: int) -> int:
+        """How many mappings an address of the pool has, about now."""
     def explain(self, port: int, frame: bytes, length: int | None = None, handoff: int = 0) -> Explanation:
         """What would become of a frame that came by ``port`` now, and why; nothing is changed or sent. ``length`` is
         that of the whole frame, when only its beginning is given; ``handoff`` what another core's explanation says."""

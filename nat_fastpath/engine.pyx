@@ -31,7 +31,7 @@ cdef extern from "engine_tables.h" nogil:
         NAT_SESSION_PENDING, NAT_SESSION_FOREIGN, NAT_SESSION_INBOUND, NAT_SESSION_OFFLOAD
         NAT_CMD_SESSIONS, NAT_CMD_INSTALL, NAT_CMD_DELETE, NAT_CMD_COMMIT, NAT_CMD_FIND
         NAT_CMD_NEIGHBOURS, NAT_CMD_HOSTS, NAT_CMD_ADOPT, NAT_CMD_CEDE, NAT_CMD_UPDATE, NAT_CMD_CHECK
-        NAT_CMD_LEARN, NAT_CMD_EXPLAIN, NAT_CMD_TRACE
+        NAT_CMD_LEARN, NAT_CMD_EXPLAIN, NAT_CMD_TRACE, NAT_CMD_RECONFIGURE, NAT_CMD_REROUTE
         NAT_STEP_KINDS, NAT_EXPLAIN_STEPS, NAT_EXPLAIN_BYTES, NAT_TRACE_RING
         NAT_TRACE_START, NAT_TRACE_READ, NAT_TRACE_STOP
         N_COUNTER_ROWS, N_RECORD_ROWS, N_EVENT_ROWS, N_NEIGHBOUR_ROWS, N_HOST_ROWS
@@ -184,6 +184,12 @@ cdef extern from "engine_tables.h" nogil:
         pass
     const nat_api_table nat_api
 
+    struct nat_change:
+        pass
+    nat_change *nat_prepare(const nat_core *core, const nat_config *config, char *error, size_t error_size)
+    void nat_change_free(nat_change *change)
+    const char *nat_change_refused(const nat_change *change)
+    uint32_t nat_mappings_on(const nat_core *core, uint32_t address)
     nat_core *nat_create(const nat_config *config, char *error, size_t error_size)
     void nat_destroy(nat_core *core)
     void nat_memory_for(const nat_config *config, nat_memory *out)
@@ -494,11 +500,51 @@ cdef class Posted:
             free(self.command)
 
 
+cdef class Change:
+    """Another configuration for a core, prepared: memory is taken, and nothing is changed yet."""
+
+    cdef Core core
+    cdef nat_change *change
+    cdef _Configuration configuration
+    cdef readonly object config
+    cdef bint over
+
+    def __cinit__(self, Core core, config):
+        cdef char error[256]
+        self.core, self.config, self.configuration, self.change = core, config, _Configuration(config), NULL
+        with nogil:
+            self.change = nat_prepare(core.core, &self.configuration.c, error, sizeof(error))
+        if self.change == NULL:
+            raise CoreError(error.decode())
+
+    def apply(self):
+        """Puts it in force. Raises CoreError, and nothing is changed, when the core refuses it."""
+        if self.over:
+            raise RuntimeError("this change was applied, or refused, already")
+        self.over = True
+        applied, _ = self.core._carry_out(NAT_CMD_RECONFIGURE, 1, 0, self.change, self)
+        if not applied:
+            raise CoreError(nat_change_refused(self.change).decode())
+        self.core.config, self.core.configuration = self.config, self.configuration
+
+    def reroute(self):
+        """After ``apply``: sessions whose routes are others now go the new ways, in pages; returns how many did."""
+        moved, cursor = 0, 0
+        while True:
+            some, cursor = self.core._carry_out(NAT_CMD_REROUTE, 4096, cursor, self.change, self)
+            moved += some
+            if not cursor:
+                return moved
+
+    def __dealloc__(self):
+        nat_change_free(self.change)
+
+
 cdef class Core:
     """One NAT core, owned by the thread that calls it, until a worker takes it over with ``attach``."""
 
     cdef nat_core *core
-    cdef readonly object config
+    cdef readonly object config  # in force
     cdef _Configuration configuration
     cdef bint attached
     cdef object lock
@@ -665,14 +711,18 @@ cdef class Core:
 
     cdef tuple _command(self, unsigned op, buffer, uint64_t cursor):
         """Carries out a command on a record array; returns (result, cursor)."""
+        cdef uint8_t[::1] view = buffer.view(np.uint8)
+        return self._carry_out(op, len(buffer), cursor, &view[0] if len(view) else NULL, buffer)
+
+    cdef tuple _carry_out(self, unsigned op, unsigned count, uint64_t cursor, void *buffer, keeper):
+        """The same for any memory, which ``keeper`` holds."""
         cdef nat_command *command = <nat_command *>calloc(1, sizeof(nat_command))
         if command == NULL:
             raise MemoryError
-        cdef uint8_t[::1] view = buffer.view(np.uint8)
         command.op = op
-        command.count = len(buffer)
+        command.count = count
         command.cursor = cursor
-        command.buffer = &view[0] if len(view) else NULL
+        command.buffer = buffer
         with self.lock:
             if self.core == NULL:
                 free(command)
@@ -682,7 +732,7 @@ cdef class Core:
                     nat_command_now(self.core, command)
             elif not (self._push(command) and _done(command)):
                 # The worker may still come back and write there: this memory must stay.
-                self.abandoned.append(buffer)
+                self.abandoned.append(keeper)
                 raise TimeoutError(SILENT)
         answer = (command.result, command.cursor)
         free(command)
@@ -802,6 +852,17 @@ cdef class Core:
     def hosts(self):
         """The inside hosts that have a session, dtype HOST."""
         return self._all(NAT_CMD_HOSTS, HOST)
+
+    def prepare(self, config):
+        """Another configuration, checked, with all memory that it takes; ``apply`` of the Change puts it in force."""
+        self._alive()
+        return Change(self, config)
+
+    def mappings_on(self, address):
+        """How many mappings an address of the pool has, about now."""
+        with self.lock:  # a change replaces what is looked at
+            self._alive()
+            return nat_mappings_on(self.core, int(address))
 
     def explain(self, port, frame, length=None, handoff=0):
         """What would become of a frame that came by ``port`` now, and why; nothing is changed or sent."""

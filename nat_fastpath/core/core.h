@@ -320,8 +320,8 @@ void session_record(const struct nat_core *core, uint32_t session, struct nat_re
 bool session_install(struct nat_core *core, const struct nat_record *record);
 /* What the side that carries the traffic has seen of it. */
 void session_update(struct nat_core *core, uint32_t at, const struct nat_record *record);
-/* Its answers go to this next hop from now on; false: they do already, or there is none. */
-bool session_follow(struct nat_core *core, uint32_t at, uint16_t neighbour);
+/* Its packets of this direction go to this next hop from now on; false: they do already, or there is none. */
+bool session_follow(struct nat_core *core, uint32_t at, int direction, uint16_t neighbour);
 static inline void session_own(struct session *session, uint8_t foreign)
 {
     session->flags = (uint8_t)((session->flags & ~NAT_SESSION_FOREIGN) | foreign);
@@ -421,15 +421,32 @@ bool is_own_address(const struct nat_core *core, uint32_t address);
 bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address);
 bool is_on_link(const struct nat_core *core, uint8_t port, uint32_t address);
 bool route_covers(const struct nat_route_config *route, uint32_t address);
+/* Longest prefix first. */
+void sort_routes(struct nat_config *config);
+/* The best route to this address, if it leads to this side; else NAT_MAX_ROUTES. */
+unsigned route_towards(struct nat_core *core, const struct nat_config *config, uint32_t address,
+                       enum nat_side side);
 /* Whether the best route to this address leads to this side. */
 bool is_routed_to(const struct nat_core *core, uint32_t address, enum nat_side side);
 /* Broadcast or network address of the route's subnet, or of any connected one. */
 bool is_broadcast_of(const struct nat_route_config *route, uint32_t address);
 bool is_subnet_broadcast(const struct nat_core *core, uint32_t address);
 
+/* --- reconfigure.c ------------------------------------------------------------------------------------ */
+/* Static neighbours, gateways and timeouts of a core that is being made. */
+bool neighbours_configure(struct nat_core *core, const struct nat_config *config, char *error,
+                          size_t error_size);
+bool reconfigure_step(struct nat_core *core, struct nat_command *command);
+bool reroute_step(struct nat_core *core, struct nat_command *command);
+
 /* --- neighbour.c ------------------------------------------------------------------------------------- */
-/* Static neighbours and the gateways of the routes, which it sorts. */
-bool neighbour_setup(struct nat_core *core, const struct nat_config *config, char *error, size_t error_size);
+/* By address, or by MAC alone when `address` is 0. NONE16: there is none; or no room for a new one. */
+uint16_t neighbour_find(const struct nat_core *core, uint8_t port, uint32_t address, const uint8_t *mac);
+uint16_t neighbour_at(struct nat_core *core, uint8_t port, uint32_t address);
+/* It has this MAC by the configuration. Returns whether packets had waited for it. */
+bool neighbour_fix(struct nat_core *core, uint16_t at, const uint8_t *mac);
+/* It is neither static nor a gateway any more. */
+void neighbour_loosen(struct nat_core *core, uint16_t at);
 /* Index of the next hop towards `address` on a port of `side`; NONE16 and a reason when there is none. */
 uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_side side,
                            enum nat_verdict *why);
@@ -543,6 +560,11 @@ static inline bool icmp_is_error(uint8_t type)
 }
 
 /* --- core.c ------------------------------------------------------------------------------------------- */
+/* What is wrong with a configuration, NULL: nothing; and one in which what was left to us is filled in. */
+const char *config_fault(const struct nat_config *config);
+struct nat_config config_completed(const struct nat_config *config);
+/* What follows from the configuration in force. */
+void config_in_force(struct nat_core *core);
 static inline void count_tx(struct nat_core *core, const struct nat_packet *packet)
 {
     core->stats.tx_packets[packet->port]++;

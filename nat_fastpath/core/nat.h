@@ -341,6 +341,9 @@ enum nat_command_op {
                         news. A mac of 0 asks for that next hop */
     NAT_CMD_EXPLAIN, /* buffer: one struct nat_explain */
     NAT_CMD_TRACE,   /* buffer: one struct nat_trace; result: 1, or 0 when the trace is another's or none */
+    NAT_CMD_RECONFIGURE, /* buffer: a struct nat_change *; result: 1, or 0 when it is refused */
+    NAT_CMD_REROUTE,     /* buffer: the same, after it was put in force: up to `count` sessions from cursor on
+                            go the new ways; result: how many had another one. cursor moves on, 0 at the end */
 };
 struct nat_command {
     uint32_t op;
@@ -489,6 +492,18 @@ struct nat_core *nat_create(const struct nat_config *config, char *error, size_t
 void nat_destroy(struct nat_core *core);
 /* What nat_create would take, without taking it. */
 void nat_memory_for(const struct nat_config *config, struct nat_memory *out);
+
+/* Another configuration for a core that runs. Any thread but the owner checks it and takes all memory for it
+ * (NULL and a line in `error` when it is impossible); NAT_CMD_RECONFIGURE puts it in force, whole or not at
+ * all; then it is freed, with what it replaced. Ports (but for their MTU), tables and modes stay as they are:
+ * epoch and seed are the core's. One change at a time. */
+struct nat_change *nat_prepare(const struct nat_core *core, const struct nat_config *config, char *error,
+                               size_t error_size);
+void nat_change_free(struct nat_change *change);
+/* Why the owner has refused it. */
+const char *nat_change_refused(const struct nat_change *change);
+/* Mappings on an address of the pool, about now; from the thread that prepares. */
+uint32_t nat_mappings_on(const struct nat_core *core, uint32_t address);
 
 /* The packet's way. Every packet gets a verdict; HELD ones belong to the core until nat_take returns them. */
 void nat_burst(struct nat_core *core, struct nat_packet *packets, unsigned n, uint64_t now);

@@ -39,7 +39,8 @@ static void follow_sender(struct nat_core *core, uint32_t session, const struct 
     bool fresh = n->state != NAT_NB_REACHABLE || !n->address || core->now_ms - n->confirmed_ms < 1000;
     if (fresh && raw32(mac) == raw32(n->mac) && raw16(mac + 4) == raw16(n->mac + 4))
         return;
-    if (session_follow(core, session, neighbour_behind(core, packet->port, session_internal_addr(s), mac)) &&
+    if (session_follow(core, session, IN,
+                       neighbour_behind(core, packet->port, session_internal_addr(s), mac)) &&
         event_room_to_update(core))
         event_emit(core, NAT_EVENT_UPDATE, 0, session); /* the peer's answers must go there too */
 }

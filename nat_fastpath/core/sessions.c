@@ -451,19 +451,19 @@ static void take_counters(struct nat_core *core, uint32_t at, const struct nat_r
     s->bytes[IN] = record->bytes_in;
 }
 
-bool session_follow(struct nat_core *core, uint32_t at, uint16_t neighbour)
+bool session_follow(struct nat_core *core, uint32_t at, int direction, uint16_t neighbour)
 {
     struct session *s = &core->sessions[at];
-    if (neighbour == NONE16 || neighbour == s->neighbour[IN])
+    if (neighbour == NONE16 || neighbour == s->neighbour[direction])
         return false;
     if (core->explain) { /* which has remembered the session, and has no use for those that it counts */
-        s->neighbour[IN] = neighbour;
+        s->neighbour[direction] = neighbour;
         return true;
     }
     core->neighbours[neighbour].sessions++;
     core->neighbours[neighbour].fresh = 0;
-    neighbour_leave(core, s->neighbour[IN]);
-    s->neighbour[IN] = neighbour;
+    neighbour_leave(core, s->neighbour[direction]);
+    s->neighbour[direction] = neighbour;
     return true;
 }
 
@@ -477,7 +477,7 @@ void session_update(struct nat_core *core, uint32_t at, const struct nat_record 
     take_counters(core, at, record);
     enum nat_verdict why;
     if (record->internal_mac)
-        session_follow(core, at,
+        session_follow(core, at, IN,
                        neighbour_inside(core, session_internal_addr(s), record->internal_mac, &why));
 }
 

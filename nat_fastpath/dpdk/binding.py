@@ -383,6 +383,11 @@ class Port:
         """The kernel interface that carries it, if one does."""
         return self._interface.name if self._interface else None
 
+    def refuse_addresses(self, addresses: Sequence[IPv4Address]) -> None:
+        """Raises InterfaceError when the NAT cannot answer for them here."""
+        if self._interface is not None:
+            self._interface.refuse_addresses(addresses)
+
     @property
     def label(self) -> str:
         """What a person calls it: the device without its arguments."""
