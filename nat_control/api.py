@@ -58,6 +58,11 @@ class ApiError(Exception):
     """One line for the operator."""
 
 
+def count(n: int, what: str) -> str:
+    """ "1 mapping", "2 mappings"."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 # -- filters ----------------------------------------------------------------------------------------------
 
 
@@ -300,6 +305,8 @@ class Api:
                 if not str(error):  # the client's, not the worker's
                     raise
                 await conversation.send({"error": str(error)})
+            except (MemoryError, RuntimeError) as error:  # no memory or thread for the answer, or we end
+                await conversation.send({"error": str(error) or "no memory for the answer"})
 
     async def _answer(self, request: dict[str, Any], conversation: Conversation) -> None:
         for verb in self._verbs:

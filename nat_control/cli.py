@@ -102,7 +102,7 @@ def server(
         bool, typer.Option("--force", help="Even take the device of the default route.")
     ] = False,
 ) -> None:
-    """Run the NAT until SIGTERM or Ctrl-C; interfaces are put back as they were."""
+    """Run the NAT until SIGTERM or Ctrl-C; interfaces are put back as they were. SIGHUP reads CONFIG again."""
     if os.geteuid():
         raise _fail("a server needs root, for raw sockets and to change interfaces: try again with sudo")
     with _user_errors(), _log_may_be_lost():
@@ -114,7 +114,7 @@ def server(
         except ImportError as error:
             raise _fail(error) from None
         try:
-            serve(loaded, force=force)
+            serve(loaded, config, force=force)
         except ServerError as error:
             raise _fail(error) from None
 
@@ -129,7 +129,7 @@ def switch(config: ConfigFile) -> None:
         from switch_agent.agent import AgentError, serve  # os-ken takes its time to be imported
 
         try:
-            serve(loaded)
+            serve(loaded, config)
         except AgentError as error:
             raise _fail(error) from None
 
@@ -137,11 +137,13 @@ def switch(config: ConfigFile) -> None:
 @app.command()
 def check(config: ConfigFile, as_json: Json = False) -> None:
     """Check a configuration: every error at once, warnings, and the memory it takes."""
-    from nat_fastpath.engine import CoreError, memory_for
+    from nat_fastpath.cores import memory_for
+    from nat_fastpath.engine import CoreError
 
     try:
         loaded = load(config)
-        memory = memory_for(to_core(loaded, [port.mac or ANY_MAC for port in loaded.ports]))
+        whole = to_core(loaded, [port.mac or ANY_MAC for port in loaded.ports])
+        memory = memory_for(whole, 1 if loaded.switch else loaded.slices)
     except ConfigError as error:
         if as_json:
             problems = [{"path": problem.path, "message": problem.message} for problem in error.errors]
@@ -205,11 +207,23 @@ def _rate(bits: float) -> str:
     return f"{bits:.2f} Gbit/s"
 
 
+def _worker(worker: dict[str, Any], n: int) -> str:
+    state = "STALLED" if worker["stalled"] else f"{worker['busy_share']:.1%} busy"
+    found = f"CPU {worker['cpu']}, {worker['idle']}, {state}"
+    if n > 1:
+        found += (
+            f", {worker['sessions']} sessions, handed off {worker['handed_off']}, "
+            f"got {worker['handoff_received']}, dropped {worker['handoff_dropped']}"
+        )
+    return found
+
+
 def _agent(status: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of a switch agent's status."""
     takeover, counts, watch = status["takeover"], status["counts"], status["watch"]
     alive = f", {'heard' if watch.get('alive') else 'not heard'} now" if watch else ""
     return [
+        *(("degraded", why) for why in status["degraded"]),
         ("process", f"{status['pid']}, up {status['uptime']:.0f} s"),
         ("switch", status["switch"]),
         ("carrier", status["carrier"]),
@@ -220,6 +234,13 @@ def _agent(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("counts", ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()) or "-"),
         ("refused rules", ", ".join(f"{n} {why}" for why, n in status["refused"].items()) or "none"),
         ("last takeover", takeover.get("reason", "none")),
+    ]
+
+
+def _draining(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("draining", f"{one['address']}: {api.count(one['mappings'], 'mapping')} left")
+        for one in answer["draining"]
     ]
 
 
@@ -234,16 +255,20 @@ def show_status(config: ConfigOption = None, socket: SocketOption = None, as_jso
         return _table(
             f"switch agent {status['instance']}, version {status['version']}", ("", ""), _agent(status)
         )
-    rates, worker = status["rates"], status["worker"]
+    rates, workers = status["rates"], status["workers"]
     rows = [
         *(("degraded", why) for why in status["degraded"]),
+        *_draining(status),
         ("process", f"{status['pid']}, up {status['uptime']:.0f} s, {status['dpdk']}"),
         ("behaviour", f"{status['mapping']} mapping, {status['filtering']} filtering"),
         ("sessions", f"{status['sessions']} of {status['max_sessions']}"),
         ("mappings", f"{status['mappings']} of {status['hosts']} hosts"),
         ("new and ended", f"{rates['sessions_opened']:.0f} and {rates['sessions_closed']:.0f} per second"),
         ("next hops", f"{status['neighbours']}, {status['held']} packets held"),
-        ("worker", f"CPU {worker['cpu']}, {worker['idle']}, {worker['busy_share']:.1%} busy"),
+        *(
+            (f"worker {i}" if len(workers) > 1 else "worker", _worker(one, len(workers)))
+            for i, one in enumerate(workers)
+        ),
         (
             "memory",
             f"{status['memory']['total'] / 2**20:.0f} MiB of tables, "
@@ -346,6 +371,8 @@ def show_stats(
     verdicts = [(name, n, meaning.get(name, "")) for name, n in stats["verdicts"].items() if n or every]
     _table("packets by verdict", ("verdict", "packets", "meaning"), verdicts)
     counters = {**stats["counters"], **{f"worker.{name}": n for name, n in stats["worker"].items()}}
+    if len(workers := stats.get("workers", ())) > 1:
+        counters |= {f"worker{i}.{name}": n for i, one in enumerate(workers) for name, n in one.items()}
     _table("counters", ("counter", "value"), [(name, n) for name, n in counters.items() if n or every])
 
 
@@ -360,6 +387,7 @@ def show_pool(config: ConfigOption = None, socket: SocketOption = None, as_json:
     rows = [
         ("addresses", f"{pool['addresses']}: {', '.join(pool['ranges'])}"),
         ("ports", f"{ports}, {pool['capacity']} endpoints of each protocol"),
+        *_draining(pool),
         ("mappings", f"{pool['used']}, {pool['unpaired']} ever on another address than their host's"),
         (
             "resting",
@@ -398,6 +426,7 @@ def show_ports(config: ConfigOption = None, socket: SocketOption = None, as_json
             ),
             *((("VLAN", port["vlan"]),) if port["vlan"] else ()),
             *((("not by AF_XDP", port["not_af_xdp"]),) if port["not_af_xdp"] else ()),
+            *((("spread", f"over the workers by {port['spread']}"),) if port.get("spread") else ()),
             *(("changed", change) for change in port["changes"]),
             ("in", f"{_rate(8 * rates['rx_bytes'])}, {rates['rx_packets']:.0f} packets/s"),
             ("out", f"{_rate(8 * rates['tx_bytes'])}, {rates['tx_packets']:.0f} packets/s"),

@@ -92,13 +92,17 @@ def _rank(finding: Finding) -> int:
 
 
 def _need(path: Path) -> Need:
+    from nat_fastpath.cores import sliced
     from nat_fastpath.engine import memory_for
 
     config = load(path)
-    parts = memory_for(to_core(config, [port.mac or ANY_MAC for port in config.ports]))
-    del parts["total"]
+    whole = to_core(config, [port.mac or ANY_MAC for port in config.ports])
     page = 2 << 20  # a table of a page and more is in pages of its own, smaller ones are in ordinary memory
-    tables = sum(-(-size // page) * page for size in parts.values() if size >= page)
+    tables = 0
+    for one in sliced(whole, 1 if config.switch else config.slices):
+        parts = memory_for(one)
+        del parts["total"]
+        tables += sum(-(-size // page) * page for size in parts.values() if size >= page)
     return Need(config, tables, 0 if config.switch else packet_memory_mb(config))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that look into a running server: `explain`, `trace` and `top`."""
+"""The commands that talk with a running server: `explain`, `trace`, `top` and `reload`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 
 from nat_control.api import PROTOCOLS, ApiError
-from nat_control.cli_output import Json, print_json, user_errors
+from nat_control.cli_output import FAILED, USAGE, Json, complain, print_json, user_errors
 from nat_control.client import Client, find_socket
 from nat_control.top import Snapshot, figures, picture
 
@@ -36,6 +36,7 @@ def register(app: typer.Typer) -> None:
     app.command()(explain)
     app.command()(trace)
     app.command()(top)
+    app.command()(reload)
 
 
 # -- explain --------------------------------------------------------------------------------------------------
@@ -218,3 +219,29 @@ def top(
                     console.print(picture(seen, console.size))
                 if once:
                     return
+
+
+# -- reload -----------------------------------------------------------------------------------------------------
+
+
+def reload(
+    drain: Annotated[
+        bool, typer.Option("--drain", help="Addresses with mappings leave the pool when these have ended.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Their sessions are ended.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say what would happen.")] = False,
+    config: ConfigOption = None,
+    socket: SocketOption = None,
+    as_json: Json = False,
+) -> None:
+    """The server reads its configuration again, and takes what is different, whole or not at all; sessions survive."""
+    with user_errors():
+        told = Client(find_socket(config, socket)).reload(drain=drain, force=force, check=check)
+    if as_json:
+        print_json(told)
+    elif told["result"] in ("invalid", "refused"):
+        complain(*told["lines"])
+    else:
+        print("\n".join(told["lines"]))
+    if told["result"] in ("invalid", "refused"):
+        raise typer.Exit(USAGE if told["result"] == "invalid" else FAILED)

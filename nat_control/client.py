@@ -303,6 +303,15 @@ class Client:
                 if "end" in answer:
                     return
 
+    def reload(self, *, drain: bool = False, force: bool = False, check: bool = False) -> dict[str, Any]:
+        """The server reads its configuration again. ``result`` is "applied", "unchanged", "checked", "refused" or
+        "invalid", ``lines`` says it for people; docs/cli.md has the rest."""
+        asked = {"drain": drain, "force": force, "check": check}
+        # without a bound: memory for thousands of addresses takes its time
+        with contextlib.closing(_Connection(self.path, {"reload": asked}, None)) as opened:
+            answer: dict[str, Any] = opened.line()["reload"]
+        return answer
+
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with contextlib.closing(_Connection(self.path, request, self.timeout)) as opened:
             return opened.line()

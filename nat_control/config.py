@@ -49,6 +49,7 @@ from nat_control.pool_config import (
     MAX_TIMEOUT,
     Located,
     Pool,
+    check_slices,
     read_addresses,
     read_pool,
 )
@@ -164,7 +165,7 @@ class Nat:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """CPUs that carry packets (exactly one for now), and what they do when there are none."""
+    """CPUs that carry packets, a worker on each, and what they do when there are none."""
 
     cores: tuple[int, ...] = (0,)
     idle: str = IDLE_MODES[0]
@@ -195,6 +196,11 @@ class Config:
     def number(self) -> int:
         """The instance in session ids (8 bits): 1 a server, 2 a switch agent."""
         return 2 if self.switch else 1
+
+    @property
+    def slices(self) -> int:
+        """Parts of all hosts and ports: each worker of a server has one, an agent's core has them all."""
+        return self.nat.pool.slices or (1 if self.switch else len(self.workers.cores))
 
 
 # Every key there is, by section. The first value says whether it must be there.
@@ -241,6 +247,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "parity": False,
         "quarantine": False,
         "quarantine_ports": False,
+        "slices": False,
     },
     "timeouts": {"udp": False, "tcp_established": False, "tcp_transitory": False, "icmp": False},
     "limits": {"sessions_per_host": False, "mappings_per_host": False, "new_sessions_per_second": False},
@@ -335,6 +342,12 @@ def _check_port(reader: Reader, port: Port) -> None:
 
 def _check_pool(reader: Reader, located: list[Located], config: Config) -> None:
     pool = config.nat.pool
+    if reader.good("nat.pool.slices", "workers.cores"):
+        if not config.switch and config.slices != len(config.workers.cores):
+            reader.fault("nat.pool.slices", f"{config.slices}, and `workers.cores` has {len(config.workers.cores)}: "
+                         "each worker has a slice, so a server needs no `slices`")  # fmt: skip
+        else:
+            check_slices(reader, pool, config.slices)
     at = "nat.pool.addresses"
     if reader.good(at) and len(pool.ranges) > MAX_RANGES:
         reader.fault(at, f"{len(pool.ranges)} separate ranges, and {MAX_RANGES} at most are possible")
@@ -510,7 +523,7 @@ def warnings(config: Config) -> tuple[str, ...]:
 
 
 def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreConfig:
-    """The core's configuration.
+    """The configuration of a core for everything; that of several workers is divided (nat_fastpath/cores.py).
 
     ``macs`` has the 6 bytes of each device's own MAC, in the order of ``config.ports``; they are used where
     the configuration gives none.  ``epoch`` (20 bit) tells the identities of one start from those of another.
@@ -565,6 +578,8 @@ def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreCon
         icmp_timeout=timeouts.icmp,
         instance=config.number,
         epoch=epoch,
+        n_slices=config.slices if config.slices > 1 else 0,
+        slice=None if config.slices > 1 else 0,
         # an agent's packets wait for their rules on the switch, with a peer or without
         synchronous=config.switch is not None or (peer is not None and peer.mode == "synchronous"),
         hold=hold.ms / 1000 if hold else 1.0,

@@ -18,6 +18,13 @@ import yaml
 T = TypeVar("T")
 
 MAX_SOCKET_PATH = 107  # bytes of sun_path, unix(7)
+MAX_WORKERS = 32  # SLICES_MAX of slices.h
+# A file that no person has written must not keep a server busy, or say a million lines.
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+MAX_ALIASES = 64  # none of which is within what has an anchor: so nothing multiplies
+MAX_PROBLEMS = 200
+MAX_UNKNOWN = 16  # keys of one section that are named
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +84,7 @@ def choice(allowed: Sequence[str]) -> Callable[[object], str]:
 
 
 def _did_you_mean(word: object, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1) if isinstance(word, str) else []
+    close = difflib.get_close_matches(word, known, 1) if isinstance(word, str) and len(word) < 64 else []
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -184,9 +191,12 @@ def flag(value: object) -> bool:
 
 
 def the_cores(value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) != 1:
-        raise ValueError(f"{shown(value)} is not allowed: a list of exactly one CPU, such as [1]")
-    return (integer(0, 1023)(value[0]),)
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_WORKERS:
+        raise ValueError(f"{shown(value)} is not allowed: a list of 1 to {MAX_WORKERS} CPUs, such as [1, 2]")
+    cores = tuple(integer(0, 1023)(cpu) for cpu in value)
+    if twice := sorted({cpu for cpu in cores if cores.count(cpu) > 1}):
+        raise ValueError(f"CPU {twice[0]} is listed twice, and a worker has a CPU of its own")
+    return cores
 
 
 def address_range(text: str) -> tuple[IPv4Address, IPv4Address]:
@@ -223,7 +233,10 @@ class Reader:
         self._bad: set[str] = set()
 
     def fault(self, path: str, message: str) -> None:
-        self.problems.append(Problem(path, message))
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(Problem(path, message))
+        elif len(self.problems) == MAX_PROBLEMS:
+            self.problems.append(Problem("", f"there are more errors than these {MAX_PROBLEMS}"))
         self._bad.add(path)
 
     def good(self, *paths: str) -> bool:
@@ -246,12 +259,12 @@ class Reader:
         if not isinstance(value, Mapping):
             self.fault(path, f"{shown(value)} is no mapping with the keys {', '.join(known)}")
             return Section(self, path, {})
-        for key in value:
-            if key not in known:
-                where = f"{path}.{_key(key)}" if path else _key(key)
-                self.fault(
-                    where, f"unknown key; allowed: {', '.join(known)}{_did_you_mean(key, list(known))}"
-                )
+        unknown = [key for key in value if key not in known]
+        for key in unknown[:MAX_UNKNOWN]:
+            where = f"{path}.{_key(key)}" if path else _key(key)
+            self.fault(where, f"unknown key; allowed: {', '.join(known)}{_did_you_mean(key, list(known))}")
+        if len(unknown) > MAX_UNKNOWN:
+            self.fault(path, f"{len(unknown) - MAX_UNKNOWN} more unknown keys")
         section = Section(self, path, value)
         for key, required in known.items():
             if required and key not in value:
@@ -301,7 +314,35 @@ class Section:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: no key twice, and a MAC, a date or `off` stays the text that it looks like."""
+    """YAML as people mean it: no key twice, and a MAC, a date or `off` stays the text that it looks like. Bounded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._anchors = self._aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        is_alias = isinstance(event, yaml.AliasEvent)
+        self._aliases += is_alias
+        anchored = not is_alias and event.anchor is not None
+        problem = (
+            f"nested more than {MAX_DEPTH} deep"
+            if self._depth >= MAX_DEPTH
+            else f"more than {MAX_ALIASES} aliases"
+            if self._aliases > MAX_ALIASES
+            else "an alias within what has an anchor itself"
+            if is_alias and self._anchors
+            else ""
+        )
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        self._depth += 1
+        self._anchors += anchored
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+            self._anchors -= anchored
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -349,17 +390,25 @@ def _end_of(text: str) -> str:
 
 def load_yaml(path: str | Path) -> dict[Any, Any]:
     """The mapping in a YAML file. Raises ConfigError, where it can with line and column, when there is none."""
-    source = str(path)
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError((Problem("", f"cannot be read: {error.strerror}"),), str(path)) from None
+    return parse_yaml(content, str(path))
+
+
+def parse_yaml(content: bytes, source: str = "config") -> dict[Any, Any]:
+    """The same for the bytes of a file."""
 
     def broken(where: str, what: str) -> ConfigError:
         return ConfigError((Problem(where, what),), source)
 
+    if len(content) > MAX_BYTES:
+        raise broken("", f"longer than {MAX_BYTES >> 20} MiB: this is no configuration")
     try:
-        content = Path(path).read_bytes()
         text = content.decode("utf-8-sig")
         document = yaml.load(text, _Loader)
-    except OSError as error:
-        raise broken("", f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise broken(_end_of(content[: error.start].decode()), "this is no UTF-8") from None
     except yaml.reader.ReaderError as error:

@@ -10,7 +10,8 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from nat_control.dataplane import Capabilities, Ids, Mask, NextHops, Records
-from nat_fastpath.engine import NEIGHBOUR_STATES, Core
+from nat_fastpath.cores import AnyCore
+from nat_fastpath.engine import NEIGHBOUR_STATES
 from nat_fastpath.errors import EventRingFull
 
 P = ParamSpec("P")
@@ -29,7 +30,7 @@ class CorePlane:
     thread (``own``) carries it out at once.
     """
 
-    def __init__(self, core: Core, name: str = "fastpath", *, own: bool = False) -> None:
+    def __init__(self, core: AnyCore, name: str = "fastpath", *, own: bool = False) -> None:
         self.core = core
         self._own = own
         self.capabilities = Capabilities(name, core.config.max_sessions, core.config.synchronous, BATCH)
@@ -54,7 +55,7 @@ class CorePlane:
             try:
                 return ended + await self._call(self.core.delete, records)
             except EventRingFull as full:  # whoever drives this plane takes its events meanwhile
-                ended, records = ended + full.result, records[full.handled :]
+                ended, records = ended + full.result, full.rest
                 await asyncio.sleep(PAUSE)
 
     async def commit(self, records: Records) -> int:

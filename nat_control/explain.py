@@ -35,6 +35,7 @@ ANSWERS = {
     (11, 0): "time exceeded",
 }  # ICMP types and codes
 FREE, RESTING, TAKEN = range(3)  # enum nat_slot
+DIRECTED, TURNED = 0x20, 0x40  # NAT_HANDOFF_*
 
 Endpoint = tuple[IPv4Address, int]
 Records = np.ndarray[Any, np.dtype[np.void]]
@@ -272,6 +273,10 @@ def step_text(step: Any, ports: Sequence[str], *, opened: bool = False) -> str:
         return f"{TCP_STATES[value]} becomes {TCP_STATES[limit]}"
     if kind == "mtu":
         return f"{value} bytes are more than {limit}: {'must not be cut' if flag else 'cut into fragments'}"
+    if kind == "handoff":
+        if flag & TURNED:
+            return f"worker {value} has the external port: it goes on there, from outside to inside"
+        return f"worker {value} {'had the first fragment' if flag & DIRECTED else 'has this packet'}"
     if kind == "pending":
         return "waits until the peer, or the switch, has the session"
     return f"a later fragment, whose first {'was seen' if flag else 'was not seen yet'}"

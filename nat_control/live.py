@@ -15,7 +15,8 @@ import numpy as np
 from nat_control.api import PROTOCOL_NAMES, PROTOCOLS, ApiError, Conversation, Verb, parse_endpoint
 from nat_control.dataplane import Events
 from nat_control.explain import FLAGS, QuestionError, answer, question
-from nat_fastpath.engine import EVENT, TCP_STATES, VERDICT_NAMES, Core
+from nat_fastpath.cores import AnyCore
+from nat_fastpath.engine import EVENT, TCP_STATES, VERDICT_NAMES
 
 SUBSCRIBER_EVENTS = 65536  # kept for one that reads slowly, 10 MB; the oldest are lost then
 TRACE_STEP = 0.1  # seconds between two looks at a trace
@@ -59,7 +60,7 @@ class Subscriber:
 class Live:
     """The verbs of the operator's socket for ``core``, whose ports have these names."""
 
-    def __init__(self, core: Core, ports: Sequence[str]) -> None:
+    def __init__(self, core: AnyCore, ports: Sequence[str]) -> None:
         self._core = core
         self._ports = ports
         self._subscribers: set[Subscriber] = set()

@@ -16,12 +16,12 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from types import FrameType
 
 from nat_control.dataplane import Events
-from nat_fastpath.engine import Core
+from nat_fastpath.cores import AnyCore, parts
 
 EVENTS = 16384  # taken at once, in less than a millisecond
 STEP = 0.02  # seconds between two looks at the events: 65 536 fit the ring, so 3 million per second do
 RATE_PERIOD = 1.0  # seconds over which rates are taken
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDING = (signal.SIGTERM, signal.SIGINT)
 RATES = ("sessions_opened", "sessions_closed")
 PORT_RATES = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes")
 
@@ -31,14 +31,24 @@ def start_epoch() -> int:
     return int(time.time()) & 0xFFFFF
 
 
+_early: list[
+    int
+] = []  # signals that came before there was somebody to hear them; they are the process's, so is this
+
+
 @contextlib.contextmanager
 def ending_cleanly() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit in here, so that a start that is interrupted undoes what it did."""
+    """SIGTERM raises SystemExit in here, so that a start that is interrupted undoes what it did. SIGHUP waits until
+    there is something to reload."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(0)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    def later(number: int, frame: FrameType | None) -> None:
+        _early.append(number)
+
+    wanted = {signal.SIGTERM: leave, signal.SIGHUP: later}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     try:
         yield
     finally:
@@ -48,7 +58,7 @@ def ending_cleanly() -> Iterator[None]:
 
 def no_more_signals() -> None:
     """From here on we end anyway, and a second signal must not keep us from doing it cleanly."""
-    for number in ENDING:
+    for number in (*ENDING, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -63,27 +73,32 @@ def monotonic_ns() -> int:
 
 
 class ControlLoop:
-    """Turns until SIGTERM, SIGINT or SIGHUP; ``watch`` is called once per second and may end it by an exception."""
+    """Turns until SIGTERM or SIGINT; ``watch`` is called once per second and may end it by an exception, ``hang_up`` at
+    SIGHUP, and one that comes meanwhile calls it once more."""
 
     def __init__(
         self,
-        core: Core,
+        core: AnyCore,
         n_ports: int,
         watch: Callable[[], None],
         *,
         sink: Callable[[Events], None] | None = None,
         step: float = STEP,
         wake_fd: int | None = None,
+        hang_up: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._core = core
+        self._rings = parts(core)
+        self._next_sequence = [0] * len(self._rings)
         self._watch = watch
         self._sink = sink
         self._step = step
         self._wake_fd = wake_fd
+        self._hang_up = hang_up
+        self._hung_up = asyncio.Event()
         self._names = (*RATES, *(f"{name}.{i}" for i in range(n_ports) for name in PORT_RATES))
         self._started = time.monotonic()
         self._before: tuple[float, Mapping[str, int]] = (self._started, core.counters())
-        self._next_sequence = 0
         self._end: asyncio.Future[str] | None = None
         self.events = 0
         self.events_lost = 0
@@ -104,8 +119,15 @@ class ControlLoop:
         if self._wake_fd is not None:
             loop.add_reader(self._wake_fd, self._woken)
             self._sleep()
-        steps = asyncio.create_task(self._steps())
-        steps.add_done_callback(lambda task: _fail(end, task))
+        tasks = [asyncio.create_task(self._steps())]
+        if self._hang_up is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._hung_up.set)
+            if _early:
+                _early.clear()
+                self._hung_up.set()
+            tasks.append(asyncio.create_task(self._hang_ups(self._hang_up)))
+        for task in tasks:
+            task.add_done_callback(lambda task: _fail(end, task))
         try:
             ready()
             name = await end
@@ -113,23 +135,33 @@ class ControlLoop:
                 await leave()
             return name
         finally:
-            steps.cancel()
+            for task in tasks:
+                task.cancel()
             if self._wake_fd is not None:
                 loop.remove_reader(self._wake_fd)
+
+    async def _hang_ups(self, hang_up: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await self._hung_up.wait()
+            self._hung_up.clear()
+            await hang_up()
 
     def end_with(self, task: asyncio.Task[None]) -> None:
         """A part that must not end has ended: so do we, with its exception."""
         if self._end is not None:
             _fail(self._end, task)
 
-    def drain(self) -> int:
-        """Takes what events there are, one batch; returns how many."""
-        events = self._core.events(EVENTS)
+    def drain(self) -> bool:
+        """Takes what events there are, one batch of each core; whether there may be more."""
+        return EVENTS in [self._take(ring) for ring in range(len(self._rings))]
+
+    def _take(self, ring: int) -> int:
+        events = self._rings[ring].events(EVENTS)
         if len(events):
             first, last = int(events["sequence"][0]), int(events["sequence"][-1])
-            if self._next_sequence:
-                self.events_lost += first - self._next_sequence
-            self._next_sequence = last + 1
+            if self._next_sequence[ring]:
+                self.events_lost += first - self._next_sequence[ring]
+            self._next_sequence[ring] = last + 1
             self.events += len(events)
             if self._sink is not None:
                 self._sink(events)
@@ -143,7 +175,7 @@ class ControlLoop:
 
     def _sleep(self) -> None:
         """One batch at a time: the rest of a flood is left to the steps, between which others have their turn."""
-        if not self._core.events_sleep():
+        if not all(ring.events_sleep() for ring in self._rings):
             asyncio.get_running_loop().call_soon(self._again)
 
     def _again(self) -> None:
@@ -152,12 +184,17 @@ class ControlLoop:
 
     async def _steps(self) -> None:
         while True:
-            while self.drain() == EVENTS:
-                await asyncio.sleep(0)
-            now = time.monotonic()
-            if now - self._before[0] >= RATE_PERIOD:
-                self._take_rates(now)
-                self._watch()
+            try:
+                while self.drain():
+                    await asyncio.sleep(0)
+                now = time.monotonic()
+                if now - self._before[0] >= RATE_PERIOD:
+                    self._take_rates(now)
+                    self._watch()
+            except MemoryError as error:  # events stay in the ring meanwhile
+                asyncio.get_running_loop().call_exception_handler(
+                    {"message": "no memory", "exception": error}
+                )
             await asyncio.sleep(self._step)
 
     def _take_rates(self, now: float) -> None:

@@ -43,6 +43,10 @@ def pools(config: Config) -> tuple[PoolRange, ...]:
     )
 
 
+def _ports(ranges: Sequence[PoolRange]) -> set[int]:
+    return {port for one in ranges for port in range(one.port_first, one.port_last + 1)}
+
+
 def heartbeat_key(config: Config) -> bytes:
     """The configured key, or with TLS one of this start, which Hello tells the peer. Without either both sides derive
     the same, which keeps strays out and nobody else.
@@ -100,8 +104,14 @@ class Pair:
         self._clock = clock
         self._notice = notice
         self._timeouts = config.nat.timeouts
+        self._shorter = asyncio.Event()  # timeouts were changed
         self.protocol = Protocol(
-            config.number, pools(config), Mode(peer.mode), epoch=epoch, limits=Limits(digest=DIGEST_PERIOD)
+            config.number,
+            pools(config),
+            Mode(peer.mode),
+            epoch=epoch,
+            slices=config.slices,
+            limits=Limits(digest=DIGEST_PERIOD),
         )
         self.transport = Transport(
             self.protocol,
@@ -131,6 +141,7 @@ class Pair:
             ends = [f"{host}:{port}" for host, port in filter(None, (heartbeat.listen, heartbeat.connect))]
             raise PairError(unusable(f"heartbeat {' to '.join(ends)}", error)) from None
         self._takes_key = peer.tls is not None and peer.connect is not None  # that of the side that listens
+        self._told = self.protocol.pools  # in our last Hello
         self._peer_carries = asyncio.Event()
         # Who has nothing to write at the peer's death must notice it all the same: held packets wait for the peer.
         self._bell = socket.socketpair() if guard else None
@@ -138,6 +149,31 @@ class Pair:
     @property
     def state(self) -> State:
         return self.protocol.state
+
+    def refuses(self, config: Config) -> str:
+        """Why a changed pool cannot be used now; "": it can.
+
+        Only a Hello compares pools. Until the next one nobody hands out a port that the other may hand out at any
+        address: the peer, too, keeps to those of its Hello.
+        """
+        new, peer = pools(config), self.protocol.peer
+        if new == self.protocol.pools or self.state in (State.STARTING, State.ALONE, State.FAILED):
+            return ""
+        if self.state is not State.OPERATIONAL or peer is None:
+            return "nat.pool: the peer is being greeted: try again in a moment"
+        ports, told, its = _ports(new), _ports(self._told), _ports(peer.pools)
+        if ports <= told and not ports & its:
+            return ""
+        return (
+            "nat.pool.ports: while the peer is connected only ports that it was told of, and hands out nowhere, can be "
+            "used: needs a restart"
+        )
+
+    def reconfigured(self, config: Config) -> None:
+        """This configuration, which was not refused, is in force."""
+        self.protocol.pools = pools(config)
+        self._timeouts = config.nat.timeouts
+        self._shorter.set()
 
     def events(self, events: Events) -> None:
         """What our own plane did."""
@@ -147,6 +183,8 @@ class Pair:
         if isinstance(action, do.StateChanged):
             if self._takes_key and (it := self.protocol.peer) is not None:
                 self.watch.rekey(it.heartbeat_key)
+            if action.after is State.HANDSHAKE:
+                self._told = self.protocol.pools
             # A descriptor must be out of the watch before the transport closes it.
             operational = action.after is State.OPERATIONAL
             self.watch.watch_tcp(self.transport.fileno() if operational else None)
@@ -237,11 +275,17 @@ class Pair:
         shortest = min(self._timeouts.udp, self._timeouts.icmp, self._timeouts.tcp_transitory)
         return min(max(shortest / ACTIVITY_SHARE, ACTIVITY_PERIOD), shortest / 3)
 
+    async def activity_pause(self) -> None:
+        """Until it is time to look at what was carried; shorter timeouts ask for a look at once."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._shorter.wait(), self.activity_period)
+        self._shorter.clear()
+
     async def _tell_activity(self) -> None:
         """The owner ages a session, but only the carrier sees its packets."""
-        period = self.activity_period
         while True:
-            await asyncio.sleep(period)
+            period = self.activity_period
+            await self.activity_pause()
             if self.state is not State.OPERATIONAL:
                 continue
             async for page in self._plane.sessions():

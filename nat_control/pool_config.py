@@ -6,7 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
-from nat_control.config_reader import Reader, Section, address_range, flag, integer, port_ranges, shown
+from nat_control.config_reader import (
+    MAX_WORKERS,
+    Reader,
+    Section,
+    address_range,
+    flag,
+    integer,
+    port_ranges,
+    shown,
+)
 
 # What the core's arrays hold; see nat.h and port_pool.h.
 MAX_POOL_ADDRESSES = (2**31 - 2) // (3 * 65536)  # slots of all triples have 31-bit numbers
@@ -25,6 +34,7 @@ class Pool:
     parity: bool = False
     quarantine: int = 120  # seconds that a freed port rests
     quarantine_ports: int = 0  # that rest at once; 0: all
+    slices: int = 0  # of hosts and ports; 0: one for each worker
 
     @property
     def ports(self) -> tuple[int, int]:
@@ -87,4 +97,22 @@ def read_pool(reader: Reader, section: Section, located: list[Located]) -> Pool:
         section.get("parity", flag, False),
         section.get("quarantine", integer(0, MAX_TIMEOUT), 120),
         section.get("quarantine_ports", integer(0, MAX_POOL_TRIPLES), 0),
+        section.get("slices", integer(1, MAX_WORKERS), 0),
     )
+
+
+def check_slices(reader: Reader, pool: Pool, slices: int) -> None:
+    """Every slice must have ports to hand out."""
+    if slices == 1 or not reader.good("nat.pool.ports"):
+        return
+    from nat_fastpath.engine import slice_of_ports  # numpy, which most configurations do not need
+
+    there = {
+        int(found)
+        for first, last in pool.port_ranges
+        for found in slice_of_ports(range(first, last + 1), slices)
+    }
+    if len(there) < slices:
+        enough = 4 << (slices - 1).bit_length()
+        reader.fault("nat.pool.ports", f"no port is left for {slices - len(there)} of {slices} slices (one for "
+                     f"each worker): {enough} ports in a row are enough for all of them")  # fmt: skip

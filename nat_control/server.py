@@ -19,15 +19,19 @@ from nat_control.api import Api, ApiError
 from nat_control.config import Config
 from nat_control.core_plane import CorePlane
 from nat_control.dataplane import Events
+from nat_control.health import NO_RESOURCE, Health, drops_of, state_of, states_of
 from nat_control.live import Live
 from nat_control.loop import ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
-from nat_control.memory import BUFFERS, buffer_mtu, packet_memory_mb
+from nat_control.memory import buffer_mtu, buffers, packet_memory_mb
 from nat_control.pair import Pair, PairError
+from nat_control.reload import Reload
 from nat_control.sync import actions as do
-from nat_fastpath import engine
-from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, repair
+from nat_fastpath import cores, engine
+from nat_fastpath.core_config import CoreConfig
+from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Workers, repair
 from nat_fastpath.watch import hold_memory
 
+WORKER_TROUBLE = ("outbox_no_buffer", "fragment_no_buffer", "handoff_dropped")
 SHOWN = 256  # rows of a list that comes as one answer
 
 
@@ -55,15 +59,23 @@ def _say_notice(action: do.Action) -> None:
             say("peer: it does not carry the traffic any more")
 
 
-def serve(config: Config, *, force: bool = False) -> None:
-    """Runs until SIGTERM, SIGINT or SIGHUP. Raises ServerError; whatever was done by then is undone."""
+def serve(config: Config, path: Path, *, force: bool = False) -> None:
+    """Runs until SIGTERM or SIGINT; SIGHUP reads ``path`` again, where ``config`` comes from. Raises ServerError; whatever
+    was done by then is undone."""
     if config.switch:
         raise ServerError("this configuration is a switch agent's: tandem-nat switch runs it")
     with contextlib.ExitStack() as undo, ending_cleanly():
         try:
-            Server(config, undo, force=force).run()
+            Server(config, path, undo, force=force).run()
         except (DpdkError, InterfaceError, engine.CoreError, ApiError, PairError) as error:
             raise ServerError(str(error)) from None
+        except MemoryError:
+            raise ServerError(
+                "the system gives no memory: see `ulimit -v`, and the limits of the service"
+            ) from None
+        except OSError as error:
+            what = f"{error.filename}: " if error.filename else ""
+            raise ServerError(f"{what}{error.strerror or error}") from None
         finally:
             no_more_signals()
 
@@ -71,9 +83,10 @@ def serve(config: Config, *, force: bool = False) -> None:
 class Server:
     """One instance: what `show` tells about it, and its way up. ``undo`` takes it down again."""
 
-    def __init__(self, config: Config, undo: contextlib.ExitStack, *, force: bool) -> None:
+    def __init__(self, config: Config, path: Path, undo: contextlib.ExitStack, *, force: bool) -> None:
         self.config = config
         state = _state_dir(config)
+        self.health = Health(say, state)
         undo.enter_context(_lock(state / f"{config.instance}.lock", config.instance))
         for line in repair(state):
             say(f"repaired: {line}")
@@ -86,7 +99,7 @@ class Server:
         memory = "hugepages" if self.eal.hugepages else "ordinary memory (no hugepages are free)"
         say(f"tandem-nat {version('tandem-nat')}: instance {config.instance}, {self.eal.version}, {memory}")
 
-        pool = Mempool(f"{os.getpid()}-packets", BUFFERS, buffer_mtu(config))
+        pool = Mempool(f"{os.getpid()}-packets", buffers(config), buffer_mtu(config))
         undo.callback(pool.close)
         self.pool = pool
         self.ports: list[Port] = []
@@ -106,6 +119,8 @@ class Server:
                     force=force,
                     driver=port.driver,
                     tagged=any(config.ports[k].vlan for k in on_it),
+                    queues=len(config.workers.cores),
+                    side=port.side if len(on_it) == 1 else None,
                 )
                 undo.callback(opened.close)
             self.ports.append(opened)
@@ -120,64 +135,106 @@ class Server:
             say(f"{port.name}: {carrier}{vlan}, MAC {opened.mac.hex(':')}, {port.address}, MTU {port.mtu}")
             if opened.not_af_xdp:
                 say(f"{port.name}: not by AF_XDP: {opened.not_af_xdp}")
+            if opened.spread:
+                say(
+                    f"{port.name}: packets are spread over {len(config.workers.cores)} workers by {opened.spread}"
+                )
             for change in opened.changes:
                 say(f"{port.name}: {change}")
 
-        core_config = configuration.to_core(config, [port.mac for port in self.ports], epoch=start_epoch())
-        self.core = engine.Core(core_config)
+        epoch = start_epoch()
+
+        def to_core(config: Config) -> CoreConfig:
+            return configuration.to_core(config, [port.mac for port in self.ports], epoch=epoch)
+
+        self.core = cores.make(to_core(config), len(config.workers.cores))
         undo.callback(self.core.close)
         total = self.core.memory()["total"]
         sessions = config.nat.max_sessions
         say(f"memory: {total / 2**20:.0f} MiB for {sessions} sessions, {total // sessions} bytes each")
 
-        cpu = config.workers.cores[0]
         paired = config.peer is not None and config.peer.mode != "off"
         # In synchronous mode a new session's first packet waits for us: the worker wakes us by this.
         wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) if paired else None
         if wake_fd is not None:
             undo.callback(os.close, wake_fd)
-        self.worker = Worker(self.core, self.ports, pool, cpu=cpu, idle=config.workers.idle, wake_fd=wake_fd)
-        self.worker.start()
-        undo.callback(self.worker.stop)
-        self.worker_stats = self.worker.stats()
-        self.worker_stalled = False
+        self.workers = Workers(
+            cores.parts(self.core),
+            self.ports,
+            pool,
+            cpus=config.workers.cores,
+            idle=config.workers.idle,
+            wake_fd=wake_fd,
+        )
+        self.workers.start()
+        undo.callback(self.workers.stop)
+        self.worker_stats = self.workers.stats()
+        self.stalled = [False] * len(self.worker_stats)
         self.links = [True] * len(self.ports)
         bound = (
-            f", asks for sleeps of {self.worker.idle_bound_us} µs at most"  # to which the kernel adds
+            f", asks for sleeps of {Workers.idle_bound_us} µs at most"  # to which the kernel adds
             if config.workers.idle == "adaptive"
             else ""
         )
-        say(f"worker: CPU {cpu}, {config.workers.idle}{bound}")
+        for i, cpu in enumerate(config.workers.cores):
+            say(f"{self._worker_name(i)}: CPU {cpu}, {config.workers.idle}{bound}")
         self.pair: Pair | None = None
         if paired:
             self.pair = Pair(
                 config,
                 CorePlane(self.core),
-                epoch=core_config.epoch,
+                epoch=epoch,
                 clock=monotonic,
                 drain=lambda: self.loop.drain(),
                 notice=_say_notice,
-                counters=[self.worker.loops_address],
+                counters=self.workers.loops_addresses,  # all of them move, or we are dead
                 guard=True,
             )
             undo.callback(self.pair.watch.close)
             # so that our sockets close at once if we are killed, however much memory we have
             undo.callback(hold_memory().close)
         self.live = Live(self.core, [port.name for port in config.ports])
+        self.reload = Reload(
+            config,
+            path,
+            cores.parts(self.core),
+            lambda new: cores.sliced(to_core(new), len(config.workers.cores)),
+            taken=self._reloaded,
+            say=say,
+            refuses=self._refuses,
+            pair=self.pair,
+            mtus=[port.mtu for port in self.ports],
+        )
         self.loop = ControlLoop(
             self.core,
             len(self.ports),
             self._watch,
             sink=self._events,
             wake_fd=wake_fd,
+            hang_up=self.reload.hang_up,
         )
 
     def run(self) -> None:
         asyncio.run(self._run())
 
+    def _reloaded(self, config: Config) -> None:
+        self.config = config
+
+    def _refuses(self, config: Config) -> list[str]:
+        """What is wrong with addresses of another configuration on the devices that we have."""
+        found = []
+        for i, port in enumerate(self.ports):
+            try:
+                port.refuse_addresses(_addresses(config, i))
+            except InterfaceError as error:
+                found.append(str(error))
+        return found
+
     async def _run(self) -> None:
+        asyncio.get_running_loop().set_exception_handler(self.health.unhandled)
         answers = {"status": self.status, "stats": self.stats, "pool": self.pool_use, "ports": self.port_list}
-        api = Api({**answers, "hosts": self.live.hosts}, self.core.sessions, self.live.verbs)
+        verbs = {**self.live.verbs, "reload": self.reload.verb}
+        api = Api({**answers, "hosts": self.live.hosts}, self.core.sessions, verbs)
         await api.start(self.config.control.socket)
         pair = asyncio.ensure_future(self.pair.run()) if self.pair else None
         if pair is not None:
@@ -204,40 +261,75 @@ class Server:
             say("the peer carries")
 
     def _watch(self) -> None:
-        before, self.worker_stats = self.worker_stats, self.worker.stats()
-        stalled = before.get("loops") == self.worker_stats["loops"]
-        if stalled and not self.worker_stalled:
-            say("the worker has not moved for a second: nothing is forwarded")
-        self.worker_stalled = stalled
+        before, self.worker_stats = self.worker_stats, self.workers.stats()
+        for i, (old, new) in enumerate(zip(before, self.worker_stats, strict=True)):
+            stalled = old["loops"] == new["loops"]
+            if stalled and not self.stalled[i]:
+                say(self._stalled_text(i))
+            self.stalled[i] = stalled
         for i, port in enumerate(self.ports):
-            if not port.is_there:
+            try:
+                there, up = port.is_there, port.link().up
+            except OSError as error:
+                if error.errno not in NO_RESOURCE:
+                    raise
+                self.health.lacking(error)  # nothing to ask with: it is as it was
+                continue
+            if not there:
+                # its sockets and rings never come to life again; a new start takes what is there by then
                 raise ServerError(f"device {port.device} is gone: nothing is carried any more")
-            if (up := port.link().up) != self.links[i]:
+            if up != self.links[i]:
                 say(
                     f"{self.config.ports[i].name}: {port.label} is {'up' if up else f'down: {port.why_down}'}"
                 )
                 self.links[i] = up
             if not up:
                 port.seek_other_end()
+        self._look_at_health()
+        self.reload.tick()
+
+    def _look_at_health(self) -> None:
+        found = drops_of(self.core)
+        found |= {name: sum(one[name] for one in self.worker_stats) for name in WORKER_TROUBLE}
+        found["events_lost"] = self.loop.events_lost
+        for i, (config, port) in enumerate(zip(self.config.ports, self.ports, strict=True)):
+            found[f"tx_dropped.{config.name}"] = sum(one[f"tx_dropped.{i}"] for one in self.worker_stats)
+            with contextlib.suppress(DpdkError):  # a device that does not count
+                stats = port.stats()
+                found |= {f"{name}.{config.name}": stats[name] for name in ("rx_nombuf", "imissed")}
+        states = states_of(self.core, self.pool.in_use, self.pool.count) | state_of(self.pair)
+        self.health.look(states, found)
+
+    def _worker_name(self, i: int) -> str:
+        return "worker" if len(self.config.workers.cores) == 1 else f"worker {i}"
+
+    def _stalled_text(self, i: int) -> str:
+        lost = (
+            "nothing"
+            if len(self.stalled) == 1
+            else f"nothing of its hosts (CPU {self.config.workers.cores[i]})"
+        )
+        return f"the {self._worker_name(i)} has not moved for a second: {lost} is forwarded"
 
     def degraded(self) -> list[str]:
         """What keeps it from carrying as it should, one line each."""
-        found = ["the worker has not moved for a second: nothing is forwarded"] if self.worker_stalled else []
+        found = [self._stalled_text(i) for i, stalled in enumerate(self.stalled) if stalled]
         for config, port, up in zip(self.config.ports, self.ports, self.links, strict=True):
             if not up:
                 found.append(f"{config.name}: {port.label} is down: {port.why_down}")
-        return found
+        return found + self.health.lines
 
     # -- what can be shown; called from threads ------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        counters, nat = self.core.counters(), self.config.nat
+        counters, nat, workers = self.core.counters(), self.config.nat, self._workers()
         return {
             "instance": self.config.instance,
             "version": version("tandem-nat"),
             "pid": os.getpid(),
             "uptime": round(self.loop.uptime, 3),
             "degraded": self.degraded(),
+            "draining": self.reload.draining(),
             "dpdk": self.eal.version,
             "hugepages": self.eal.hugepages,
             "mapping": nat.mapping,
@@ -246,15 +338,10 @@ class Server:
             "peer": self.pair.state.value if self.pair else "none",
             **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
             "rates": {name: round(rate, 1) for name, rate in self.loop.rates.items()},
-            "worker": {
-                "cpu": self.config.workers.cores[0],
-                "idle": self.config.workers.idle,
-                "idle_bound_us": self.worker.idle_bound_us,
-                "stalled": self.worker_stalled,
-                "busy_share": round(self.worker_stats.get("busy_share", 0.0), 4),
-            },
+            "worker": max(workers, key=lambda worker: (worker["stalled"], worker["busy_share"])),
+            "workers": workers,
             "memory": self.core.memory(),
-            "buffers": {"in_use": self.pool.in_use, "total": BUFFERS},
+            "buffers": {"in_use": self.pool.in_use, "total": self.pool.count},
             "events": {
                 "taken": self.loop.events,
                 "waiting": counters["events"],
@@ -262,12 +349,30 @@ class Server:
             },
         }
 
+    def _workers(self) -> list[dict[str, Any]]:
+        parts = zip(
+            self.config.workers.cores, cores.parts(self.core), self.worker_stats, self.stalled, strict=True
+        )
+        return [
+            {
+                "cpu": cpu,
+                "idle": self.config.workers.idle,
+                "idle_bound_us": Workers.idle_bound_us,
+                "stalled": stalled,
+                "busy_share": round(stats["busy_share"], 4),
+                "sessions": core.counters()["sessions"],
+                **{name: stats[name] for name in ("handed_off", "handoff_received", "handoff_dropped")},
+            }
+            for cpu, core, stats, stalled in parts
+        ]
+
     def stats(self) -> dict[str, Any]:
-        verdicts = self.core.verdicts().tolist()
+        verdicts, each = self.core.verdicts().tolist(), self.worker_stats
         return {
             "verdicts": dict(zip(engine.VERDICT_NAMES, verdicts, strict=True)),
             "counters": self.core.counters(),
-            "worker": self.worker_stats,
+            "worker": {name: _of_all(name, [one[name] for one in each]) for name in each[0]},
+            "workers": each,
         }
 
     def pool_use(self) -> dict[str, Any]:
@@ -294,6 +399,7 @@ class Server:
             "rests_cut": counters["rests_cut"],
             "parity_missed": counters["parity_missed"],
             "class_missed": counters["class_missed"],
+            "draining": self.reload.draining(),
             "in_use": [
                 {"address": _dotted(addresses[i]), "hosts": int(users[i]), "mappings": int(mappings[i])}
                 for i in range(min(len(addresses), SHOWN))
@@ -321,6 +427,7 @@ class Server:
                 "driver": opened.driver,
                 "kernel_interface": opened.kernel_interface,
                 "not_af_xdp": opened.not_af_xdp or None,
+                "spread": opened.spread or None,
                 "changes": list(opened.changes),
                 "mac": opened.mac.hex(":"),
                 "address": str(port.address),
@@ -340,6 +447,11 @@ class Server:
             }
             for i, (port, opened) in enumerate(zip(self.config.ports, self.ports, strict=True))
         }
+
+
+def _of_all(name: str, values: list[int | float]) -> int | float:
+    """One figure for all workers: of shares and longest times the largest."""
+    return max(values) if name in ("busy_share", "sleep_max_us") else sum(values)
 
 
 def _neighbours(records: np.ndarray[Any, np.dtype[np.void]]) -> list[dict[str, Any]]:
@@ -396,8 +508,11 @@ def _lock(path: Path, instance: str) -> Iterator[None]:
             raise ServerError(
                 f"instance {instance!r} runs already (process {pid}, {path}): stop it, or choose another name"
             ) from None
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        try:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            raise ServerError(f"{path}: {error.strerror}") from None
         yield
         # The file stays: were it unlinked, two servers could hold locks on two files of the same name.
     finally:

@@ -35,16 +35,15 @@ def figures(before: Snapshot, now: Snapshot) -> dict[str, Any]:
         return {name: round(max(n - old.get(name, 0), 0) / seconds, 1) for name, n in now.stats[of].items()}
 
     counters = rates("counters")
-    old_worker, worker = before.stats.get("worker", {}), now.stats.get("worker", {})
-    total = worker.get("total_ns", 0) - old_worker.get("total_ns", 0)
-    busy = worker.get("busy_ns", 0) - old_worker.get("busy_ns", 0)
     status = now.status
+    shares = [worker["busy_share"] for worker in status.get("workers", ())]  # an agent has none
     return {
         "instance": status["instance"],
         "uptime": status["uptime"],
         "seconds": round(seconds, 3),
         "carrier": status.get("carrier", "server"),
-        "busy_share": round(busy / total, 4) if total > 0 else None,
+        "busy_share": max(shares, default=None),  # of the busiest worker
+        "busy_shares": shares,
         **{name: status[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
         "max_sessions": status.get("max_sessions"),
         "opened": counters["sessions_opened"],
@@ -79,7 +78,8 @@ def _plain(*columns: str) -> Table:
 
 def picture(seen: dict[str, Any], size: ConsoleDimensions) -> Group:
     """It fits in ``size``; what does not is left out, the rarest verdicts and the smallest hosts first."""
-    busy = "" if seen["busy_share"] is None else f"   worker {seen['busy_share']:.0%} busy"
+    busy = ", ".join(f"{share:.0%}" for share in seen["busy_shares"])
+    busy = busy and f"   worker{'s' if ',' in busy else ''} {busy} busy"
     carrier = "" if seen["carrier"] == "server" else f"   carried by the {seen['carrier']}"
     title = Text(
         f"tandem-nat {seen['instance']}   up {seen['uptime']:.0f} s{busy}{carrier}", "bold", no_wrap=True

@@ -40,26 +40,34 @@ FLAG_PENDING: int
 FLAG_FOREIGN: int
 FLAG_INBOUND: int
 FLAG_OFFLOAD: int
+SLICE_ANY: int  # whoever receives such a frame does what is to be done
+SLICE_ALL: int  # likewise, and all other cores get a copy (ARP)
 
 class Result(NamedTuple):
     """What became of one packet. ``frame`` is the translated frame or the answer, empty when dropped or held.
 
     ``frames`` are those to be sent: none, ``frame``, or its fragments when it is longer than the MTU (FRAGMENT).
+    HANDOFF: ``frame`` and ``handoff`` are for ``handed`` of another core, that of slice ``handoff & 0x1f``.
     """
 
     verdict: Verdict
     port: int
     frame: bytes
     frames: tuple[bytes, ...]
+    handoff: int = 0
 
 class Explanation(NamedTuple):
-    """What would become of a packet. ``frame`` is what would leave, as far as it was given; empty when dropped."""
+    """What would become of a packet. ``frame`` is what would leave, as far as it was given; empty when dropped.
+
+    HANDOFF: the core of slice ``handoff & 0x1f`` goes on, asked with this ``frame`` and ``handoff``.
+    """
 
     verdict: Verdict
     port: int
     frame: bytes
     mtu: int  # for FRAGMENT
     steps: np.ndarray[Any, np.dtype[np.void]]  # dtype STEP
+    handoff: int = 0
 
 class Trace(NamedTuple):
     """What a trace has seen since it was last read."""
@@ -76,13 +84,31 @@ class Posted:
     """A command that was given to the worker and is not waited for."""
     def result(self) -> int | None:
         """How many records were handled, or None as long as the worker has not come to it."""
+    def wait(self) -> int:
+        """How many records were handled, when they are. Raises TimeoutError when the worker does not answer, and
+        nat_fastpath.errors.EventRingFull."""
+    @property
+    def records(self) -> np.ndarray[Any, np.dtype[np.void]]:
+        """A copy of those given; of ``holds``, ``reserved0`` is 1 once it is done where the session is held."""
+
+class Change:
+    """Another configuration for a core, prepared: memory is taken, and nothing is changed yet."""
+
+    @property
+    def config(self) -> CoreConfig: ...
+    def apply(self) -> None:
+        """Puts it in force. Raises CoreError, and nothing is changed, when the core refuses it: an address that leaves the
+        pool has mappings, or there is no room for next hops. Raises TimeoutError when the worker does not answer."""
+    def reroute(self) -> int:
+        """After ``apply``: sessions whose routes are others now go the new ways; returns how many did."""
 
 class Core:
     """One NAT core, owned by the thread that calls it, until a worker takes it over with ``attach``."""
 
     def __init__(self, config: CoreConfig) -> None: ...
     @property
-    def config(self) -> CoreConfig: ...
+    def config(self) -> CoreConfig:
+        """In force now."""
     @property
     def address(self) -> int:
         """The ``struct nat_core *`` as an integer, for a native worker. Keep the Core alive while it is used."""
@@ -92,6 +118,8 @@ class Core:
     # -- packets; raise RuntimeError while a worker is attached
     def burst(self, frames: Sequence[tuple[int, bytes]], now_ns: int) -> list[Result]:
         """Sends (port, frame) pairs through the core as one call; one Result each, in order."""
+    def handed(self, frames: Sequence[tuple[int, bytes, int]], now_ns: int) -> list[Result]:
+        """As ``burst``, for (port, frame, handoff) that another core had from a wire and has counted."""
     def poll(self, now_ns: int) -> bool: ...
     def settle(self, now_ns: int) -> None:
         """Polls until the ageing sweep has seen every session once at ``now_ns``."""
@@ -125,6 +153,9 @@ class Core:
     def commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> int: ...
     def post_commit(self, records: np.ndarray[Any, np.dtype[np.void]]) -> Posted:
         """As ``commit``, without waiting for the worker. Raises TimeoutError when it takes no more commands."""
+    def post(self, what: str, records: np.ndarray[Any, np.dtype[np.void]]) -> Posted:
+        """Begins ``what`` (install, delete, commit, update or holds) without waiting for the worker. Raises
+        TimeoutError when it takes no more commands."""
     def adopt(self) -> int:
         """The peer's sessions become ours, and their timers restart; returns how many there were."""
     def cede(self, instance: int, besides: Sequence[int] | np.ndarray[Any, np.dtype[np.uint64]] = ()) -> int:
@@ -139,9 +170,14 @@ class Core:
         """Next hops that the peer knows, dtype NEIGHBOUR: the later confirmation counts. One with ``mac`` 0 is
         asked for. Returns how many were news."""
     def hosts(self) -> np.ndarray[Any, np.dtype[np.void]]: ...
-    def explain(self, port: int, frame: bytes, length: int | None = None) -> Explanation:
+    def prepare(self, config: CoreConfig) -> Change:
+        """Another configuration, checked, with all memory that it takes. Ports (but for their MTU), modes and the sizes of
+        tables must be those in force, epoch and seed stay. Raises CoreError with the reason."""
+    def mappings_on(self, address: int) -> int:
+        """How many mappings an address of the pool has, about now."""
+    def explain(self, port: int, frame: bytes, length: int | None = None, handoff: int = 0) -> Explanation:
         """What would become of a frame that came by ``port`` now, and why; nothing is changed or sent. ``length`` is
-        that of the whole frame, when only its beginning is given."""
+        that of the whole frame, when only its beginning is given; ``handoff`` what another core's explanation says."""
     def trace_start(self, packets: int, seconds: float, **flow: int) -> int | None:
         """Traces the next packets of a flow (protocol, internal_addr, internal_port, external_..., remote_...; what
         is left out or 0 may be any). Returns a token, or None when another trace runs."""
@@ -155,8 +191,17 @@ class Core:
         """Bytes by part: sessions, index, mappings, hosts, pool, other, total."""
     def close(self) -> None: ...
 
+def slice_of_hosts(addresses: Any, n: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The slice of each inside address among ``n`` (core/slices.h); the shape of ``addresses``."""
+
+def slice_of_ports(ports: Any, n: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The slice of each external port among ``n``; the shape of ``ports``."""
+
 def hash_path() -> str:
     """The code that hashes on this CPU: "avx512", "avx2" or "baseline"."""
+
+def slice_of(frame: bytes, side: str, n_slices: int) -> int:
+    """Whose packet a frame from a wire is, of ``n_slices`` cores: a slice, SLICE_ANY or SLICE_ALL."""
 
 def memory_for(config: CoreConfig) -> dict[str, int]:
     """What ``Core(config)`` would take, in bytes, without taking it."""

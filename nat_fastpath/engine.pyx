@@ -24,13 +24,14 @@ cdef extern from "engine_tables.h" nogil:
     enum:
         NAT_ABI, NAT_VERDICT_COUNT, NAT_MAX_PORTS, NAT_MAX_ROUTES, NAT_MAX_RANGES, NAT_MAX_PORT_SPANS, NAT_OUTBOX_BYTES
         NAT_EVERY_SLICE
-        NAT_FORWARD, NAT_REPLY, NAT_FRAGMENT, NAT_HELD
+        NAT_FORWARD, NAT_REPLY, NAT_FRAGMENT, NAT_HANDOFF, NAT_HELD
+        NAT_SLICE_ANY, NAT_SLICE_ALL
         NAT_EVENT_OPEN, NAT_EVENT_CLOSE, NAT_EVENT_UPDATE
         NAT_CLOSE_IDLE, NAT_CLOSE_COMMAND, NAT_CLOSE_HOLD_TIMEOUT
         NAT_SESSION_PENDING, NAT_SESSION_FOREIGN, NAT_SESSION_INBOUND, NAT_SESSION_OFFLOAD
         NAT_CMD_SESSIONS, NAT_CMD_INSTALL, NAT_CMD_DELETE, NAT_CMD_COMMIT, NAT_CMD_FIND
         NAT_CMD_NEIGHBOURS, NAT_CMD_HOSTS, NAT_CMD_ADOPT, NAT_CMD_CEDE, NAT_CMD_UPDATE, NAT_CMD_CHECK
-        NAT_CMD_LEARN, NAT_CMD_EXPLAIN, NAT_CMD_TRACE
+        NAT_CMD_LEARN, NAT_CMD_EXPLAIN, NAT_CMD_TRACE, NAT_CMD_RECONFIGURE, NAT_CMD_REROUTE
         NAT_STEP_KINDS, NAT_EXPLAIN_STEPS, NAT_EXPLAIN_BYTES, NAT_TRACE_RING
         NAT_TRACE_START, NAT_TRACE_READ, NAT_TRACE_STOP
         N_COUNTER_ROWS, N_RECORD_ROWS, N_EVENT_ROWS, N_NEIGHBOUR_ROWS, N_HOST_ROWS
@@ -66,7 +67,8 @@ cdef extern from "engine_tables.h" nogil:
         uint32_t length
         uint32_t segment
         uint16_t capacity
-        uint16_t headroom
+        uint8_t headroom
+        uint8_t handoff
         uint8_t port
         uint8_t verdict
         uint16_t mtu
@@ -182,10 +184,18 @@ cdef extern from "engine_tables.h" nogil:
         pass
     const nat_api_table nat_api
 
+    struct nat_change:
+        pass
+    nat_change *nat_prepare(const nat_core *core, const nat_config *config, char *error, size_t error_size)
+    void nat_change_free(nat_change *change)
+    const char *nat_change_refused(const nat_change *change)
+    uint32_t nat_mappings_on(const nat_core *core, uint32_t address)
     nat_core *nat_create(const nat_config *config, char *error, size_t error_size)
     void nat_destroy(nat_core *core)
     void nat_memory_for(const nat_config *config, nat_memory *out)
     void nat_burst(nat_core *core, nat_packet *packets, unsigned n, uint64_t now)
+    void nat_handed(nat_core *core, nat_packet *packets, unsigned n, uint64_t now)
+    unsigned nat_slice_of(const uint8_t *frame, uint32_t bytes, unsigned side, unsigned n)
     bint nat_poll(nat_core *core, uint64_t now)
     void nat_settle(nat_core *core, uint64_t now)
     unsigned nat_take(nat_core *core, nat_packet *out, unsigned max)
@@ -198,6 +208,10 @@ cdef extern from "engine_tables.h" nogil:
     unsigned nat_events(nat_core *core, nat_event *out, unsigned max)
     bint nat_events_sleep(nat_core *core)
     const nat_stats *nat_stats_of "nat_stats"(nat_core *core)
+
+cdef extern from "slices.h" nogil:
+    unsigned slice_of_host(uint32_t address, unsigned n)
+    unsigned slice_of_port(uint16_t port, unsigned n)
 
 cdef extern from "flow_hash.h":
     struct flow_hasher:
@@ -226,8 +240,8 @@ STEP_KINDS = tuple(step_name_rows[i].text.decode() for i in range(NAT_STEP_KINDS
 TRACE = _dtype(trace_rows, N_TRACE_ROWS, sizeof(nat_trace_entry))
 TRACE_FILTER = _dtype(trace_filter_rows, N_TRACE_FILTER_ROWS, sizeof(nat_trace) - NAT_TRACE_RING * sizeof(nat_trace_entry))
 _EXPLAIN = np.dtype([
-    ("length", "<u4"), ("mtu", "<u2"), ("port", "u1"), ("verdict", "u1"), ("n_steps", "<u4"),
-    ("steps", STEP, NAT_EXPLAIN_STEPS), ("room", "u1", 4), ("frame", "u1", NAT_EXPLAIN_BYTES),
+    ("length", "<u4"), ("mtu", "<u2"), ("port", "u1"), ("verdict", "u1"), ("n_steps", "<u2"), ("handoff", "u1"),
+    ("reserved", "u1"), ("steps", STEP, NAT_EXPLAIN_STEPS), ("room", "u1", 4), ("frame", "u1", NAT_EXPLAIN_BYTES),
 ])
 _TRACE = np.dtype([("head", TRACE_FILTER), ("entries", TRACE, NAT_TRACE_RING)])
 assert _EXPLAIN.itemsize == sizeof(nat_explain) and _TRACE.itemsize == sizeof(nat_trace)
@@ -249,14 +263,16 @@ FLAG_PENDING = NAT_SESSION_PENDING
 FLAG_FOREIGN = NAT_SESSION_FOREIGN
 FLAG_INBOUND = NAT_SESSION_INBOUND
 FLAG_OFFLOAD = NAT_SESSION_OFFLOAD
+SLICE_ANY = NAT_SLICE_ANY
+SLICE_ALL = NAT_SLICE_ALL
 
 _SIDES = {"internal": 0, "external": 1}
 _MAPPINGS = {"endpoint-independent": 0, "endpoint-dependent": 1}
 _HASHES = {"fnv": 0, "aes": 1}
 _FILTERINGS = {"address-and-port-dependent": 0, "address-dependent": 1, "endpoint-independent": 2}
 
-Result = namedtuple("Result", ("verdict", "port", "frame", "frames"))
-Explanation = namedtuple("Explanation", ("verdict", "port", "frame", "mtu", "steps"))
+Result = namedtuple("Result", ("verdict", "port", "frame", "frames", "handoff"), defaults=(0,))
+Explanation = namedtuple("Explanation", ("verdict", "port", "frame", "mtu", "steps", "handoff"), defaults=(0,))
 Trace = namedtuple("Trace", ("entries", "running", "packets", "missed"))
 
 
@@ -387,6 +403,34 @@ def memory_for(config):
     return _Configuration(config).memory()
 
 
+def slice_of_hosts(addresses, unsigned n):
+    """The slice of each inside address, of ``n``; shape of ``addresses``, uint8."""
+    found = np.empty(np.shape(addresses), np.uint8)
+    cdef const uint32_t[::1] given = np.ascontiguousarray(addresses, np.uint32).reshape(-1)
+    cdef uint8_t[::1] out = found.reshape(-1)
+    cdef Py_ssize_t i
+    for i in range(given.shape[0]):
+        out[i] = slice_of_host(given[i], n)
+    return found
+
+
+def slice_of_ports(ports, unsigned n):
+    """The slice of each external port, of ``n``; shape of ``ports``, uint8."""
+    found = np.empty(np.shape(ports), np.uint8)
+    cdef const uint16_t[::1] given = np.ascontiguousarray(ports, np.uint16).reshape(-1)
+    cdef uint8_t[::1] out = found.reshape(-1)
+    cdef Py_ssize_t i
+    for i in range(given.shape[0]):
+        out[i] = slice_of_port(given[i], n)
+    return found
+
+
+def slice_of(frame, side, n_slices):
+    """Whose packet a frame from a wire is, of ``n_slices`` cores: a slice, SLICE_ANY or SLICE_ALL."""
+    cdef const uint8_t[::1] view = frame
+    return nat_slice_of(&view[0] if len(view) else NULL, <uint32_t>len(view), _choice(_SIDES, side, "side"), n_slices)
+
+
 # An answer may be longer than the question: an ICMP error has up to 576 bytes.
 cdef enum:
     ANSWER_BYTES = 640
@@ -394,6 +438,9 @@ cdef enum:
     MOST_CAPACITY = 0xFFFF - HEADROOM
 # Without any progress for so long, the worker is taken for dead.
 COMMAND_PATIENCE = 2.0  # seconds
+SILENT = "the worker does not answer: it is stopped, or events are not taken"
+_POSTS = {"install": NAT_CMD_INSTALL, "delete": NAT_CMD_DELETE, "commit": NAT_CMD_COMMIT,
+          "update": NAT_CMD_UPDATE, "holds": NAT_CMD_CHECK}
 
 
 cdef object _result(const nat_packet *packet):
@@ -408,18 +455,44 @@ cdef object _result(const nat_packet *packet):
         while nat_cut(packet.data, packet.mtu, &piece):
             pieces.append(piece.header[:piece.header_bytes] + frame[piece.at : piece.at + piece.bytes])
         frames = tuple(pieces)
-    return Result(_VERDICTS[packet.verdict], packet.port, frame, frames)
+    if packet.verdict == NAT_HANDOFF:
+        frame = PyBytes_FromStringAndSize(<char *>packet.data, packet.length)
+    return Result(_VERDICTS[packet.verdict], packet.port, frame, frames,
+                  packet.handoff if packet.verdict == NAT_HANDOFF else 0)
+
+
+cdef bint _done(nat_command *command):
+    """Waits for it as long as the worker gets on with it."""
+    patience = time.monotonic() + COMMAND_PATIENCE
+    cdef uint64_t seen = command.cursor
+    while not command_done(command):
+        with nogil:
+            usleep(50)
+        if command.cursor != seen:
+            seen = command.cursor
+            patience = time.monotonic() + COMMAND_PATIENCE
+        elif time.monotonic() > patience:
+            return False
+    return True
 
 
 cdef class Posted:
     """A command that was given to the worker and is not waited for."""
 
     cdef nat_command *command
-    cdef object buffer  # the worker reads it until it is done
+    cdef readonly object records  # the worker reads and writes them until it is done
 
     def result(self):
         """How many records were handled, or None as long as the worker has not come to it."""
         return self.command.result if command_done(self.command) else None
+
+    def wait(self):
+        """How many records were handled, when they are. Raises EventRingFull and TimeoutError."""
+        if not _done(self.command):
+            raise TimeoutError(SILENT)
+        if self.command.cursor < self.command.count:
+            raise EventRingFull(self.records[self.command.cursor:], self.command.count, self.command.result)
+        return self.command.result
 
     def __dealloc__(self):
         # one that the worker may still come to must stay where it is
@@ -427,11 +500,51 @@ cdef class Posted:
             free(self.command)
 
 
+cdef class Change:
+    """Another configuration for a core, prepared: memory is taken, and nothing is changed yet."""
+
+    cdef Core core
+    cdef nat_change *change
+    cdef _Configuration configuration
+    cdef readonly object config
+    cdef bint over
+
+    def __cinit__(self, Core core, config):
+        cdef char error[256]
+        self.core, self.config, self.configuration, self.change = core, config, _Configuration(config), NULL
+        with nogil:
+            self.change = nat_prepare(core.core, &self.configuration.c, error, sizeof(error))
+        if self.change == NULL:
+            raise CoreError(error.decode())
+
+    def apply(self):
+        """Puts it in force. Raises CoreError, and nothing is changed, when the core refuses it."""
+        if self.over:
+            raise RuntimeError("this change was applied, or refused, already")
+        self.over = True
+        applied, _ = self.core._carry_out(NAT_CMD_RECONFIGURE, 1, 0, self.change, self)
+        if not applied:
+            raise CoreError(nat_change_refused(self.change).decode())
+        self.core.config, self.core.configuration = self.config, self.configuration
+
+    def reroute(self):
+        """After ``apply``: sessions whose routes are others now go the new ways, in pages; returns how many did."""
+        moved, cursor = 0, 0
+        while True:
+            some, cursor = self.core._carry_out(NAT_CMD_REROUTE, 4096, cursor, self.change, self)
+            moved += some
+            if not cursor:
+                return moved
+
+    def __dealloc__(self):
+        nat_change_free(self.change)
+
+
 cdef class Core:
     """One NAT core, owned by the thread that calls it, until a worker takes it over with ``attach``."""
 
     cdef nat_core *core
-    cdef readonly object config
+    cdef readonly object config  # in force
     cdef _Configuration configuration
     cdef bint attached
     cdef object lock
@@ -506,6 +619,13 @@ cdef class Core:
 
     def burst(self, frames, now_ns):
         """Sends (port, frame) pairs through the core as one call; one Result each, in order."""
+        return self._burst([(port, frame, 0) for port, frame in frames], now_ns, False)
+
+    def handed(self, frames, now_ns):
+        """As ``burst``, for (port, frame, handoff) that another core had."""
+        return self._burst(frames, now_ns, True)
+
+    cdef list _burst(self, frames, now_ns, bint handed):
         self._own()
         cdef unsigned n = len(frames), i
         cdef uint64_t now = now_ns
@@ -514,13 +634,13 @@ cdef class Core:
         if packets == NULL:
             raise MemoryError
         try:
-            for i, (port, frame) in enumerate(frames):
+            for i, (port, frame, handoff) in enumerate(frames):
                 if not 0 <= port < self.configuration.c.n_ports:
                     raise ValueError(f"port {port}: there are {self.configuration.c.n_ports}")
                 packets[i].length = packets[i].segment = len(frame)
                 packets[i].capacity = min(max(len(frame), ANSWER_BYTES), MOST_CAPACITY)
                 packets[i].headroom = HEADROOM
-                packets[i].port = port
+                packets[i].port, packets[i].handoff = port, handoff
                 packets[i].cookie = malloc(HEADROOM + max(len(frame), ANSWER_BYTES))
                 if packets[i].cookie == NULL:
                     raise MemoryError
@@ -529,7 +649,7 @@ cdef class Core:
                     view = frame
                     memcpy(packets[i].data, &view[0], len(frame))
             with nogil:
-                nat_burst(self.core, packets, n, now)
+                (nat_handed if handed else nat_burst)(self.core, packets, n, now)
             results = []
             for i in range(n):
                 results.append(_result(&packets[i]))
@@ -591,14 +711,18 @@ cdef class Core:
 
     cdef tuple _command(self, unsigned op, buffer, uint64_t cursor):
         """Carries out a command on a record array; returns (result, cursor)."""
+        cdef uint8_t[::1] view = buffer.view(np.uint8)
+        return self._carry_out(op, len(buffer), cursor, &view[0] if len(view) else NULL, buffer)
+
+    cdef tuple _carry_out(self, unsigned op, unsigned count, uint64_t cursor, void *buffer, keeper):
+        """The same for any memory, which ``keeper`` holds."""
         cdef nat_command *command = <nat_command *>calloc(1, sizeof(nat_command))
         if command == NULL:
             raise MemoryError
-        cdef uint8_t[::1] view = buffer.view(np.uint8)
         command.op = op
-        command.count = len(buffer)
+        command.count = count
         command.cursor = cursor
-        command.buffer = &view[0] if len(view) else NULL
+        command.buffer = buffer
         with self.lock:
             if self.core == NULL:
                 free(command)
@@ -606,10 +730,10 @@ cdef class Core:
             if not self.attached:
                 with nogil:
                     nat_command_now(self.core, command)
-            elif not self._wait(command):
+            elif not (self._push(command) and _done(command)):
                 # The worker may still come back and write there: this memory must stay.
-                self.abandoned.append(buffer)
-                raise TimeoutError("the worker does not answer: it is stopped, or events are not taken")
+                self.abandoned.append(keeper)
+                raise TimeoutError(SILENT)
         answer = (command.result, command.cursor)
         free(command)
         return answer
@@ -621,21 +745,6 @@ cdef class Core:
                 return False
             with nogil:
                 usleep(50)
-        return True
-
-    cdef bint _wait(self, nat_command *command):
-        if not self._push(command):
-            return False
-        patience = time.monotonic() + COMMAND_PATIENCE
-        cdef uint64_t seen = command.cursor
-        while not command_done(command):
-            with nogil:
-                usleep(50)
-            if command.cursor != seen:
-                seen = command.cursor
-                patience = time.monotonic() + COMMAND_PATIENCE
-            elif time.monotonic() > patience:
-                return False
         return True
 
     def sessions(self, cursor=0, maximum=4096):
@@ -660,9 +769,10 @@ cdef class Core:
         return record[0] if found else None
 
     cdef _records(self, unsigned op, records):
-        done, cursor = self._command(op, np.array(records, RECORD, copy=True, ndmin=1), 0)
-        if cursor < np.size(records):
-            raise EventRingFull(cursor, np.size(records), done)
+        given = np.array(records, RECORD, copy=True, ndmin=1)
+        done, cursor = self._command(op, given, 0)
+        if cursor < len(given):
+            raise EventRingFull(given[cursor:], len(given), done)
         return done
 
     def install(self, records):
@@ -679,13 +789,18 @@ cdef class Core:
 
     def post_commit(self, records):
         """As ``commit``, without waiting for the worker; returns a Posted."""
+        return self.post("commit", records)
+
+    def post(self, what, records):
+        """Begins ``what``: install, delete, commit, update or holds; returns a Posted."""
         cdef Posted posted = Posted()
-        posted.buffer = np.array(records, RECORD, copy=True, ndmin=1)
-        cdef uint8_t[::1] view = posted.buffer.view(np.uint8)
+        posted.records = np.array(records, RECORD, copy=True, ndmin=1)
+        posted.records["reserved0"] = 0  # where ``holds`` is answered
+        cdef uint8_t[::1] view = posted.records.view(np.uint8)
         posted.command = <nat_command *>calloc(1, sizeof(nat_command))
         if posted.command == NULL:
             raise MemoryError
-        posted.command.op, posted.command.count = NAT_CMD_COMMIT, len(posted.buffer)
+        posted.command.op, posted.command.count = _POSTS[what], len(posted.records)
         posted.command.buffer = &view[0] if len(view) else NULL
         with self.lock:
             self._alive()
@@ -694,7 +809,7 @@ cdef class Core:
             if not self.attached:
                 nat_command_now(self.core, posted.command)
             elif not self._push(posted.command):
-                raise TimeoutError("the worker does not answer: it is stopped, or events are not taken")
+                raise TimeoutError(SILENT)
         return posted
 
     def adopt(self):
@@ -738,13 +853,25 @@ cdef class Core:
         """The inside hosts that have a session, dtype HOST."""
         return self._all(NAT_CMD_HOSTS, HOST)
 
-    def explain(self, port, frame, length=None):
+    def prepare(self, config):
+        """Another configuration, checked, with all memory that it takes; ``apply`` of the Change puts it in force."""
+        self._alive()
+        return Change(self, config)
+
+    def mappings_on(self, address):
+        """How many mappings an address of the pool has, about now."""
+        with self.lock:  # a change replaces what is looked at
+            self._alive()
+            return nat_mappings_on(self.core, int(address))
+
+    def explain(self, port, frame, length=None, handoff=0):
         """What would become of a frame that came by ``port`` now, and why; nothing is changed or sent."""
         if not 0 <= port < self.configuration.c.n_ports:
             raise ValueError(f"port {port}: there are {self.configuration.c.n_ports}")
         question = np.zeros(1, _EXPLAIN)
         there = min(len(frame), NAT_EXPLAIN_BYTES)
         question["port"], question["length"] = port, len(frame) if length is None else max(length, len(frame))
+        question["handoff"] = handoff
         question["frame"][0, :there] = np.frombuffer(frame, np.uint8, there)
         self._command(NAT_CMD_EXPLAIN, question, 0)
         answer = question[0]
@@ -752,7 +879,7 @@ cdef class Core:
         if answer["verdict"] <= NAT_HELD:
             left = answer["frame"].tobytes()[: min(int(answer["length"]), NAT_EXPLAIN_BYTES)]
         return Explanation(_VERDICTS[answer["verdict"]], int(answer["port"]), left, int(answer["mtu"]),
-                           answer["steps"][: int(answer["n_steps"])].copy())
+                           answer["steps"][: int(answer["n_steps"])].copy(), int(answer["handoff"]))
 
     def trace_start(self, packets, seconds, **flow):
         """Begins to trace; returns the token, or None when another trace runs."""

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib.metadata import version
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from nat_control.api import Api, ApiError
 from nat_control.config import Config
 from nat_control.core_plane import CorePlane
 from nat_control.dataplane import Events, Records, changes
+from nat_control.health import RISING, Health, drops_of, state_of, states_of
 from nat_control.live import Live
 from nat_control.loop import (
     ControlLoop,
@@ -35,6 +37,7 @@ from nat_control.loop import (
     start_epoch,
 )
 from nat_control.pair import ACTIVITY_PERIOD, Pair, PairError, unusable
+from nat_control.reload import Reload
 from nat_control.sync import actions as do
 from nat_control.sync.actions import State
 from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result
@@ -62,15 +65,19 @@ class AgentError(Exception):
     """The agent cannot start, or could not go on; one line."""
 
 
-def serve(config: Config) -> None:
-    """Runs until SIGTERM or SIGINT. Raises AgentError."""
+def serve(config: Config, path: Path) -> None:
+    """Runs until SIGTERM or SIGINT; SIGHUP reads ``path`` again, where ``config`` comes from. Raises AgentError."""
     if config.switch is None:
         raise AgentError("the configuration has no section `switch`: see docs/switch.md")
     with ending_cleanly():
         try:
-            say(f"ended by {asyncio.run(Agent(config).run())}")
+            say(f"ended by {asyncio.run(Agent(config, path).run())}")
         except (CoreError, ApiError, PairError) as error:
             raise AgentError(str(error)) from None
+        except MemoryError:
+            raise AgentError(
+                "the system gives no memory: see `ulimit -v`, and the limits of the service"
+            ) from None
         finally:
             no_more_signals()
 
@@ -123,10 +130,11 @@ class AgentPlane(OpenFlowDataPlane):
 class Agent:
     """One switch, one core, and perhaps a peer."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, path: Path) -> None:
         assert config.switch
         assert config.virtual
         self.config = config
+        self.health = Health(say)
         self.epoch = start_epoch()
         self.core = Core(configuration.to_core(config, [], epoch=self.epoch))
         self.store = CorePlane(self.core, "agent", own=True)
@@ -142,7 +150,6 @@ class Agent:
             report=say,
         )
         self.live = Live(self.core, [port.name for port in config.ports])
-        self.loop = ControlLoop(self.core, 2, self._every_second, sink=self._events, step=STEP)
         self.pair: Pair | None = None
         if config.peer and config.peer.mode != "off":
             self.pair = Pair(
@@ -153,6 +160,24 @@ class Agent:
                 drain=self._drain,
                 notice=self._notice,
             )
+        self.reload = Reload(
+            config,
+            path,
+            [self.core],
+            lambda new: [configuration.to_core(new, [], epoch=self.epoch)],
+            taken=self._reloaded,
+            say=say,
+            pair=self.pair,
+            threads=False,
+        )
+        self.loop = ControlLoop(
+            self.core,
+            2,
+            self._every_second,
+            sink=self._events,
+            step=STEP,
+            hang_up=self.reload.hang_up,
+        )
         self.ready = False  # the switch is connected and prepared
         self.forwarding = False  # the server carries
         self.counts: Counter[str] = Counter()
@@ -177,7 +202,9 @@ class Agent:
         assert self.config.switch
         answers = {"status": self.status, "stats": self.stats, "hosts": self.live.hosts}
         # no threads: the core is this one's
-        api = Api(answers, self.core.sessions, self.live.verbs, threads=False)
+        verbs = {**self.live.verbs, "reload": self.reload.verb}
+        api = Api(answers, self.core.sessions, verbs, threads=False)
+        asyncio.get_running_loop().set_exception_handler(self.health.unhandled)
         await api.start(self.config.control.socket)
         try:
             await _listen(self.channel, self.config.switch.openflow)
@@ -217,8 +244,17 @@ class Agent:
         await self._settled.wait()
         await pair.run()
 
+    def _reloaded(self, config: Config) -> None:
+        self.config = config
+
     def _every_second(self) -> None:
-        """Nothing is watched here: a lost switch is an event."""
+        states = states_of(self.core) | state_of(self.pair)
+        if not self.ready:
+            states["switch"] = "the switch is not connected, or not prepared"
+        refused = {
+            f"refused_{name}": n for name, n in self.plane.refused.items() if f"refused_{name}" in RISING
+        }
+        self.health.look(states, {**drops_of(self.core), "events_lost": self.loop.events_lost, **refused})
 
     # -- the core's events ---------------------------------------------------------------------------------
 
@@ -288,9 +324,8 @@ class Agent:
 
     async def _activity(self) -> None:
         """While the switch carries, only its counters tell which sessions live."""
-        period = self.pair.activity_period if self.pair else ACTIVITY_PERIOD
         while True:
-            await asyncio.sleep(period)
+            await (self.pair.activity_pause() if self.pair else asyncio.sleep(ACTIVITY_PERIOD))
             if self.ready and not self.forwarding:
                 self._work.put_nowait(self._refresh)
 
@@ -524,6 +559,7 @@ class Agent:
             "version": version("tandem-nat"),
             "pid": os.getpid(),
             "uptime": round(self.loop.uptime, 3),
+            "degraded": self.health.lines,
             "switch": "ready" if self.ready else "not connected",
             "carrier": "server" if self.forwarding else "switch",
             "peer": self.pair.state.value if self.pair else "none",

@@ -6,6 +6,7 @@ For the demo, the tests and the measurements, in namespaces of a lab.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -36,8 +37,10 @@ class PairLab:
         misses: int = MISSES,
         nat: dict[str, Any] | None = None,
         max_flows: int = 100_000,
+        workers: int = 1,
     ) -> None:
         self.lab = lab
+        self.workers = {"cores": sorted(os.sched_getaffinity(0))[:workers]}
         self.nat_options = {"max_sessions": 20_000, **(nat or {})}
         self.switch = lab.namespace("switch")
         self.client, self.outside, self.nat = (lab.namespace(name) for name in ("client", "outside", "nat"))
@@ -86,6 +89,7 @@ class PairLab:
             "server",
             "1024-32767",
             {"internal": "nat-in", "external": "nat-out"},
+            workers=self.workers,
             peer={"connect": f"{AGENT}:7000", "mode": mode, "hold": hold, "tls": self._tls("server")},
             heartbeat={"listen": f"{SERVER}:7001", "connect": f"{AGENT}:7001", **beats},
         )
@@ -105,7 +109,11 @@ class PairLab:
             "instance": name,
             "ports": sides,
             "nat": {
-                "pool": {"addresses": "198.51.100.10-198.51.100.13", "ports": ports},
+                "pool": {
+                    "addresses": "198.51.100.10-198.51.100.13",
+                    "ports": ports,
+                    "slices": len(self.workers["cores"]),
+                },
                 **self.nat_options,
             },
             "virtual": {"mac": VIRTUAL_MAC},

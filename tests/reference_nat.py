@@ -123,7 +123,8 @@ class ReferenceNat:
         return found.sessions.get(remote) if found else None
 
     def free_ports(self, protocol: str, address: str) -> int:
-        return len(self.pool[address]) - sum(p == protocol and e[0] == address for p, e in self.mappings)
+        used = sum(p == protocol and e[0] == address and e[1] in self.pool[address] for p, e in self.mappings)
+        return len(self.pool[address]) - used
 
     # -- time ----------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ class ErrorCode(IntEnum):
     TIMEOUT = 7
     SLOW = 8  # more waits for the peer than may wait
     CONFLICTS = 9  # more contradictions than a message can name
+    SLICES = 10  # the peer gives hosts other ports
 
 
 class Input(Enum):

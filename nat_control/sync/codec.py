@@ -69,7 +69,8 @@ class PoolRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first message of both. ``pools`` are the sender's own sets, ``term`` counts takeovers.
+    """The first message of both. ``pools`` are the sender's own sets, ``term`` counts takeovers, ``slices`` those of
+    hosts and ports, which say what port a host may get.
 
     ``heartbeat_key`` (16 bytes) is zeros without TLS; else that of the side that listens is used by both.
     """
@@ -80,6 +81,7 @@ class Hello:
     pools: tuple[PoolRange, ...]
     record_size: int = RECORD.itemsize
     heartbeat_key: bytes = NO_KEY
+    slices: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,7 +187,9 @@ Message = (
     | HandOverComplete
 )
 
-_HELLO = struct.Struct("<HBxIHxx16s")  # record size, instance, term, number of ranges, key of heartbeats
+_HELLO = struct.Struct(
+    "<HBBIHxx16s"
+)  # record size, instance, slices, term, number of ranges, key of heartbeats
 _RANGE = struct.Struct("<IIHH")
 _INIT = struct.Struct("<QIB3x")  # txid, chunk, last
 _U64 = struct.Struct("<Q")
@@ -230,12 +234,12 @@ def _exactly(payload: memoryview, size: int) -> None:
 def _write_hello(m: Hello) -> bytes:
     if len(m.pools) > MAX_POOLS:
         raise CodecError(f"{len(m.pools)} address ranges, and {MAX_POOLS} at most fit a hello")
-    head = _HELLO.pack(m.record_size, m.instance, m.term, len(m.pools), m.heartbeat_key)
+    head = _HELLO.pack(m.record_size, m.instance, m.slices, m.term, len(m.pools), m.heartbeat_key)
     return head + b"".join(_RANGE.pack(*pool) for pool in m.pools)
 
 
 def _read_hello(payload: memoryview, epoch: int) -> Hello:
-    size, instance, term, count, key = _head(_HELLO, payload)
+    size, instance, slices, term, count, key = _head(_HELLO, payload)
     if count > MAX_POOLS:
         raise CodecError(f"hello with {count} address ranges, {MAX_POOLS} at most")
     _exactly(payload, _HELLO.size + count * _RANGE.size)
@@ -243,7 +247,7 @@ def _read_hello(payload: memoryview, epoch: int) -> Hello:
     for pool in pools:
         if pool.first > pool.last or pool.port_first > pool.port_last:
             raise CodecError(f"hello with an empty range: {pool}")
-    return Hello(instance, epoch, term, pools, size, key)
+    return Hello(instance, epoch, term, pools, size, key, slices)
 
 
 def _read_init(payload: memoryview, epoch: int) -> InitState:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exchange of all sessions at the beginning of a connection: how far both InitStates are."""
+"""The beginning of a connection: whether both sides fit together, and how far the exchange of all sessions is."""
 
 from __future__ import annotations
 
@@ -8,8 +8,28 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nat_control.dataplane import Ids, Records
+from nat_control.sync.actions import ErrorCode
+from nat_control.sync.codec import Hello
 
 INSTANCE_SHIFT = np.uint64(52)  # of an id; see nat_id() in nat.h
+
+
+def misfit_of(own: Hello, other: Hello) -> tuple[ErrorCode, str] | None:
+    """Why these two cannot be a pair."""
+    if other.record_size != own.record_size:
+        return ErrorCode.RECORD, f"records of {other.record_size} bytes, not {own.record_size}"
+    if other.instance == own.instance:
+        return ErrorCode.INSTANCE, f"both are instance {own.instance}"
+    if other.slices != own.slices:
+        return ErrorCode.SLICES, (
+            f"nat.pool.slices: {other.slices} there and {own.slices} here; "
+            "an agent needs as many as its server has workers.cores"
+        )
+    for mine in own.pools:
+        for its in other.pools:
+            if shared := mine.overlap(its):
+                return ErrorCode.POOLS, f"both would hand out {shared}"
+    return None
 
 
 @dataclass(slots=True)

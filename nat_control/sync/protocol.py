@@ -67,9 +67,9 @@ from nat_control.sync.codec import (
     UpdateEntries,
 )
 from nat_control.sync.digest import differing
-from nat_control.sync.exchange import Exchange, instances
+from nat_control.sync.exchange import Exchange, instances, misfit_of
 from nat_control.sync.outbox import Outbox, on_the_wire, pending
-from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, RECORD
+from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND
 
 MAX_REFUSED = (codec.MAX_PAYLOAD - 8) // 8
 
@@ -87,6 +87,7 @@ class Protocol:
         *,
         epoch: int = 0,
         term: int = 0,
+        slices: int = 1,
         limits: Limits | None = None,
     ) -> None:
         self.instance = instance
@@ -94,6 +95,7 @@ class Protocol:
         self.mode = mode
         self.epoch = epoch
         self.term = term
+        self.slices = slices
         self.limits = limits or Limits()
         self.state = State.STARTING
         self.heartbeat_key = codec.NO_KEY
@@ -249,8 +251,12 @@ class Protocol:
         self.epoch = (self.epoch + 1) & 0xFFFFFFFF
         self._forget()
         self._deadline = now + self.limits.handshake
-        self._send(Hello(self.instance, self.epoch, self.term, self.pools, heartbeat_key=self.heartbeat_key))
+        self._send(self._own_hello())
         self._become(State.HANDSHAKE, "connected")
+
+    def _own_hello(self) -> Hello:
+        key, slices = self.heartbeat_key, self.slices
+        return Hello(self.instance, self.epoch, self.term, self.pools, heartbeat_key=key, slices=slices)
 
     def _disconnected(self, why: str) -> None:
         self._release(State.ALONE, why)
@@ -271,14 +277,8 @@ class Protocol:
     # -- Hello and the exchange of all sessions
 
     def _hello(self, message: Hello, now: float) -> None:
-        if message.record_size != RECORD.itemsize:
-            self._fail(ErrorCode.RECORD, f"records of {message.record_size} bytes, not {RECORD.itemsize}")
-        elif message.instance == self.instance:
-            self._fail(ErrorCode.INSTANCE, f"both are instance {self.instance}")
-        elif shared := next(
-            (both for own in self.pools for its in message.pools if (both := own.overlap(its))), None
-        ):
-            self._fail(ErrorCode.POOLS, f"both would hand out {shared}")
+        if misfit := misfit_of(self._own_hello(), message):
+            self._fail(*misfit)
         else:
             self.peer = message
             self._exchange = Exchange(self._txid())

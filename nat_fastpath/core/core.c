@@ -19,8 +19,7 @@ static bool mappings_are_kept(const struct nat_config *config)
            config->filtering != NAT_FILTER_ADDRESS_AND_PORT;
 }
 
-/* Fills in what was left to us. */
-static struct nat_config completed(const struct nat_config *config)
+struct nat_config config_completed(const struct nat_config *config)
 {
     struct nat_config c = *config;
     if (!c.max_mappings || c.max_mappings > c.max_sessions)
@@ -62,7 +61,7 @@ static struct nat_config completed(const struct nat_config *config)
 
 void nat_memory_for(const struct nat_config *config, struct nat_memory *out)
 {
-    struct nat_config complete = completed(config), *c = &complete;
+    struct nat_config complete = config_completed(config), *c = &complete;
     TABLE_CONDITIONS;
     *out = (struct nat_memory){.pool = port_pool_bytes(c), .other = sizeof(struct nat_core)};
 #define COUNT(part, array, entries, size) out->part += (uint64_t)(entries) * (size);
@@ -71,7 +70,7 @@ void nat_memory_for(const struct nat_config *config, struct nat_memory *out)
     out->total = out->sessions + out->index + out->mappings + out->hosts + out->pool + out->other;
 }
 
-static const char *config_fault(const struct nat_config *c)
+const char *config_fault(const struct nat_config *c)
 {
     bool sides[2] = {false, false};
     if (c->abi != NAT_ABI)
@@ -117,6 +116,15 @@ static const char *config_fault(const struct nat_config *c)
     return NULL;
 }
 
+void config_in_force(struct nat_core *core)
+{
+    const struct nat_config *c = &core->config;
+    core->timeout_ms[TIMER_UDP] = c->timeout_udp_ms;
+    core->timeout_ms[TIMER_ICMP] = c->timeout_icmp_ms;
+    core->timeout_ms[TIMER_TCP_TRANSITORY] = c->timeout_tcp_transitory_ms;
+    core->timeout_ms[TIMER_TCP_ESTABLISHED] = c->timeout_tcp_established_ms;
+}
+
 struct nat_core *nat_create(const struct nat_config *config, char *error, size_t error_size)
 {
     const char *fault = config_fault(config);
@@ -129,7 +137,7 @@ struct nat_core *nat_create(const struct nat_config *config, char *error, size_t
         snprintf(error, error_size, "no memory for the core");
         return NULL;
     }
-    core->config = completed(config);
+    core->config = config_completed(config);
     core->config.neighbours = NULL; /* the caller's, and read only here */
     struct nat_config *c = &core->config;
     uint32_t key[8 + 20]; /* of the ports, of the hash */
@@ -185,14 +193,10 @@ struct nat_core *nat_create(const struct nat_config *config, char *error, size_t
     core->done_first = core->done_last = NONE16;
     core->has_mappings = kept;
     core->has_permissions = by_address;
-    core->timeout_ms[TIMER_UDP] = c->timeout_udp_ms;
-    core->timeout_ms[TIMER_ICMP] = c->timeout_icmp_ms;
-    core->timeout_ms[TIMER_TCP_TRANSITORY] = c->timeout_tcp_transitory_ms;
-    core->timeout_ms[TIMER_TCP_ESTABLISHED] = c->timeout_tcp_established_ms;
     core->announce_at = UINT64_MAX;
     /* buckets start full */
     core->new_sessions.credit_ns = core->icmp_errors.credit_ns = UINT64_MAX / 2;
-    if (!neighbour_setup(core, config, error, error_size)) {
+    if (!neighbours_configure(core, config, error, error_size)) {
         nat_destroy(core);
         return NULL;
     }
@@ -237,6 +241,12 @@ bool nat_poll(struct nat_core *core, uint64_t now)
     return did;
 }
 
+void nat_announce(struct nat_core *core)
+{
+    if (has_slice(core, 0))
+        core->announce_at = 0;
+}
+
 const struct nat_stats *nat_stats(struct nat_core *core)
 {
     struct nat_stats *stats = &core->stats;
@@ -261,6 +271,8 @@ const struct nat_api nat_api = {
     .abi = NAT_ABI,
     .header_hash = NAT_HEADER_HASH,
     .burst = nat_burst,
+    .slice_of = nat_slice_of,
+    .handed = nat_handed,
     .poll = nat_poll,
     .take = nat_take,
     .outbox = nat_outbox,

@@ -117,6 +117,7 @@ struct datagram {
     uint16_t held_first, held_last;
     uint32_t session; /* of the first fragment, and its id, for sessions end and slots are used again */
     uint32_t seen_ms;
+    uint8_t slice; /* where it has gone; for session NONE32 */
     uint64_t session_id;
     uint32_t before, after; /* in its list; after also links free ones */
 };
@@ -319,8 +320,8 @@ void session_record(const struct nat_core *core, uint32_t session, struct nat_re
 bool session_install(struct nat_core *core, const struct nat_record *record);
 /* What the side that carries the traffic has seen of it. */
 void session_update(struct nat_core *core, uint32_t at, const struct nat_record *record);
-/* Its answers go to this next hop from now on; false: they do already, or there is none. */
-bool session_follow(struct nat_core *core, uint32_t at, uint16_t neighbour);
+/* Its packets of this direction go to this next hop from now on; false: they do already, or there is none. */
+bool session_follow(struct nat_core *core, uint32_t at, int direction, uint16_t neighbour);
 static inline void session_own(struct session *session, uint8_t foreign)
 {
     session->flags = (uint8_t)((session->flags & ~NAT_SESSION_FOREIGN) | foreign);
@@ -358,12 +359,48 @@ void explain(struct nat_core *core, struct nat_explain *question);
 /* --- trace.c ----------------------------------------------------------------------------------------- */
 bool trace_command(struct nat_core *core, struct nat_trace *trace);
 void trace_burst(struct nat_core *core, struct nat_packet *packets, unsigned n);
+/* The decision for one packet, and its entry. */
+void trace_packet(struct nat_core *core, struct nat_packet *packet);
 /* A packet that was held has its verdict. */
 void trace_finished(struct nat_core *core, const struct nat_packet *packet);
 
 /* --- pipeline.c --------------------------------------------------------------------------------------- */
 /* The definition of what this NAT does with a packet. */
 enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet);
+/* One that is checked, from outside or from inside to a pool address. */
+enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2, bool hairpinned);
+
+/* --- checks.c ----------------------------------------------------------------------------------------- */
+/* The transport header lies within the datagram, and what of it we read or write within the first segment. Of
+ * a first fragment it must all be there; what speaks of the whole datagram cannot be checked against it. */
+enum nat_verdict transport_check(const struct nat_packet *packet, const uint8_t *ip, unsigned header,
+                                 uint32_t total);
+static inline bool is_multicast(uint32_t address)
+{
+    return address >> 28 == 14 || address == 0xffffffffu;
+}
+static inline bool is_unusable(uint32_t address)
+{
+    return address >> 24 == 0 || address >> 24 == 127;
+}
+
+/* --- slices.c ----------------------------------------------------------------------------------------- */
+static inline bool is_one_of_several(const struct nat_core *core)
+{
+    return core->config.n_slices > 1 && core->config.slice != NAT_EVERY_SLICE;
+}
+static inline bool has_slice(const struct nat_core *core, unsigned slice)
+{
+    return slice == core->config.slice || !is_one_of_several(core);
+}
+/* Of a whole datagram or a first fragment, of which so many bytes are there; NAT_SLICE_ANY too. */
+unsigned slice_of_datagram(const uint8_t *ip, uint32_t bytes, enum nat_side side, unsigned n);
+/* HANDOFF; `done` are the flags of NAT_HANDOFF_*. */
+enum nat_verdict hand_off(struct nat_core *core, struct nat_packet *packet, unsigned slice, unsigned done);
+/* The outbound half of a hairpin is done: FORWARD, when the other half is this core's too; else HANDOFF. */
+enum nat_verdict hand_off_turned(struct nat_core *core, struct nat_packet *packet, uint32_t session);
+/* Goes on with what another core has begun. */
+enum nat_verdict packet_handed(struct nat_core *core, struct nat_packet *packet);
 
 /* --- ageing.c ---------------------------------------------------------------------------------------- */
 bool ageing_step(struct nat_core *core);
@@ -384,15 +421,32 @@ bool is_own_address(const struct nat_core *core, uint32_t address);
 bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address);
 bool is_on_link(const struct nat_core *core, uint8_t port, uint32_t address);
 bool route_covers(const struct nat_route_config *route, uint32_t address);
+/* Longest prefix first. */
+void sort_routes(struct nat_config *config);
+/* The best route to this address, if it leads to this side; else NAT_MAX_ROUTES. */
+unsigned route_towards(struct nat_core *core, const struct nat_config *config, uint32_t address,
+                       enum nat_side side);
 /* Whether the best route to this address leads to this side. */
 bool is_routed_to(const struct nat_core *core, uint32_t address, enum nat_side side);
 /* Broadcast or network address of the route's subnet, or of any connected one. */
 bool is_broadcast_of(const struct nat_route_config *route, uint32_t address);
 bool is_subnet_broadcast(const struct nat_core *core, uint32_t address);
 
+/* --- reconfigure.c ------------------------------------------------------------------------------------ */
+/* Static neighbours, gateways and timeouts of a core that is being made. */
+bool neighbours_configure(struct nat_core *core, const struct nat_config *config, char *error,
+                          size_t error_size);
+bool reconfigure_step(struct nat_core *core, struct nat_command *command);
+bool reroute_step(struct nat_core *core, struct nat_command *command);
+
 /* --- neighbour.c ------------------------------------------------------------------------------------- */
-/* Static neighbours and the gateways of the routes, which it sorts. */
-bool neighbour_setup(struct nat_core *core, const struct nat_config *config, char *error, size_t error_size);
+/* By address, or by MAC alone when `address` is 0. NONE16: there is none; or no room for a new one. */
+uint16_t neighbour_find(const struct nat_core *core, uint8_t port, uint32_t address, const uint8_t *mac);
+uint16_t neighbour_at(struct nat_core *core, uint8_t port, uint32_t address);
+/* It has this MAC by the configuration. Returns whether packets had waited for it. */
+bool neighbour_fix(struct nat_core *core, uint16_t at, const uint8_t *mac);
+/* It is neither static nor a gateway any more. */
+void neighbour_loosen(struct nat_core *core, uint16_t at);
 /* Index of the next hop towards `address` on a port of `side`; NONE16 and a reason when there is none. */
 uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_side side,
                            enum nat_verdict *why);
@@ -470,6 +524,8 @@ struct datagram_key {
 struct datagram_key datagram_key(const struct nat_packet *packet, const uint8_t *ip, bool hairpinned);
 void fragment_first(struct nat_core *core, const struct datagram_key *key, uint32_t session, int direction,
                     bool is_error);
+/* A first fragment that another core must translate, and then the later ones too: HANDOFF; else FORWARD. */
+enum nat_verdict fragment_direct(struct nat_core *core, struct nat_packet *packet, const uint8_t *ip);
 /* Translates a later fragment as its first one was, or lets it wait for that. */
 enum nat_verdict fragment_later(struct nat_core *core, struct nat_packet *packet, unsigned l2, int direction,
                                 bool hairpinned);
@@ -504,6 +560,11 @@ static inline bool icmp_is_error(uint8_t type)
 }
 
 /* --- core.c ------------------------------------------------------------------------------------------- */
+/* What is wrong with a configuration, NULL: nothing; and one in which what was left to us is filled in. */
+const char *config_fault(const struct nat_config *config);
+struct nat_config config_completed(const struct nat_config *config);
+/* What follows from the configuration in force. */
+void config_in_force(struct nat_core *core);
 static inline void count_tx(struct nat_core *core, const struct nat_packet *packet)
 {
     core->stats.tx_packets[packet->port]++;

@@ -281,6 +281,10 @@ static bool command_step(struct nat_core *core, struct nat_command *command)
     case NAT_CMD_TRACE:
         command->result = trace_command(core, command->buffer);
         return true;
+    case NAT_CMD_RECONFIGURE:
+        return reconfigure_step(core, command);
+    case NAT_CMD_REROUTE:
+        return reroute_step(core, command);
     default:
         return true;
     }

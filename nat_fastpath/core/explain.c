@@ -4,6 +4,7 @@
  * that it has changed is undone in reverse order. So there is no second set of rules that could disagree.
  */
 #include "core.h"
+#include "slices.h"
 
 /* A packet opens two sessions at most (hairpin), and asks for five next hops. */
 #define UNDO 24u
@@ -162,7 +163,11 @@ void explain(struct nat_core *core, struct nat_explain *question)
         .capacity = NAT_EXPLAIN_BYTES,
         .headroom = sizeof question->room,
         .port = question->port,
+        .handoff = question->handoff & (uint8_t)~NAT_HANDOFF_SLICE,
     };
+    unsigned slice = nat_slice_of(packet.data, packet.segment, core->config.ports[packet.port].side,
+                                  core->config.n_slices);
+    bool is_ours = packet.handoff || slice >= NAT_SLICE_ALL || has_slice(core, slice);
     /* small things that anything may touch */
     struct nat_stats stats = core->stats;
     struct token_bucket new_sessions = core->new_sessions, icmp_errors = core->icmp_errors;
@@ -172,7 +177,7 @@ void explain(struct nat_core *core, struct nat_explain *question)
     uint32_t session_id = core->next_session_id, mapping_id = core->next_mapping_id;
 
     core->explain = &explained;
-    enum nat_verdict verdict = packet_alone(core, &packet);
+    enum nat_verdict verdict = is_ours ? packet_handed(core, &packet) : hand_off(core, &packet, slice, 0);
     while (explained.n)
         undo_one(core, &explained.undo[--explained.n]);
     core->explain = NULL;
@@ -191,6 +196,7 @@ void explain(struct nat_core *core, struct nat_explain *question)
     question->port = packet.port;
     question->length = packet.length;
     question->mtu = packet.mtu;
+    question->handoff = verdict == NAT_HANDOFF ? packet.handoff : 0;
     /* a tag in front of it, or none any more */
     memmove(question->frame, packet.data,
             packet.segment < NAT_EXPLAIN_BYTES ? packet.segment : NAT_EXPLAIN_BYTES);

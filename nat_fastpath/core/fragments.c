@@ -9,6 +9,7 @@
  * can never evict those that are known, and they take a quarter of the room for held packets at most.
  */
 #include "core.h"
+#include "slices.h"
 
 #define KNOWN_MS 10000u       /* after the last fragment */
 #define WAIT_MS 2000u         /* for the first fragment */
@@ -130,22 +131,49 @@ enum nat_verdict fragment_check(const uint8_t *ip)
     return overlaps || lies ? NAT_DROP_FRAGMENT_SHAPE : NAT_FORWARD;
 }
 
-void fragment_first(struct nat_core *core, const struct datagram_key *key, uint32_t session, int direction,
-                    bool is_error)
+/* Its first fragment is here. NULL: nothing is remembered, and the others will wait for one in vain. */
+static struct datagram *datagram_begin(struct nat_core *core, const struct datagram_key *key)
 {
     if (core->explain)
-        return;
+        return NULL;
     uint32_t at = datagram_find(core, key);
     if (at != NONE32)
         list_remove(core, at);
     else if ((at = datagram_add(core, key)) == NONE32)
-        return; /* the others will wait for a first one in vain */
+        return NULL;
     struct datagram *d = &core->datagrams[at];
+    list_append(core, at, d->held ? DATAGRAMS_DUE : DATAGRAMS_KNOWN);
+    return d;
+}
+
+void fragment_first(struct nat_core *core, const struct datagram_key *key, uint32_t session, int direction,
+                    bool is_error)
+{
+    struct datagram *d = datagram_begin(core, key);
+    if (!d)
+        return;
     d->session = session;
     d->session_id = core->cold[session].id;
     d->direction = (uint8_t)direction;
     d->is_error = is_error;
-    list_append(core, at, d->held ? DATAGRAMS_DUE : DATAGRAMS_KNOWN);
+}
+
+enum nat_verdict fragment_direct(struct nat_core *core, struct nat_packet *packet, const uint8_t *ip)
+{
+    if (is_later_fragment(ip) || packet->handoff & NAT_HANDOFF_DIRECTED)
+        return NAT_FORWARD;
+    uint32_t bytes = (uint32_t)(packet->data + packet->segment - ip);
+    unsigned slice =
+        slice_of_datagram(ip, bytes, core->config.ports[packet->port].side, core->config.n_slices);
+    if (slice == NAT_SLICE_ANY || has_slice(core, slice))
+        return NAT_FORWARD;
+    struct datagram_key key = datagram_key(packet, ip, false);
+    struct datagram *d = datagram_begin(core, &key);
+    if (d) {
+        d->session = NONE32;
+        d->slice = (uint8_t)slice;
+    }
+    return hand_off(core, packet, slice, NAT_HANDOFF_DIRECTED);
 }
 
 /* By the session, but for the transport header, which is not there. */
@@ -154,6 +182,8 @@ static enum nat_verdict follow(struct nat_core *core, struct nat_packet *packet,
     const struct datagram *d = &core->datagrams[at];
     uint32_t session = d->session;
     int direction = d->direction;
+    if (session == NONE32)
+        return hand_off(core, packet, d->slice, NAT_HANDOFF_DIRECTED);
     struct session *s = &core->sessions[session];
     if (!s->protocol || core->cold[session].id != d->session_id)
         return NAT_DROP_FRAGMENT;
@@ -180,8 +210,10 @@ static enum nat_verdict follow(struct nat_core *core, struct nat_packet *packet,
     if (neighbour == NONE16) {
         patch_check(ip + 10, delta);
         core->stats.hairpinned++;
-        return s->flags & NAT_SESSION_PENDING ? hold_for_session(core, packet, session, direction)
-                                              : fragment_later(core, packet, l2, IN, true);
+        if (s->flags & NAT_SESSION_PENDING)
+            return hold_for_session(core, packet, session, direction);
+        enum nat_verdict verdict = hand_off_turned(core, packet, session);
+        return verdict == NAT_FORWARD ? fragment_later(core, packet, l2, IN, true) : verdict;
     }
     ip[8]--;
     patch_check(ip + 10, delta + TTL_DELTA);

@@ -205,7 +205,8 @@ enum nat_verdict icmp_translate_error(struct nat_core *core, struct nat_packet *
     if (hairpin) {
         patch_check(ip + 10, delta);
         core->stats.hairpinned++;
-        return icmp_translate_error(core, packet, l2, IN, true);
+        verdict = hand_off_turned(core, packet, at);
+        return verdict == NAT_FORWARD ? icmp_translate_error(core, packet, l2, IN, true) : verdict;
     }
     ip[8]--;
     patch_check(ip + 10, delta + TTL_DELTA);

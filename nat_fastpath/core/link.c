@@ -28,7 +28,7 @@ enum nat_verdict send_tagged(struct nat_packet *packet, unsigned l2, const uint8
     packet->length += wanted - l2;
     packet->segment += wanted - l2;
     packet->capacity = (uint16_t)(packet->capacity + wanted - l2);
-    packet->headroom = (uint16_t)(packet->headroom + l2 - wanted);
+    packet->headroom = (uint8_t)(packet->headroom + l2 - wanted);
     memcpy(packet->data, to, 6);
     memcpy(packet->data + 6, port->mac, 6);
     if (port->vlan) {

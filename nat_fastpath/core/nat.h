@@ -32,11 +32,13 @@ enum nat_filtering {
 
 enum nat_flow_hash { NAT_HASH_FNV = 0, NAT_HASH_AES = 1 };
 
-/* What became of a packet. Every verdict has a counter, so no packet can vanish unnamed. */
+/* What became of a packet. Every verdict has a counter, so no packet can vanish unnamed. HANDOFF and HELD are
+ * not its last: another one follows, of the other core or of nat_take. */
 #define NAT_VERDICTS(V)                                                                                      \
     V(FORWARD, "forward", "translated and sent on")                                                          \
     V(REPLY, "reply", "answered by the NAT itself; the frame now holds the answer")                          \
     V(FRAGMENT, "fragment", "translated, and sent on in fragments that fit the outgoing MTU")                \
+    V(HANDOFF, "handoff", "given to the core that has its slice, where it gets its other verdict")           \
     V(HELD, "held", "kept: for its next hop, for its session's commit, or for its first fragment")           \
     V(CONSUMED, "consumed", "understood and finished, such as an ARP reply")                                 \
     V(DROP_RUNT, "drop_runt", "shorter than its headers say it must be")                                     \
@@ -122,6 +124,14 @@ struct nat_stats {
 #undef NAT_COUNTER_FIELD
 };
 
+/* Of several cores (slices.h) each has a slice of the inside hosts and of the external ports. A packet that
+ * another core has to go on with has the verdict HANDOFF, and these bits say whose it is and what is done;
+ * the driver gives it to that core's nat_handed with them. */
+#define NAT_HANDOFF_SLICE 0x1fu
+#define NAT_HANDOFF_DIRECTED 0x20u /* a fragment, by where its first one went */
+#define NAT_HANDOFF_TURNED 0x40u   /* a hairpin: its outbound half is done */
+#define NAT_HANDOFF_COPY 0x80u     /* an ARP frame that another core has; to learn from, and nothing else */
+
 /* A packet on its way through the core. The driver owns the bytes; `cookie` is the driver's own. `data` moves
  * where a VLAN tag is put in front (without headroom for it: DROP_VLAN) or taken away. */
 struct nat_packet {
@@ -129,7 +139,8 @@ struct nat_packet {
     uint32_t length;   /* of the whole frame */
     uint32_t segment;  /* bytes readable at data; equals length unless the driver chains buffers */
     uint16_t capacity; /* bytes writable at data, for answers that are longer than the question */
-    uint16_t headroom; /* bytes writable before data, for a VLAN tag; with capacity below 2^16 */
+    uint8_t headroom;  /* bytes writable before data, for a VLAN tag: 251 at most; with capacity below 2^16 */
+    uint8_t handoff;   /* out: for HANDOFF, NAT_HANDOFF_*; in: the same, for nat_handed */
     uint8_t port;      /* in: where it came from; out: where it goes, for FORWARD, FRAGMENT and REPLY */
     uint8_t verdict;   /* out: enum nat_verdict */
     uint16_t mtu;      /* out: for FRAGMENT, what nat_cut is to be told */
@@ -211,7 +222,8 @@ struct nat_event {
 #undef NAT_STRUCT_FIELD
 
 /* Identity of a session or mapping, also its OpenFlow cookie:
- * direction 1 | class 3 | instance 8 | start epoch 20 | counter 32, from the highest bit down. */
+ * direction 1 | class 3 | instance 8 | start epoch 20 | counter 32, from the highest bit down. The counters
+ * of n cores go in steps of n. */
 enum nat_id_class { NAT_ID_SESSION = 1, NAT_ID_MAPPING = 2 };
 static inline uint64_t nat_id(unsigned cls, unsigned instance, unsigned epoch, uint32_t counter)
 {
@@ -329,6 +341,9 @@ enum nat_command_op {
                         news. A mac of 0 asks for that next hop */
     NAT_CMD_EXPLAIN, /* buffer: one struct nat_explain */
     NAT_CMD_TRACE,   /* buffer: one struct nat_trace; result: 1, or 0 when the trace is another's or none */
+    NAT_CMD_RECONFIGURE, /* buffer: a struct nat_change *; result: 1, or 0 when it is refused */
+    NAT_CMD_REROUTE,     /* buffer: the same, after it was put in force: up to `count` sessions from cursor on
+                            go the new ways; result: how many had another one. cursor moves on, 0 at the end */
 };
 struct nat_command {
     uint32_t op;
@@ -384,7 +399,8 @@ struct nat_host_record {
     S(MTU, "mtu")           /* value bytes are more than limit; flag: it must not be cut */                  \
     S(PENDING, "pending")   /* the peer has not acknowledged the session */                                  \
     S(QUOTED, "quoted")     /* an ICMP error about the session id */                                         \
-    S(FRAGMENT, "fragment") /* a later one; flag: its first was seen */
+    S(FRAGMENT, "fragment") /* a later one; flag: its first was seen */                                      \
+    S(HANDOFF, "handoff")   /* to the core of slice value; flag: NAT_HANDOFF_* */
 #define NAT_STEP_ENUM(name, text) NAT_STEP_##name,
 enum nat_step_kind { NAT_STEPS(NAT_STEP_ENUM) NAT_STEP_KINDS };
 #undef NAT_STEP_ENUM
@@ -408,7 +424,9 @@ struct nat_explain {
     uint32_t length; /* of the frame, which may be longer than what is here of it; out: of the answer */
     uint16_t mtu;
     uint8_t port, verdict; /* port: in, where it comes from; out, where it would go */
-    uint32_t n_steps;
+    uint16_t n_steps;
+    uint8_t handoff; /* in and out, as that of nat_packet: each core explains its part */
+    uint8_t reserved;
     struct nat_step steps[NAT_EXPLAIN_STEPS];
     uint8_t room[4];                  /* for a VLAN tag in front of the frame */
     uint8_t frame[NAT_EXPLAIN_BYTES]; /* out: as it would leave */
@@ -475,8 +493,27 @@ void nat_destroy(struct nat_core *core);
 /* What nat_create would take, without taking it. */
 void nat_memory_for(const struct nat_config *config, struct nat_memory *out);
 
+/* Another configuration for a core that runs. Any thread but the owner checks it and takes all memory for it
+ * (NULL and a line in `error` when it is impossible); NAT_CMD_RECONFIGURE puts it in force, whole or not at
+ * all; then it is freed, with what it replaced. Ports (but for their MTU), tables and modes stay as they are:
+ * epoch and seed are the core's. One change at a time. */
+struct nat_change *nat_prepare(const struct nat_core *core, const struct nat_config *config, char *error,
+                               size_t error_size);
+void nat_change_free(struct nat_change *change);
+/* Why the owner has refused it. */
+const char *nat_change_refused(const struct nat_change *change);
+/* Mappings on an address of the pool, about now; from the thread that prepares. */
+uint32_t nat_mappings_on(const struct nat_core *core, uint32_t address);
+
 /* The packet's way. Every packet gets a verdict; HELD ones belong to the core until nat_take returns them. */
 void nat_burst(struct nat_core *core, struct nat_packet *packets, unsigned n, uint64_t now);
+/* Whose packet a frame from a wire is, of `n` cores: a slice, or one of these. No session is asked: it says
+ * the same whoever asks. */
+#define NAT_SLICE_ANY 0xffu /* who receives it does what is to be done */
+#define NAT_SLICE_ALL 0xfeu /* likewise, and all others get a copy (NAT_HANDOFF_COPY) */
+unsigned nat_slice_of(const uint8_t *frame, uint32_t bytes, enum nat_side side, unsigned n);
+/* As nat_burst, for packets that another core had from a wire and has counted. */
+void nat_handed(struct nat_core *core, struct nat_packet *packets, unsigned n, uint64_t now);
 /* Work between bursts: commands, ageing, neighbours, held packets' deadlines; each bounded. Returns whether
  * it found anything to do. */
 bool nat_poll(struct nat_core *core, uint64_t now);
@@ -488,7 +525,7 @@ void nat_settle(struct nat_core *core, uint64_t now);
 /* Frames of the core's own (ARP): copies one into `frame` (NAT_OUTBOX_BYTES), returns its length, 0 if none.
  */
 unsigned nat_outbox(struct nat_core *core, uint8_t *frame, uint8_t *port);
-/* Announces our addresses (gratuitous ARP) through the outbox. */
+/* Announces our addresses (gratuitous ARP) through the outbox; of several cores the first does. */
 void nat_announce(struct nat_core *core);
 /* One fragment of a frame whose verdict is FRAGMENT: its headers, and where its data lies in the frame.
  * Headers are within the first segment; the data may be anywhere, and the driver copies it. */
@@ -523,6 +560,8 @@ struct nat_api {
     uint32_t abi;
     uint64_t header_hash; /* of this file; a worker built against another one is refused */
     void (*burst)(struct nat_core *, struct nat_packet *, unsigned, uint64_t);
+    unsigned (*slice_of)(const uint8_t *, uint32_t, enum nat_side, unsigned);
+    void (*handed)(struct nat_core *, struct nat_packet *, unsigned, uint64_t);
     bool (*poll)(struct nat_core *, uint64_t);
     unsigned (*take)(struct nat_core *, struct nat_packet *, unsigned);
     unsigned (*outbox)(struct nat_core *, uint8_t *, uint8_t *);

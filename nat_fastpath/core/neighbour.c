@@ -4,8 +4,6 @@
  */
 #include "core.h"
 
-#include <stdio.h>
-
 #define ASK_MS 250u /* between two requests for an unknown MAC */
 #define ASK_TRIES 4u
 #define CONFIRM_MS 30000u /* a MAC this old is asked for again while it is in use */
@@ -34,9 +32,7 @@ static uint32_t neighbour_hash(uint8_t port, uint32_t address, const uint8_t *ma
     return mix32(word + port * 0x9e3779b1u);
 }
 
-/* By address, or by MAC alone when `address` is 0. */
-static uint16_t neighbour_find(const struct nat_core *core, uint8_t port, uint32_t address,
-                               const uint8_t *mac)
+uint16_t neighbour_find(const struct nat_core *core, uint8_t port, uint32_t address, const uint8_t *mac)
 {
     struct flow_cursor cursor = flow_cursor(&core->neighbour_index, neighbour_hash(port, address, mac));
     uint32_t value;
@@ -83,82 +79,27 @@ void neighbour_forget(struct nat_core *core, uint16_t at)
     SLAB_GIVE(&core->neighbour_slab, core->neighbours, address, at);
 }
 
-static uint16_t neighbour_at(struct nat_core *core, uint8_t port, uint32_t address)
+uint16_t neighbour_at(struct nat_core *core, uint8_t port, uint32_t address)
 {
     uint16_t at = neighbour_find(core, port, address, no_mac);
     return at != NONE16 ? at : neighbour_add(core, port, address, no_mac, NAT_NB_INCOMPLETE);
 }
 
-bool neighbour_setup(struct nat_core *core, const struct nat_config *config, char *error, size_t error_size)
-{
-    /* longest prefix first, so that the first match is the best; few enough that plain insertion does */
-    struct nat_route_config *routes = core->config.routes;
-    for (unsigned i = 1; i < config->n_routes; i++)
-        for (unsigned k = i; k && routes[k - 1].length < routes[k].length; k--) {
-            struct nat_route_config swap = routes[k];
-            routes[k] = routes[k - 1];
-            routes[k - 1] = swap;
-        }
-    for (unsigned i = 0; i < config->n_neighbours; i++) {
-        const struct nat_neighbour_config *n = &config->neighbours[i];
-        if (!n->address || n->port >= config->n_ports ||
-            neighbour_find(core, n->port, n->address, no_mac) != NONE16 ||
-            neighbour_add(core, n->port, n->address, n->mac, NAT_NB_STATIC) == NONE16) {
-            snprintf(error, error_size,
-                     "static neighbour %u: no address, no such port, twice, or no room in max_neighbours", i);
-            return false;
-        }
-    }
-    for (unsigned i = 0; i < config->n_routes; i++) {
-        const struct nat_route_config *route = &routes[i];
-        core->gateway_neighbour[i] = NONE16;
-        if (route->connected)
-            continue;
-        uint16_t at = neighbour_at(core, route->port, route->gateway);
-        if (at == NONE16) {
-            snprintf(error, error_size, "no room for the gateway of route %u in max_neighbours", i);
-            return false;
-        }
-        struct neighbour *n = &core->neighbours[at];
-        if (route->has_mac) {
-            memcpy(n->mac, route->mac, 6);
-            n->state = NAT_NB_STATIC;
-        }
-        n->keep = 1;
-        core->gateway_neighbour[i] = at;
-    }
-    return true;
-}
-
 uint16_t neighbour_towards(struct nat_core *core, uint32_t address, enum nat_side side, enum nat_verdict *why)
 {
     *why = NAT_DROP_NO_ROUTE;
-    unsigned length = 32;
-    bool matched = false;
-    for (unsigned i = 0; i < core->config.n_routes; i++) {
-        const struct nat_route_config *route = &core->config.routes[i];
-        if (matched && route->length < length)
-            break; /* the best route leads to the other side */
-        if (!route_covers(route, address))
-            continue;
-        matched = true;
-        length = route->length;
-        bool right = core->config.ports[route->port].side == side;
-        NOTE(core, ROUTE, .address = route->prefix, .value = route->length, .id = route->gateway,
-             .port = route->port, .flag = right);
-        if (!right)
-            continue;
-        if (!route->connected)
-            return core->gateway_neighbour[i];
-        if (is_broadcast_of(route, address)) {
-            *why = NAT_DROP_MULTICAST;
-            return NONE16;
-        }
-        *why = NAT_DROP_TABLE_FULL;
-        return neighbour_at(core, route->port, address);
+    unsigned i = route_towards(core, &core->config, address, side);
+    if (i == NAT_MAX_ROUTES)
+        return NONE16;
+    const struct nat_route_config *route = &core->config.routes[i];
+    if (!route->connected)
+        return core->gateway_neighbour[i];
+    if (is_broadcast_of(route, address)) {
+        *why = NAT_DROP_MULTICAST;
+        return NONE16;
     }
-    NOTE(core, NO_ROUTE, .address = address);
-    return NONE16;
+    *why = NAT_DROP_TABLE_FULL;
+    return neighbour_at(core, route->port, address);
 }
 
 static void neighbour_confirm(struct nat_core *core, uint16_t at, const uint8_t *mac);
@@ -256,11 +197,6 @@ unsigned nat_outbox(struct nat_core *core, uint8_t *bytes, uint8_t *port)
     core->stats.tx_packets[frame->port]++;
     core->stats.tx_bytes[frame->port] += frame->length;
     return frame->length;
-}
-
-void nat_announce(struct nat_core *core)
-{
-    core->announce_at = 0;
 }
 
 /* One address after the other, port by port: its own, then the pool's that lie in its subnet. */
@@ -512,7 +448,10 @@ enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet,
         return NAT_DROP_ARP;
     uint32_t sender = get32(arp + 14), target = get32(arp + 24);
 
-    enum nat_verdict verdict = NAT_DROP_ARP;
+    bool for_us = is_answered_address(core, packet->port, target);
+    /* an answer to what another core has asked is as it should be */
+    bool awaited = for_us && operation == ARP_REPLY && is_one_of_several(core);
+    enum nat_verdict verdict = awaited ? NAT_CONSUMED : NAT_DROP_ARP;
     if (sender && !is_answered_address(core, packet->port, sender)) {
         uint16_t at = neighbour_find(core, packet->port, sender, no_mac);
         if (at != NONE16) {
@@ -521,7 +460,7 @@ enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet,
             verdict = NAT_CONSUMED;
         }
     }
-    if (operation == ARP_REPLY || !is_answered_address(core, packet->port, target))
+    if (operation == ARP_REPLY || !for_us || packet->handoff & NAT_HANDOFF_COPY)
         return verdict;
 
     uint8_t asker[6];
@@ -583,6 +522,27 @@ static bool neighbour_tick(struct nat_core *core, uint16_t at)
     default:
         return false;
     }
+}
+
+bool neighbour_fix(struct nat_core *core, uint16_t at, const uint8_t *mac)
+{
+    struct neighbour *n = &core->neighbours[at];
+    memcpy(n->mac, mac, 6);
+    n->state = NAT_NB_STATIC;
+    if (!n->held)
+        return false;
+    neighbour_release(core, at, NAT_FORWARD);
+    return true;
+}
+
+void neighbour_loosen(struct nat_core *core, uint16_t at)
+{
+    struct neighbour *n = &core->neighbours[at];
+    n->keep = 0;
+    if (n->state != NAT_NB_STATIC)
+        return;
+    n->state = NAT_NB_REACHABLE; /* what used it goes on, and the MAC is asked for when it is due */
+    n->confirmed_ms = n->used_ms = core->now_ms;
 }
 
 bool neighbour_step(struct nat_core *core)

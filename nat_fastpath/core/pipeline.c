@@ -8,7 +8,6 @@
 
 /* --- one packet of a known session -------------------------------------------------------------------- */
 
-static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2, bool hairpin);
 static enum nat_verdict translate_too_big(struct nat_core *core, struct nat_packet *packet, unsigned l2,
                                           uint32_t at, int direction, bool hairpinned, uint16_t mtu);
 
@@ -40,9 +39,17 @@ static void follow_sender(struct nat_core *core, uint32_t session, const struct 
     bool fresh = n->state != NAT_NB_REACHABLE || !n->address || core->now_ms - n->confirmed_ms < 1000;
     if (fresh && raw32(mac) == raw32(n->mac) && raw16(mac + 4) == raw16(n->mac + 4))
         return;
-    if (session_follow(core, session, neighbour_behind(core, packet->port, session_internal_addr(s), mac)) &&
+    if (session_follow(core, session, IN,
+                       neighbour_behind(core, packet->port, session_internal_addr(s), mac)) &&
         event_room_to_update(core))
         event_emit(core, NAT_EVENT_UPDATE, 0, session); /* the peer's answers must go there too */
+}
+
+/* The other half of a hairpin. */
+static enum nat_verdict turn(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint32_t at)
+{
+    enum nat_verdict verdict = hand_off_turned(core, packet, at);
+    return verdict == NAT_FORWARD ? inbound(core, packet, l2, true) : verdict;
 }
 
 /* `ip_header` and `l2` are constants where the caller knows them, and the compiler makes use of it. */
@@ -113,7 +120,7 @@ translate(struct nat_core *core, struct nat_packet *packet, unsigned l2, unsigne
         patch_check(ip + 10, l3);
         core->stats.hairpinned++;
         return s->flags & NAT_SESSION_PENDING ? hold_for_session(core, packet, at, direction)
-                                              : inbound(core, packet, l2, true);
+                                              : turn(core, packet, l2, at);
     }
     ip[8]--;
     patch_check(ip + 10, l3 + TTL_DELTA);
@@ -139,7 +146,7 @@ enum nat_verdict send_committed(struct nat_core *core, struct nat_packet *packet
                                 int direction)
 {
     uint16_t neighbour = core->sessions[session].neighbour[direction];
-    return neighbour == NONE16 ? inbound(core, packet, link_bytes(packet->data), true)
+    return neighbour == NONE16 ? turn(core, packet, link_bytes(packet->data), session)
                                : neighbour_send_any(core, packet, neighbour);
 }
 
@@ -224,8 +231,7 @@ static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packe
     return verdict;
 }
 
-static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2,
-                                bool hairpinned)
+enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2, bool hairpinned)
 {
     uint8_t *ip = packet->data + l2, *l4 = ip + (ip[0] & 15u) * 4;
     if (is_later_fragment(ip))
@@ -280,58 +286,6 @@ static enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet
         return session_packet(core, packet, l2, at, IN, hairpinned);
     neighbours_unneeded(core, request.neighbour);
     return verdict;
-}
-
-/* The transport header lies within the datagram, and what of it we read or write within the first segment. Of
- * a first fragment it must all be there; what speaks of the whole datagram cannot be checked against it. */
-static enum nat_verdict transport_check(const struct nat_packet *packet, const uint8_t *ip, unsigned header,
-                                        uint32_t total)
-{
-    const uint8_t *l4 = ip + header;
-    uint32_t bytes = total - header, there = (uint32_t)(packet->data + packet->segment - l4);
-    unsigned least;
-    bool fragment = is_fragment(ip);
-    switch (ip[9]) {
-    case PROTO_UDP:
-        least = UDP_BYTES;
-        break;
-    case PROTO_TCP:
-        least = TCP_BYTES;
-        break;
-    case PROTO_ICMP:
-        least = ICMP_BYTES;
-        break;
-    default:
-        return NAT_DROP_PROTOCOL;
-    }
-    enum nat_verdict verdict = fragment ? fragment_check(ip) : NAT_FORWARD;
-    if (verdict != NAT_FORWARD || is_later_fragment(ip))
-        return verdict;
-    if (bytes < least)
-        return fragment ? NAT_DROP_FRAGMENT_SHAPE : NAT_DROP_L4_HEADER;
-    if (there < least)
-        return NAT_DROP_RUNT;
-    if (ip[9] == PROTO_UDP) {
-        uint16_t length = get16(l4 + 4);
-        if (length < UDP_BYTES || (length > bytes && !fragment))
-            return NAT_DROP_L4_HEADER;
-    } else if (ip[9] == PROTO_TCP) {
-        unsigned offset = (l4[12] >> 4) * 4u;
-        if (offset < TCP_BYTES || offset > bytes)
-            return fragment && offset >= TCP_BYTES ? NAT_DROP_FRAGMENT_SHAPE : NAT_DROP_L4_HEADER;
-    } else if (!fragment && there >= bytes && !sums_right(l4, bytes)) {
-        return NAT_DROP_ICMP_CHECKSUM;
-    }
-    return NAT_FORWARD;
-}
-
-static bool is_multicast(uint32_t address)
-{
-    return address >> 28 == 14 || address == 0xffffffffu;
-}
-static bool is_unusable(uint32_t address)
-{
-    return address >> 24 == 0 || address >> 24 == 127;
 }
 
 enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet)
@@ -393,6 +347,8 @@ enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet)
             return verdict == NAT_FORWARD ? icmp_echo_reply(core, packet, l2) : verdict;
         return NAT_DROP_LOCAL;
     }
+    if (verdict == NAT_FORWARD && is_fragment(ip))
+        verdict = fragment_direct(core, packet, ip);
     if (verdict != NAT_FORWARD)
         return verdict;
     return port->side == NAT_INTERNAL ? outbound(core, packet, l2) : inbound(core, packet, l2, false);

@@ -29,6 +29,41 @@ bool route_covers(const struct nat_route_config *route, uint32_t address)
     return ((address ^ route->prefix) & prefix_mask(route->length)) == 0;
 }
 
+void sort_routes(struct nat_config *config)
+{
+    /* few enough that plain insertion does */
+    struct nat_route_config *routes = config->routes;
+    for (unsigned i = 1; i < config->n_routes; i++)
+        for (unsigned k = i; k && routes[k - 1].length < routes[k].length; k--) {
+            struct nat_route_config swap = routes[k];
+            routes[k] = routes[k - 1];
+            routes[k - 1] = swap;
+        }
+}
+
+unsigned route_towards(struct nat_core *core, const struct nat_config *config, uint32_t address,
+                       enum nat_side side)
+{
+    unsigned length = 32;
+    bool matched = false;
+    for (unsigned i = 0; i < config->n_routes; i++) {
+        const struct nat_route_config *route = &config->routes[i];
+        if (matched && route->length < length)
+            break; /* the best route leads to the other side */
+        if (!route_covers(route, address))
+            continue;
+        matched = true;
+        length = route->length;
+        bool right = config->ports[route->port].side == side;
+        NOTE(core, ROUTE, .address = route->prefix, .value = route->length, .id = route->gateway,
+             .port = route->port, .flag = right);
+        if (right)
+            return i;
+    }
+    NOTE(core, NO_ROUTE, .address = address);
+    return NAT_MAX_ROUTES;
+}
+
 bool is_on_link(const struct nat_core *core, uint8_t port, uint32_t address)
 {
     for (unsigned i = 0; i < core->config.n_routes; i++) {

@@ -230,8 +230,12 @@ static uint32_t add_session(struct nat_core *core, const struct session_request 
 
 static uint64_t new_id(struct nat_core *core, enum nat_id_class cls)
 {
+    const struct nat_config *config = &core->config;
     uint32_t *counter = cls == NAT_ID_SESSION ? &core->next_session_id : &core->next_mapping_id;
-    return nat_id(cls, core->config.instance, core->config.epoch, ++*counter);
+    uint32_t n = ++*counter;
+    if (is_one_of_several(core))
+        n = n * config->n_slices + config->slice;
+    return nat_id(cls, config->instance, config->epoch, n);
 }
 
 enum nat_verdict session_open(struct nat_core *core, struct session_request *r, uint32_t *session)
@@ -447,19 +451,19 @@ static void take_counters(struct nat_core *core, uint32_t at, const struct nat_r
     s->bytes[IN] = record->bytes_in;
 }
 
-bool session_follow(struct nat_core *core, uint32_t at, uint16_t neighbour)
+bool session_follow(struct nat_core *core, uint32_t at, int direction, uint16_t neighbour)
 {
     struct session *s = &core->sessions[at];
-    if (neighbour == NONE16 || neighbour == s->neighbour[IN])
+    if (neighbour == NONE16 || neighbour == s->neighbour[direction])
         return false;
     if (core->explain) { /* which has remembered the session, and has no use for those that it counts */
-        s->neighbour[IN] = neighbour;
+        s->neighbour[direction] = neighbour;
         return true;
     }
     core->neighbours[neighbour].sessions++;
     core->neighbours[neighbour].fresh = 0;
-    neighbour_leave(core, s->neighbour[IN]);
-    s->neighbour[IN] = neighbour;
+    neighbour_leave(core, s->neighbour[direction]);
+    s->neighbour[direction] = neighbour;
     return true;
 }
 
@@ -473,7 +477,7 @@ void session_update(struct nat_core *core, uint32_t at, const struct nat_record 
     take_counters(core, at, record);
     enum nat_verdict why;
     if (record->internal_mac)
-        session_follow(core, at,
+        session_follow(core, at, IN,
                        neighbour_inside(core, session_internal_addr(s), record->internal_mac, &why));
 }
 

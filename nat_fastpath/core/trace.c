@@ -86,7 +86,7 @@ static uint32_t session_of(const struct nat_core *core, const struct ends *came,
 }
 
 static void record(struct nat_core *core, const struct ends *came, const struct nat_packet *packet,
-                   uint8_t port, uint32_t length, bool was_held)
+                   uint8_t port, uint32_t length, bool from_inside)
 {
     struct ends left = *came;
     enum nat_verdict verdict = packet->verdict;
@@ -94,13 +94,12 @@ static void record(struct nat_core *core, const struct ends *came, const struct 
     /* a held packet is translated already, unless it waits for its first fragment */
     if (verdict <= NAT_HELD)
         ends_of(packet, &left);
-    bool from_inside = core->config.ports[port].side == NAT_INTERNAL;
     if (!is_wanted(&core->trace.status, from_inside, came, &left))
         return;
     struct nat_trace_entry *entry = next_entry(core);
     if (!entry)
         return;
-    uint32_t at = was_held ? NONE32 : session_of(core, came, from_inside);
+    uint32_t at = session_of(core, came, from_inside);
     *entry = (struct nat_trace_entry){
         .time_ns = core->now_ns,
         .session = at == NONE32 ? 0 : core->cold[at].id,
@@ -121,25 +120,31 @@ static void record(struct nat_core *core, const struct ends *came, const struct 
         .tcp_flags = came->tcp_flags,
         .tcp_state = at == NONE32 ? 0 : core->sessions[at].tcp_state,
         .ttl = came->ttl,
-        .was_held = was_held,
     };
     end_if_due(core);
 }
 
+void trace_packet(struct nat_core *core, struct nat_packet *packet)
+{
+    struct ends came;
+    uint8_t port = packet->port;
+    uint32_t length = packet->length;
+    /* one whose outbound half another core has done comes as if from outside */
+    bool from_inside =
+        core->config.ports[port].side == NAT_INTERNAL && !(packet->handoff & NAT_HANDOFF_TURNED);
+    end_if_due(core);
+    bool is_ip = core->tracing && ends_of(packet, &came);
+    count_verdict(core, packet, packet_handed(core, packet));
+    if (is_ip && core->tracing)
+        record(core, &came, packet, port, length, from_inside);
+}
+
 void trace_burst(struct nat_core *core, struct nat_packet *packets, unsigned n)
 {
-    end_if_due(core);
     for (unsigned i = 0; i < n; i++) {
-        struct nat_packet *packet = &packets[i];
-        struct ends came;
-        uint8_t port = packet->port;
-        uint32_t length = packet->length;
-        core->stats.rx_packets[port]++;
-        core->stats.rx_bytes[port] += length;
-        bool is_ip = core->tracing && ends_of(packet, &came);
-        count_verdict(core, packet, packet_alone(core, packet));
-        if (is_ip && core->tracing)
-            record(core, &came, packet, port, length, false);
+        core->stats.rx_packets[packets[i].port]++;
+        core->stats.rx_bytes[packets[i].port] += packets[i].length;
+        trace_packet(core, &packets[i]);
     }
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DPDK for the core: EAL, mempools, ports, and the worker that carries packets between them."""
+"""DPDK for the core: EAL, mempools, ports, and the workers that carry packets between them."""
 
 from importlib import import_module
 
@@ -13,7 +13,7 @@ except ImportError as error:
 
 from nat_fastpath.dpdk.binding import DpdkError, Eal, Link, Mempool, Port, PortInfo, ports
 from nat_fastpath.dpdk.kernel_interface import InterfaceError, repair
-from nat_fastpath.dpdk.worker import Worker
+from nat_fastpath.dpdk.worker import Worker, Workers
 
 __all__ = [
     "DpdkError",
@@ -24,6 +24,7 @@ __all__ = [
     "Port",
     "PortInfo",
     "Worker",
+    "Workers",
     "ports",
     "repair",
 ]

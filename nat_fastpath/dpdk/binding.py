@@ -179,13 +179,15 @@ def _mac(port_id: int) -> bytes:
 
 
 class Port:
-    """A started port with one receive and one transmit queue.
+    """A started port, with a receive and a transmit queue for each of ``queues`` workers if its RSS can bring each of
+    them its packets, else with one of each; ``spread`` says which ("rss", "software: why"; "" for one worker).
 
     ``device`` is the name of a kernel interface of this network namespace, or DPDK's devargs
     (``net_memif0,role=client``, ``0000:03:00.0``).  AF_XDP carries a kernel interface where it opens, AF_PACKET
     otherwise; ``driver`` (``af_xdp``, ``af_packet``) wants one of them.  ``mac`` overrides the device's own.  A kernel
     interface is prepared first and put back by ``close``: see kernel_interface.  ``addresses`` are those that
     the NAT will answer for: the kernel must not have them.  ``tagged``: VLAN tags must come within the frames.
+    ``side``: whose packets come here ("internal", "external"), None for both.
 
     Raises DpdkError, or InterfaceError where the kernel interface cannot be used.
     """
@@ -203,8 +205,12 @@ class Port:
         force: bool = False,
         driver: str = "auto",
         tagged: bool = False,
+        queues: int = 1,
+        side: str | None = None,
     ) -> None:
         self.device, self.mtu, self.tagged = device, mtu, tagged
+        self.spread, self.rx_queues, self.tx_queues = "", 1, 1
+        self._workers, self._side = queues, {"internal": 0, "external": 1}.get(side or "", -1)
         self.not_af_xdp = ""  # why AF_PACKET carries the kernel interface
         self._interface: Interface | None = None
         self._port_id: int | None = None
@@ -309,14 +315,8 @@ class Port:
             largest = info.max_rx_pktlen - lib.RTE_ETHER_HDR_LEN - lib.RTE_ETHER_CRC_LEN
             # memif says 1500, and takes frames of any size in several of its buffers
             conf.rxmode.mtu = min(self.mtu, largest) if self.driver == "net_memif" else self.mtu
-        _check(lib.rte_eth_dev_configure(port, 1, 1, conf), what)
-        rx, tx = ffi.new("uint16_t *", RX_DESCRIPTORS), ffi.new("uint16_t *", TX_DESCRIPTORS)
-        _check(lib.rte_eth_dev_adjust_nb_rx_tx_desc(port, rx, tx), what)
-        numa = max(lib.rte_eth_dev_socket_id(port), 0)
-        _check(
-            lib.rte_eth_rx_queue_setup(port, 0, rx[0], numa, ffi.NULL, pool._pool), f"{what}: receive queue"
-        )
-        _check(lib.rte_eth_tx_queue_setup(port, 0, tx[0], numa, ffi.NULL), f"{what}: transmit queue")
+        if self._workers == 1 or not self._set_up_for_rss(conf, pool):
+            self._set_up(conf, pool, 1)
         if self.driver == "net_tap":
             mac = self._taps(mac)
         elif mac is not None and mac != _mac(port):
@@ -331,7 +331,47 @@ class Port:
             _check(started, what)
         elif started < 0:
             self._pause()
+        if self.spread == "rss":
+            self._fill_rss_table(conf, pool)
         self.mac = mac or _mac(port)
+
+    def _set_up(self, conf: Any, pool: Mempool, queues: int) -> None:
+        port, what = self.port_id, f"device {self.device}"
+        _check(lib.rte_eth_dev_configure(port, queues, queues, conf), what)
+        rx, tx = ffi.new("uint16_t *", RX_DESCRIPTORS), ffi.new("uint16_t *", TX_DESCRIPTORS)
+        _check(lib.rte_eth_dev_adjust_nb_rx_tx_desc(port, rx, tx), what)
+        numa = max(lib.rte_eth_dev_socket_id(port), 0)
+        for queue in range(queues):
+            received = lib.rte_eth_rx_queue_setup(port, queue, rx[0], numa, ffi.NULL, pool._pool)
+            _check(received, f"{what}: receive queue")
+            _check(lib.rte_eth_tx_queue_setup(port, queue, tx[0], numa, ffi.NULL), f"{what}: transmit queue")
+        self.rx_queues = self.tx_queues = queues
+
+    def _set_up_for_rss(self, conf: Any, pool: Mempool) -> bool:
+        """With a queue for each worker; false, and ``spread`` says why, where that is impossible."""
+        why, wanted = ffi.new("char[160]"), ffi.new("struct rte_eth_conf *", conf[0])
+        try:
+            if not lib.spread_ask(self.port_id, self._side, self._workers, wanted, why, len(why)):
+                raise DpdkError(ffi.string(why).decode())
+            self._set_up(wanted, pool, self._workers)
+        except DpdkError as error:
+            self.spread = f"software: {str(error).removeprefix(f'device {self.device}: ')}"
+            return False
+        self.spread = "rss"
+        return True
+
+    def _fill_rss_table(self, conf: Any, pool: Mempool) -> None:
+        """Of the started port; one that does not take it gets along without."""
+        try:
+            _check(
+                lib.spread_fill(self.port_id, self._side, self._workers),
+                "its RSS does not take our key and table",
+            )
+        except DpdkError as error:
+            self.spread = f"software: {error}"
+            lib.rte_eth_dev_stop(self.port_id)
+            self._set_up(conf, pool, 1)
+            _check(lib.rte_eth_dev_start(self.port_id), f"device {self.device}")
 
     def _taps(self, mac: bytes | None) -> bytes:
         """The NAT's MAC, which is not that of the kernel's end: these are two stations."""
@@ -350,6 +390,11 @@ class Port:
     def kernel_interface(self) -> str | None:
         """The kernel interface that carries it, if one does."""
         return self._interface.name if self._interface else None
+
+    def refuse_addresses(self, addresses: Sequence[IPv4Address]) -> None:
+        """Raises InterfaceError when the NAT cannot answer for them here."""
+        if self._interface is not None:
+            self._interface.refuse_addresses(addresses)
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 """Makes ``_dpdk``: what we use of EAL, ethdev and mempool, and the worker, for cffi in API mode."""
 
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from cffi import FFI
 
 HERE = Path("nat_fastpath/dpdk")
 CORE = Path("nat_fastpath/core")
+# as setup.py; of DPDK's rings the variant that a sanitizer of threads can follow
+SANITIZERS = os.environ.get("TANDEM_SANITIZE")
+SANITIZE = [f"-fsanitize={SANITIZERS}", "-DRTE_USE_C11_MEM_MODEL"] if SANITIZERS else []
 LIBRARIES = ["rte_eal", "rte_ethdev", "rte_mempool", "rte_mbuf", "rte_ring"]
 
 ffibuilder = FFI()
@@ -78,25 +82,30 @@ ffibuilder.cdef(
     struct link { int up; int full_duplex; uint32_t speed_mbps; };
     int link_get(uint16_t port_id, struct link *out);
     void port_pause(uint16_t port_id);
+    int spread_ask(uint16_t port_id, int side, unsigned n, struct rte_eth_conf *conf, char *why, size_t why_size);
+    int spread_fill(uint16_t port_id, int side, unsigned n);
 
     /* worker */
     #define NAT_MAX_PORTS ...
     #define WORKER_IDLE_BOUND_US ...
     struct nat_api;
     struct nat_core;
-    struct worker;
-    struct worker_port { uint16_t port_id; uint8_t fill_checksums; uint16_t vlan; };
-    struct worker_config {
-        const struct nat_api *api; struct nat_core *core; void *pool; int cpu; int adaptive; int wake_fd; unsigned n_ports;
-        struct worker_port ports[...]; };
+    #define WORKERS_MAX ...
+    #define WORKER_RING ...
+    struct workers;
+    struct worker_port {
+        uint16_t port_id; uint8_t fill_checksums; uint8_t side; uint16_t vlan; uint16_t rx_queues; uint16_t tx_queues; };
+    struct workers_config {
+        const struct nat_api *api; void *pool; int adaptive; int wake_fd; unsigned n_ports;
+        struct worker_port ports[...]; unsigned n; struct nat_core *cores[...]; int cpus[...]; };
     struct worker_stats {
         uint64_t loops, loops_with_packets, sleeps, total_ns, busy_ns, sleep_max_ns, outbox_no_buffer,
-            fragment_no_buffer;
+            fragment_no_buffer, handed_off, handoff_received, handoff_dropped, arp_copies, tx_passed;
         uint64_t tx_dropped[...], checksums_filled[...]; };
-    struct worker *worker_start(const struct worker_config *config, char *error, size_t error_size);
-    void worker_stop(struct worker *worker);
-    const uint64_t *worker_loops(const struct worker *worker);
-    void worker_read_stats(const struct worker *worker, struct worker_stats *out);
+    struct workers *workers_start(const struct workers_config *config, char *error, size_t error_size);
+    void workers_stop(struct workers *workers);
+    const uint64_t *worker_loops(const struct workers *workers, unsigned i);
+    void worker_read_stats(const struct workers *workers, unsigned i, struct worker_stats *out);
     """
 )
 
@@ -170,8 +179,8 @@ ffibuilder.set_source(
         rte_eth_fp_ops[port_id].tx_pkt_burst = no_packets;
     }
     """,
-    sources=[str(HERE / "worker.c"), str(HERE / "log.c")],
-    depends=[str(HERE / "worker.h"), str(CORE / "nat.h")],
+    sources=[str(HERE / name) for name in ("worker.c", "spread.c", "log.c")],
+    depends=[str(HERE / "worker.h"), str(HERE / "frame.h"), str(CORE / "nat.h"), str(CORE / "slices.h")],
     include_dirs=[str(HERE), str(CORE)],
     define_macros=[
         ("NAT_HEADER_HASH", "0x" + hashlib.sha256((CORE / "nat.h").read_bytes()).hexdigest()[:16] + "ULL")
@@ -181,8 +190,10 @@ ffibuilder.set_source(
         "-O3",
         "-g",
         "-std=gnu11",
+        *SANITIZE,
         *(f.replace("-I", "-isystem") for f in pkg_config("--cflags")),
     ],
+    extra_link_args=SANITIZE[:1],
     libraries=LIBRARIES,
     library_dirs=[f[2:] for f in pkg_config("--libs-only-L")],
 )

@@ -221,11 +221,15 @@ class Interface:
             raise InterfaceError(
                 f"device {name}: belongs to {link['master']}, which takes its packets; ip link set {name} nomaster"
             )
+        self.refuse_addresses(addresses)
+
+    def refuse_addresses(self, addresses: Sequence[IPv4Address]) -> None:
+        """Raises InterfaceError when the kernel has one of them, which it would answer for."""
         for row in _ip("-4", "addr", "show"):
             for address in row.get("addr_info", ()):
                 if IPv4Address(address["local"]) in addresses:
                     raise InterfaceError(
-                        f"device {name}: {address['local']} is to be the NAT's, but the kernel has it too and would "
+                        f"device {self.name}: {address['local']} is to be the NAT's, but the kernel has it too and would "
                         f"answer for it; ip addr del {address['local']}/{address['prefixlen']} dev {row['ifname']}"
                     )
 

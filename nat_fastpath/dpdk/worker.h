@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The DPDK driver of a core: one thread that polls ports, and the log lines of DPDK for error messages.
+ * The DPDK driver of cores: a thread for each that polls ports, and the log lines of DPDK for error messages.
  */
 #ifndef WORKER_H
 #define WORKER_H
@@ -10,22 +10,27 @@
 /* Longest sleep of an idle adaptive worker, in microseconds: the most that idling adds to a packet's latency,
  * besides what the kernel adds to any sleep (`sleep_max_ns` shows it). */
 #define WORKER_IDLE_BOUND_US 200u
+#define WORKERS_MAX (NAT_HANDOFF_SLICE + 1)
+#define WORKER_RING 4096u /* frames from other workers: of that time, 20 millions per second */
 
 struct worker_port {
     uint16_t port_id;
     uint8_t fill_checksums; /* a kernel interface may leave checksums to hardware that is not there */
-    uint16_t vlan;          /* of the core's port: tells apart those that share a device; 0: untagged */
+    uint8_t side;           /* enum nat_side, of the core's port */
+    uint16_t vlan;          /* likewise: tells apart those that share a device; 0: untagged */
+    uint16_t rx_queues, tx_queues;
 };
 
-struct worker_config {
+struct workers_config {
     const struct nat_api *api;
-    struct nat_core *core;
-    void *pool;   /* struct rte_mempool, for the core's own frames */
-    int cpu;      /* -1: wherever the system likes */
+    void *pool;   /* struct rte_mempool, for frames that we make */
     int adaptive; /* sleep when idle; otherwise poll all the time */
     int wake_fd;  /* eventfd that wakes the reader of events, -1 without */
     unsigned n_ports;
     struct worker_port ports[NAT_MAX_PORTS];
+    unsigned n;
+    struct nat_core *cores[WORKERS_MAX]; /* of several, each has the slice that is its place here */
+    int cpus[WORKERS_MAX];               /* -1: wherever the system likes */
 };
 
 /* Written by the worker alone. */
@@ -34,18 +39,33 @@ struct worker_stats {
     uint64_t total_ns, busy_ns, sleep_max_ns;
     uint64_t outbox_no_buffer;   /* frames of the core's own that found no mbuf */
     uint64_t fragment_no_buffer; /* fragments that were to be made, likewise */
+    uint64_t handed_off;         /* packets for the worker whose core has their slice */
+    uint64_t handoff_received;   /* such packets from others */
+    uint64_t handoff_dropped;    /* that found its ring full; or an ARP frame to be shown no mbuf */
+    uint64_t arp_copies;         /* ARP frames for the others to learn from */
+    uint64_t tx_passed;          /* frames for the worker that alone sends on their device */
     uint64_t tx_dropped[NAT_MAX_PORTS], checksums_filled[NAT_MAX_PORTS];
 };
 
-struct worker;
+struct workers;
 
-/* Starts the thread. NULL and a line in `error` when that is impossible. */
-struct worker *worker_start(const struct worker_config *config, char *error, size_t error_size);
-/* Ends the thread, gives held packets up, frees the worker. The core belongs to the caller again. */
-void worker_stop(struct worker *worker);
-/* The counter that every turn of the loop advances; it lives as long as the worker. */
-const uint64_t *worker_loops(const struct worker *worker);
-void worker_read_stats(const struct worker *worker, struct worker_stats *out);
+/* Starts the threads. NULL and a line in `error` when that is impossible. */
+struct workers *workers_start(const struct workers_config *config, char *error, size_t error_size);
+/* Ends the threads, gives held packets up, frees the workers. The cores belong to the caller again. */
+void workers_stop(struct workers *workers);
+/* The counter that every turn of one's loop advances; it lives as long as the workers. */
+const uint64_t *worker_loops(const struct workers *workers, unsigned i);
+void worker_read_stats(const struct workers *workers, unsigned i, struct worker_stats *out);
+
+/* --- spread.c: RSS that brings each packet to the worker whose core has its slice -------------------------
+ */
+struct rte_eth_conf;
+/* Asks in `conf` for it; `side` is NAT_INTERNAL, NAT_EXTERNAL, or -1 where both are on this device. Returns
+ * false, and the reason in `why`, when the device cannot. */
+int spread_ask(uint16_t port_id, int side, unsigned n, struct rte_eth_conf *conf, char *why, size_t why_size);
+/* Once the port is started: which queue gets which hash, and that the key is ours; a negative errno when it
+ * does not take that. */
+int spread_fill(uint16_t port_id, int side, unsigned n);
 
 /* Takes DPDK's log instead of stderr: the last lines of it, for exceptions. */
 int log_capture(void);

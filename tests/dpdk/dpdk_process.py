@@ -45,9 +45,9 @@ FAR: dict[str, Any] = {
 
 
 def run(function: Callable[..., Any], *arguments: Any, command: tuple[str, ...] = ()) -> Any:
-    """``command`` goes before the interpreter, such as ``ip netns exec NAME``."""
+    """A function of a module with ``main`` at its end; ``command`` goes before the interpreter, such as ``ip netns exec``."""
     done = subprocess.run(
-        [*command, sys.executable, "-m", __name__, function.__name__, json.dumps(arguments)],
+        [*command, sys.executable, "-m", function.__module__, function.__name__, json.dumps(arguments)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -221,12 +221,12 @@ def other_header(state: str) -> dict[str, str]:
     for name, at in (("size", 0), ("abi", 4), ("hash", 8)):
         copy = ffi.new("uint8_t[]", ffi.unpack(ffi.cast("char *", original), 128))
         copy[at] ^= 1
-        settings = ffi.new("struct worker_config *")
+        settings = ffi.new("struct workers_config *")
         settings.api = ffi.cast("const struct nat_api *", copy)
-        settings.core = ffi.cast("struct nat_core *", core.address)
+        settings.n, settings.cores[0] = 1, ffi.cast("struct nat_core *", core.address)
         settings.pool = pool._pool
         error = ffi.new("char[256]")
-        assert lib.worker_start(settings, error, len(error)) == ffi.NULL
+        assert lib.workers_start(settings, error, len(error)) == ffi.NULL
         said[name] = ffi.string(error).decode()
     return said
 
@@ -296,6 +296,10 @@ def write_capture(path: str, frames: list[bytes]) -> None:
             writer.write(frame)
 
 
-if __name__ == "__main__":
+def main(functions: dict[str, Any]) -> None:
     name, arguments = sys.argv[1:]
-    print(json.dumps(globals()[name](*json.loads(arguments))))
+    print(json.dumps(functions[name](*json.loads(arguments))))
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -36,6 +36,9 @@ static const uint8_t peer_mac[2][6] = {{2, 0, 0xa, 0, 0, 5}, {2, 0, 0, 0, 1, 0xf
 /* The tag of each port, 0: none; of the core of this run. */
 static uint16_t port_vlan[2];
 
+/* Of several cores, which the next one is. */
+static uint8_t core_slices, core_slice;
+
 static inline uint32_t link_of(uint8_t port)
 {
     return port_vlan[port] ? ETH_BYTES + VLAN_BYTES : ETH_BYTES;
@@ -86,6 +89,8 @@ static inline struct nat_core *make_core(uint8_t shape, uint8_t limits)
         .port_parity = shape & 32 ? 1 : 0,
         .port_preservation = shape & 64 ? 1 : 0,
         .seed = 5,
+        .n_slices = core_slices,
+        .slice = core_slice,
         .n_pool = 1,
         .n_routes = 3,
         .n_neighbours = shape & 32 ? 2 : 0,
@@ -235,7 +240,7 @@ static inline void check_result(const struct nat_packet *p, const struct sent *s
 static inline struct nat_packet make_packet(uint8_t port, const uint8_t *bytes, uint32_t length, bool room)
 {
     uint32_t capacity = room && length < ANSWER_ROOM ? ANSWER_ROOM : length;
-    uint16_t headroom = room ? HEADROOM : 0;
+    uint8_t headroom = room ? HEADROOM : 0;
     struct sent *sent = malloc(sizeof *sent);
     if (!sent)
         abort();

@@ -12,9 +12,26 @@ from pathlib import Path
 
 import atheris
 
-TARGETS = {"fuzz_sync": "tests.fuzz.sync_target", "fuzz_openflow": "tests.fuzz.openflow_target"}
+TARGETS = {
+    "fuzz_sync": "tests.fuzz.sync_target",
+    "fuzz_openflow": "tests.fuzz.openflow_target",
+    "fuzz_config": "tests.fuzz.config_target",
+    "fuzz_control": "tests.fuzz.control_target",
+}
 MAX_LEN = "-max_len=4096"  # the last one counts
-INSTRUMENTED = ["nat_control.sync", "nat_control.dataplane", "switch_agent.codec"]
+INSTRUMENTED = [
+    "nat_control.sync",
+    "nat_control.dataplane",
+    "nat_control.config",
+    "nat_control.config_reader",
+    "nat_control.pool_config",
+    "nat_control.pair_config",
+    "nat_control.api",
+    "nat_control.live",
+    "nat_control.explain",
+    "nat_control.reload",
+    "switch_agent.codec",
+]
 
 
 def main(name: str, *options: str) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m tests.fuzz.seeds FOLDER``: the fuzzers' first inputs, made from the golden captures.
 
-Formats: see LLVMFuzzerTestOneInput in fuzz_packet.c and fuzz_burst.c.
+Formats: see LLVMFuzzerTestOneInput in fuzz_packet.c and fuzz_burst.c; fuzz_cores.c finds its own.
 """
 
 from __future__ import annotations

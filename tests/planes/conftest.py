@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from nat_control.lab import Lab
-from tests.planes.subjects import Dpdk, Memory, OwnCore, Running, Subject, Switch
+from tests.planes.subjects import Dpdk, Memory, OwnCore, Running, Subject, Switch, TwoCores
 from tests.switch.net import Net
 
 # EAL starts once per process and takes the namespace that it is in: see test_worker.py.
 WORKER_ONLY = "TANDEM_PLANES_WITH_WORKER"
-PLANES = ["worker"] if WORKER_ONLY in os.environ else ["memory", "core", "switch"]
+PLANES = ["worker"] if WORKER_ONLY in os.environ else ["memory", "core", "two cores", "switch"]
 
 Make = Callable[..., Subject]
 
@@ -53,6 +53,8 @@ def make(request: pytest.FixtureRequest, runner: asyncio.Runner) -> Iterator[Mak
                 made.append(Memory(runner, max_sessions))
             case "core":
                 made.append(OwnCore(runner, max_sessions))
+            case "two cores":
+                made.append(TwoCores(runner, max_sessions))
             case "switch":
                 made.append(Switch(runner, max_sessions, request.getfixturevalue("net")))
             case "worker":

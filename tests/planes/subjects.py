@@ -24,7 +24,17 @@ from nat_control.core_plane import CorePlane
 from nat_control.dataplane import DataPlane, Events, Records
 from nat_control.lab import until
 from nat_fastpath.core_config import CoreConfig
-from nat_fastpath.engine import EVENT, FLAG_PENDING, RECORD, TCP_STATES, Core
+from nat_fastpath.cores import Cores
+from nat_fastpath.engine import (
+    EVENT,
+    FLAG_PENDING,
+    RECORD,
+    TCP_STATES,
+    Core,
+    Verdict,
+    slice_of,
+    slice_of_hosts,
+)
 from switch_agent.agent import AgentPlane
 from tests.memory_plane import AsyncMemoryPlane, MemoryPlane, key_of
 from tests.packets import (
@@ -48,7 +58,12 @@ T = TypeVar("T")
 
 INSTANCE, PEER = 1, 2
 PROTOCOLS = (6, 17)
-HOSTS = [f"10.0.0.{i}" for i in range(20, 60)]
+# Two and two of them belong to one of two cores, as their ports do: see ``sessions``.
+_BY_CORE = [
+    [host for host in (f"10.0.0.{i}" for i in range(20, 60)) if slice_of_hosts(number(host), 2) == core]
+    for core in range(2)
+]
+HOSTS = [_BY_CORE[i // 2 % 2][i // 4 * 2 + i % 2] for i in range(40)]
 POOL_FIRST = number(POOL[0])
 PORTS_FIRST = 2000
 SERVER_PORT = 53
@@ -85,6 +100,7 @@ class Subject(ABC):
     """One plane. ``carries``: it sees packets, so that what was held can be seen to leave."""
 
     carries = True
+    cores = 1  # of several, each has its share of the room, and its events in its own order
     plane: DataPlane
 
     def __init__(self, runner: asyncio.Runner) -> None:
@@ -190,6 +206,44 @@ class OwnCore(Subject):
 
     def check(self) -> None:
         assert self.core.counters()["sessions"] == len(self.held())
+
+    def close(self) -> None:
+        self.core.close()
+
+
+class TwoCores(Subject):
+    """Two cores that share hosts and ports, as those of a server's workers."""
+
+    cores = 2
+
+    def __init__(self, runner: asyncio.Runner, max_sessions: int) -> None:
+        super().__init__(runner)
+        self.core = Cores(core_config(max_sessions), 2)
+        for core in self.core.cores:
+            core.poll(time.monotonic_ns())
+        self.plane = CorePlane(self.core, own=True)
+
+    def events(self) -> Events:
+        return self.core.events()
+
+    def _send(self, port: int, data: bytes) -> None:
+        owner = self.core.cores[slice_of(data, self.core.config.ports[port].side, 2)]
+        (result,) = owner.burst([(port, data)], time.monotonic_ns())
+        assert result.verdict in (Verdict.HELD, Verdict.FORWARD)
+
+    def open(self, port: int) -> None:
+        self._send(INSIDE, connect(port))
+
+    def answer(self, port: int) -> None:
+        self._send(OUTSIDE, accept(self.held(), port))
+
+    def left(self) -> int:
+        taken = [result for core in self.core.cores for result in core.take()]
+        return sum(result.verdict.name == "FORWARD" for result in taken)
+
+    def check(self) -> None:
+        assert self.core.counters()["sessions"] == len(self.held())
+        assert all(core.counters()["sessions"] <= len(self.held()) for core in self.core.cores)
 
     def close(self) -> None:
         self.core.close()

@@ -75,7 +75,7 @@ BESIDE = {"id": int(session(2)["id"][0]), "remote_port": 99}  # another session 
 CONTRADICTIONS = {
     "its inside endpoint has another external port": {**BESIDE, "external_port": 5000},
     "its inside endpoint has another external address": {**BESIDE, "external_addr": number("198.51.100.10")},
-    "its external endpoint has another inside host": {**BESIDE, "internal_addr": number(HOSTS[7])},
+    "its external endpoint has another inside host": {**BESIDE, "internal_addr": number(HOSTS[8])},
     "its external endpoint has another inside port": {**BESIDE, "internal_port": 5000},
     "its 5-tuple is taken under another id": {"id": BESIDE["id"]},
     "it is held with another external endpoint": {"external_port": 5000},

@@ -260,7 +260,7 @@ def test_what_explain_says_is_what_happens() -> None:
     assert not {name for name in wanted if not seen[Verdict[name]]}, seen
     features = ("parity_missed", "class_missed", "ports_resting", "no_port_resting", "rests_cut", "unpaired")
     assert not {name for name in features if not counted[name]}, counted
-    assert set(STEP_KINDS) - kinds <= {"no_route"}, set(STEP_KINDS) - kinds
+    assert set(STEP_KINDS) - kinds <= {"no_route", "handoff"}, set(STEP_KINDS) - kinds
 
 
 def test_of_a_long_frame_its_beginning_is_enough() -> None:

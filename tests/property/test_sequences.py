@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nat_fastpath.engine import Core, Verdict
+from nat_fastpath.engine import Core, CoreError, Verdict
 from tests.packets import (
     CLIENT,
     INSIDE,
@@ -20,10 +22,12 @@ from tests.packets import (
     SERVER,
     START,
     config,
+    number,
     small_pool,
+    text,
 )
 from tests.reference_nat import FORWARD, Datagram, Session
-from tests.side_by_side import Pair
+from tests.side_by_side import Pair, model_of
 
 CLIENTS = st.sampled_from([CLIENT, OTHER_CLIENT])
 SERVERS = st.sampled_from([SERVER, OTHER_SERVER])
@@ -61,7 +65,10 @@ class Sequences(RuleBasedStateMachine):
         for name in ("sessions_per_host", "mappings_per_host"):
             if ports * addresses > 10:
                 limits[name] = 0
-        self.pair = Pair(Core(config(pool=small_pool(ports, addresses), **limits)), START)
+        # one range for each address, so that they come and go by themselves
+        (part,) = small_pool(ports, addresses)
+        self.pool = [replace(part, first=a, last=a) for a in range(int(part.first), int(part.last) + 1)]
+        self.pair = Pair(Core(config(pool=tuple(self.pool), **limits)), START)
 
     def session(self, pick: int) -> Session:
         sessions = self.pair.model.sessions()
@@ -153,6 +160,42 @@ class Sequences(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1, 59, 60, 239, 240, 299, 300, 7439, 7440]))
     def wait(self, seconds: int) -> None:
         self.pair.wait(seconds)
+
+    @rule(
+        udp_timeout=st.sampled_from([60, 300]),
+        icmp_timeout=st.sampled_from([30, 60]),
+        filtering=st.sampled_from(["address-and-port-dependent", "endpoint-independent"]),
+        limit=st.sampled_from([0, 6]),
+        drained=st.sampled_from([None, None, 0, 1]),
+        gone=st.booleans(),
+    )
+    def reconfigure(
+        self, filtering: str, limit: int, drained: int | None, gone: bool, **timeouts: int
+    ) -> None:
+        """Sessions survive any change, and from then on the new rules hold. An address that is used does not go."""
+        core, model = self.pair.core, self.pair.model
+        if core.config.mapping != "endpoint-independent" or core.config.filtering == "address-dependent":
+            filtering = core.config.filtering
+        changes: dict[str, Any] = {"filtering": filtering, **timeouts}
+        if core.config.sessions_per_host:
+            changes["sessions_per_host"] = limit or 1024
+        pool = list(self.pool)
+        if drained is not None and len(pool) > 1:
+            pool[drained : drained + 1] = [] if gone else [replace(pool[drained], own=(1, 0))]
+        change = core.prepare(replace(core.config, pool=tuple(pool), **changes))
+        left = {text(int(part.first)) for part in self.pool} - {text(int(part.first)) for part in pool}
+        if used := left & {m.external[0] for m in model.mappings.values()}:
+            with pytest.raises(CoreError, match="has mappings"):
+                change.apply()
+            assert sum(core.mappings_on(number(address)) for address in used) > 0
+            return
+        change.apply()
+        change.reroute()
+        after = model_of(core)
+        for name in ("pool", "filtering", "sessions_per_host", "udp_timeout", "icmp_timeout"):
+            setattr(model, name, getattr(after, name))
+        # a host whose address has nothing to hand out gets another one
+        model.homes = {host: home for host, home in model.homes.items() if model.pool.get(home)}
 
     @invariant()
     def agree(self) -> None:

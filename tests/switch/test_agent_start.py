@@ -39,6 +39,6 @@ def test_an_address_that_is_taken_is_named(taken: str, tmp_path: Path) -> None:
         content[section][key] = address = f"127.0.0.1:{holder.getsockname()[1]}"
         (tmp_path / "agent.yaml").write_text(yaml.safe_dump(content))
         with pytest.raises(AgentError, match="Address already in use: does another") as error:
-            serve(configuration.load(tmp_path / "agent.yaml"))
+            serve(configuration.load(tmp_path / "agent.yaml"), tmp_path / "agent.yaml")
     assert address in str(error.value)
     assert not (tmp_path / "agent.sock").exists()

@@ -48,7 +48,16 @@ ids = st.lists(u64, max_size=5).map(lambda values: np.array(values, np.uint64))
 pools = st.tuples(u32, u32, u16, u16).map(lambda p: PoolRange(min(p[:2]), max(p[:2]), min(p[2:]), max(p[2:])))
 EPOCH = 0xFFFFFFFF
 messages = st.one_of(
-    st.builds(Hello, u8, st.just(EPOCH), u32, st.lists(pools, max_size=4).map(tuple), u16),
+    st.builds(
+        Hello,
+        u8,
+        st.just(EPOCH),
+        u32,
+        st.lists(pools, max_size=4).map(tuple),
+        u16,
+        st.binary(min_size=16, max_size=16),
+        u8,
+    ),
     st.builds(InitState, u64, u32, st.booleans(), records),
     st.builds(Ready, u64, ids),
     st.builds(InstallEntries, u64, records),

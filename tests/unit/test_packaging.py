@@ -218,7 +218,7 @@ def test_the_configuration_imports_nothing_that_runs() -> None:
 # -- the tree ----------------------------------------------------------------------------------------------
 
 
-LONG = {"engine.pyx": 840}  # one class, and Cython wants it whole
+LONG = {"engine.pyx": 960}  # one class, and Cython wants it whole
 
 
 def test_every_source_file_names_its_licence_and_stays_readable() -> None:

@@ -275,10 +275,23 @@ def test_pools_that_overlap_are_refused_by_name() -> None:
     [
         (Hello(1, EPOCH, 0, (THEIRS,)), ErrorCode.INSTANCE),
         (Hello(2, EPOCH, 0, (THEIRS,), 95), ErrorCode.RECORD),
+        (Hello(2, EPOCH, 0, (THEIRS,), slices=2), ErrorCode.SLICES),
     ],
 )
 def test_a_peer_that_does_not_fit(hello: Hello, code: ErrorCode) -> None:
     refused(machine(State.HANDSHAKE).received(EPOCH, hello, 1.0), code)
+
+
+def test_both_sides_have_the_same_slices() -> None:
+    p = machine(State.HANDSHAKE)
+    p.slices = 4
+    text = refused(p.received(EPOCH, Hello(2, EPOCH, 0, (THEIRS,), slices=2), 1.0), ErrorCode.SLICES)
+    assert text.startswith("nat.pool.slices: 2 there and 4 here")
+    p = Protocol(1, (OURS,), Mode.SYNCHRONOUS, slices=4)
+    p.plane_ready()
+    assert [hello.slices for hello in sent(p.connected(0.0))] == [4]
+    p.received(EPOCH, Hello(2, EPOCH, 0, (THEIRS,), slices=4), 1.0)
+    assert p.state is State.EXCHANGING
 
 
 def test_another_epoch_is_refused() -> None:

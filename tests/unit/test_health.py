@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong is told once when it begins, once when it is over, and stands in between."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from pathlib import Path
+
+import pytest
+
+from nat_control.api import Api
+from nat_control.health import QUIET, Health, drops_of, states_of
+from nat_fastpath.engine import VERDICT_NAMES, Core
+from tests.packets import CLIENT, SERVER, Nat, config, udp
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def test_a_state_comes_and_goes(said: list[str]) -> None:
+    health = Health(said.append)
+    for waiting in (9, 10):
+        health.look({"events": f"{waiting} events wait"}, {})
+    assert said == ["degraded: 9 events wait"]
+    assert health.lines == ["10 events wait"]
+    health.look({}, {})
+    assert said[1:] == ["no longer degraded: 10 events wait"]
+    assert health.lines == []
+
+
+def test_what_is_counted_lasts_until_it_has_been_quiet(said: list[str]) -> None:
+    health = Health(said.append)
+    health.look({}, {"tx_dropped.external": 0, "drop_no_port": 5})
+    assert said == ["degraded: no external port is free: 5 packets of new sessions were refused (nat.pool)"]
+    health.look({}, {"tx_dropped.external": 3, "drop_no_port": 5})
+    assert said[1:] == ["degraded: external: 3 packets found no room to be sent"]
+    for _ in range(QUIET - 1):
+        health.look({}, {"tx_dropped.external": 3, "drop_no_port": 5})
+    assert health.lines == ["external: 3 packets found no room to be sent"]
+    health.look({}, {"tx_dropped.external": 4, "drop_no_port": 5})
+    assert health.lines == ["external: 1 packets found no room to be sent"]
+    assert len(said) == 3
+
+
+def test_a_directory_without_room(said: list[str], tmp_path: Path) -> None:
+    Health(said.append, tmp_path).look({}, {})
+    assert said == []
+    Health(said.append, tmp_path / "gone").look({}, {})
+    assert "No such file or directory: a restart could not note what it changes" in said[0]
+
+
+def test_states_and_drops_of_a_core(said: list[str]) -> None:
+    nat = Nat(event_ring=16, max_sessions=1024)
+    assert states_of(nat.core, 97, 100) == {}
+    for i in range(20):
+        nat.verdict(udp(CLIENT, 4000 + i, SERVER, 53))
+    found = states_of(nat.core, 98, 100)
+    assert found["events"] == "the control loop does not keep up: 14 of 16 events wait"
+    assert found["buffers"] == "packet buffers are used up: 98 of 100 are in use"
+    drops = drops_of(nat.core)
+    assert drops["drop_events_full"] == 6
+    assert drops.keys() < set(VERDICT_NAMES)
+    assert "forward" not in drops_of(Core(config()))
+
+
+def test_an_operator_that_cannot_be_let_in_is_let_in_later(
+    said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    health = Health(said.append)
+
+    async def both() -> str:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(health.unhandled)
+        api = Api({"status": lambda: {"instance": "one"}}, lambda *_: None, threads=False)  # type: ignore[arg-type]
+        await api.start(tmp_path / "nat.sock")
+        assert api._server is not None
+        listener = api._server.sockets[0]._sock  # type: ignore[attr-defined]
+        refused = iter([OSError(errno.EMFILE, "Too many open files")])
+        take = type(listener).accept
+
+        def accept(sock: object) -> object:
+            if sock is listener and (error := next(refused, None)):
+                raise error
+            return take(sock)
+
+        monkeypatch.setattr("socket.socket.accept", accept)
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "nat.sock")
+        writer.write(b'{"show": "status"}\n')
+        answer = await reader.readline()
+        writer.close()
+        await api.close()
+        return answer.decode()
+
+    assert asyncio.run(both()) == '{"status":{"instance":"one"}}\n'
+    assert said == ["degraded: the system refuses what is needed: Too many open files"]
