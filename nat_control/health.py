@@ -25,6 +25,7 @@ QUIET = 10  # looks, of a second each, after which what was counted is over
 NO_RESOURCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 RING_FULL = 7 / 8  # share of the event ring above which new sessions are refused
 BUFFERS_SHORT = 0.98
+A_BURST = 100  # packets that a device did not take, or that it lost, in one second: TCP looks for that limit all the time
 
 # What a counter that rises means; {n} is by how much.
 RISING = {
@@ -71,8 +72,8 @@ class Health:
         self._states = found
         before, self._before = self._before, dict(counters)
         for name, n in counters.items():
-            if n > before.get(name, 0):
-                kind, _, port = name.partition(".")
+            kind, _, port = name.partition(".")
+            if n - before.get(name, 0) >= (A_BURST if port else 1):
                 line = RISING[kind].format(n=int(n - before.get(name, 0)))
                 self.counted(name, f"{port}: {line}" if port else line)
         self._counted = {name: (line, left - 1) for name, (line, left) in self._counted.items()}
