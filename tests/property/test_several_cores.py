@@ -90,7 +90,7 @@ class SeveralCores(sequences.Sequences):
 
 
 SeveralCores.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=80,
     stateful_step_count=50,
     deadline=None,
     derandomize=True,
