@@ -383,7 +383,9 @@ def show_pool(config: ConfigOption = None, socket: SocketOption = None, as_json:
         pool = _one("pool", config, socket)
     if as_json:
         return _print_json(pool)
-    ports = ", ".join(f"{first}-{last}" for first, last in pool["port_ranges"])
+    ports = ", ".join(
+        f"{first}-{last}" if first < last else str(first) for first, last in pool["port_ranges"]
+    )
     rows = [
         ("addresses", f"{pool['addresses']}: {', '.join(pool['ranges'])}"),
         ("ports", f"{ports}, {pool['capacity']} endpoints of each protocol"),

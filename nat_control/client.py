@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -107,11 +109,24 @@ class _Connection:
     def __init__(self, path: Path, request: Mapping[str, Any], timeout: float | None) -> None:
         self._path = path
         self._socket = connection(path, PATIENCE if timeout is None else timeout)
-        self._lines: BinaryIO = self._socket.makefile("rb")
+        self._lines: BufferedReader = self._socket.makefile("rb")
         self._dtype: np.dtype[np.void] | None = None
         with contextlib.suppress(BrokenPipeError):  # refused and closed already; why, can be read
             self._socket.sendall(json.dumps(request).encode() + b"\n")
         self._socket.settimeout(timeout)
+
+    def has_more(self, timeout: float | None) -> bool:
+        """Waits until there is something to read, or an end; ``timeout`` in seconds."""
+        if timeout is None:
+            return True
+        self._socket.setblocking(False)
+        try:
+            buffered = self._lines.peek(1)
+        except OSError:
+            return True  # an end, which the next look tells
+        finally:
+            self._socket.setblocking(True)
+        return bool(buffered) or bool(select.select([self._socket], [], [], timeout)[0])
 
     def line(self) -> dict[str, Any]:
         """The next line. Raises ApiError with the server's words, NotRunning when it is gone."""
@@ -195,11 +210,13 @@ class EventStream(Iterator[Records]):
 
     ``lost`` counts those that were thrown away because this reader was too slow: the server keeps 65 536 for it, and
     never waits. ``events["sequence"]`` counts by one, so a gap shows where. Ends at ``close``, from any thread, and
-    raises NotRunning when the server ends.
+    raises NotRunning when the server ends, and TimeoutError when nothing happens for ``timeout`` seconds: the next call
+    waits again.
     """
 
     def __init__(self, path: Path, timeout: float | None) -> None:
-        self._connection = _Connection(path, {"events": {}}, timeout)
+        self._connection = _Connection(path, {"events": {}}, None)
+        self._timeout = timeout
         try:
             self._connection._dtype = np.dtype(self._connection.line()["dtype"])
         except BaseException:
@@ -212,6 +229,8 @@ class EventStream(Iterator[Records]):
         if self._connection.closed:
             raise StopIteration
         try:
+            if not self._connection.has_more(self._timeout):
+                raise TimeoutError(f"no event for {self._timeout} seconds")
             records, line = self._connection.next_records()
         except NotRunning:
             if self._closed:
@@ -272,7 +291,7 @@ class Client:
 
     def events(self, timeout: float | None = None) -> EventStream:
         """Sessions that open, change or close from now on. ``timeout``: seconds without an event after which
-        NotRunning is raised; None waits for ever."""
+        TimeoutError is raised, and one may go on; None waits for ever."""
         return EventStream(self.path, timeout)
 
     def explain(

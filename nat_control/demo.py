@@ -194,6 +194,7 @@ class Demo:
         done = self.client.attempt("iperf3", "-c", SERVER, "-J", *options, timeout=30)
         report: dict[str, Any] = json.loads(done.stdout or "{}")
         expect(not done.returncode, f"iperf3: {report.get('error', done.stderr.strip())}")
+        expect(bool(report.get("end")), f"iperf3 tells no result: {done.stdout}")
         return report
 
     def mapping(self) -> str:

@@ -208,6 +208,14 @@ def kernel_interface(device: str) -> str:
     return found[1] if found else device
 
 
+def _kernel_arguments(arguments: str) -> str:
+    """Nothing that --fix would do: a host that does not boot is worse."""
+    return (
+        f"sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{arguments} /' /etc/default/grub && update-grub && reboot "
+        f"(or grubby --update-kernel=ALL --args='{arguments}')"
+    )
+
+
 def _iommu(facts: Facts, config: Config | None) -> Iterator[Finding]:
     wanted = [nic for _, _, nic in _pci_ports(facts, config) if nic and nic.driver not in BIFURCATED]
     unsafe = (("modprobe", "vfio"), write("1", "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"))
@@ -221,8 +229,9 @@ def _iommu(facts: Facts, config: Config | None) -> Iterator[Finding]:
             + (", and vfio works without one, as it was told" if facts.unsafe_noiommu else ""),
             "vfio-pci takes a NIC only with an IOMMU, or in its unsafe mode, where the NIC may write anywhere",
             unsafe if "vfio_pci" in facts.modules | facts.loadable and not facts.unsafe_noiommu else (),
-            advice="where there is one: on in the firmware, `intel_iommu=on iommu=pt` (Intel) or `iommu=pt`"
-            " (AMD) on the kernel's command line, and a reboot. The unsafe mode is for machines without one",
+            advice="where there is one: on in the firmware, and "
+            + _kernel_arguments("intel_iommu=on iommu=pt")
+            + " (AMD needs iommu=pt only). The unsafe mode is for machines without one",
         )
     if "vfio_pci" in facts.modules:
         yield good("vfio", "vfio-pci is loaded")
@@ -351,8 +360,9 @@ def _cores(facts: Facts, config: Config | None) -> Iterator[Finding]:
             Severity.NOTE,
             f"CPU {crowded} of workers.cores is not isolated",
             "other work of this host interrupts the worker there, and packets wait",
-            advice=f"isolcpus=managed_irq,domain,{crowded} nohz_full={crowded} rcu_nocbs={crowded} on the kernel's"
-            " command line, and a reboot",
+            advice=_kernel_arguments(
+                f"isolcpus=managed_irq,domain,{crowded} nohz_full={crowded} rcu_nocbs={crowded}"
+            ),
         )
     elif cores:
         yield good("isolation", "the CPUs of workers.cores are isolated")

@@ -35,6 +35,14 @@ ANSWERS = {
     (11, 0): "time exceeded",
 }  # ICMP types and codes
 FREE, RESTING, TAKEN = range(3)  # enum nat_slot
+ADDRESS_FAULTS = (  # enum nat_address_fault
+    "",
+    "is of this network or this host (0.0.0.0/8, 127.0.0.0/8), and never forwarded",
+    "is multicast, which sends nothing",
+    "is this NAT's own: somebody else uses it, or this comes back in a loop",
+    "is of the pool: somebody else uses it, or this comes back in a loop",
+    "is the broadcast or network address of a subnet here",
+)
 DIRECTED, TURNED = 0x20, 0x40  # NAT_HANDOFF_*
 
 Endpoint = tuple[IPv4Address, int]
@@ -223,6 +231,8 @@ def step_text(step: Any, ports: Sequence[str], *, opened: bool = False) -> str:
     if kind == "route":
         way = f"via {_dotted(ident)}" if ident else "connected"
         return f"{address}/{value} {way} ({ports[port]}){'' if flag else ', which is the wrong side'}"
+    if kind == "address":
+        return f"{address} {ADDRESS_FAULTS[flag]}"
     if kind == "no_route":
         return f"none to {address} on that side"
     if kind == "next_hop":

@@ -48,14 +48,15 @@ def _ports(ranges: Sequence[PoolRange]) -> set[int]:
 
 
 def heartbeat_key(config: Config) -> bytes:
-    """The configured key, or with TLS one of this start, which Hello tells the peer. Without either both sides derive
-    the same, which keeps strays out and nobody else.
+    """The configured key; with TLS one that the side which listens derives from its private key, and Hello tells the other:
+    so it stays the same when that side starts anew. Without either both derive the same, which keeps strays out and nobody else.
     """
     assert config.peer
     assert config.heartbeat
     assert config.virtual
-    if config.peer.tls:
-        return os.urandom(16)
+    if tls := config.peer.tls:
+        private = tls.key.read_bytes() if config.peer.listen else os.urandom(16)
+        return hashlib.blake2b(private, digest_size=16, person=b"heartbeat").digest()
     return (
         config.heartbeat.key
         or hashlib.blake2b(config.virtual.mac, digest_size=16, key=b"tandem-nat").digest()

@@ -279,7 +279,7 @@ def _check_tls(reader: Reader, peer: Peer, heartbeat: Heartbeat | None) -> None:
     if peer.tls and peer.plain:
         reader.fault("peer.plain", "there is `tls`: one of the two")
     if peer.tls and heartbeat and heartbeat.key:
-        reader.fault("heartbeat.key", "the sync channel has TLS, and brings a key of its own at every start")
+        reader.fault("heartbeat.key", "the sync channel has TLS, and brings a key of its own")
     key = "listen" if peer.listen else "connect"
     where = peer.listen or peer.connect
     if where and not peer.tls and not peer.plain and not IPv4Address(where[0]).is_loopback:

@@ -297,9 +297,9 @@ class Reload:
             changes = await self._call(self._prepare, self._core_configs(new, leaving))
             if options.check:
                 return []
-            await self._call(_apply, self._cores, changes)
+            await self._call(apply_to_all, self._cores, changes)
             if refused := await self._call(self._used, news):  # since we looked
-                await self._call(_apply, self._cores, self._prepare(before))
+                await self._call(apply_to_all, self._cores, self._prepare(before))
                 return refused
             for change in changes:
                 await self._call(change.reroute)
@@ -361,14 +361,14 @@ class Reload:
                 return
             left = self._draining - unused
             changes = await self._call(self._prepare, self._core_configs(self.config, left))
-            await self._call(_apply, self._cores, changes)
+            await self._call(apply_to_all, self._cores, changes)
         except (CoreError, MemoryError, RuntimeError, TimeoutError):
             return  # it is tried again in a second
         self._draining = left
         self._left = [_text((IPv4Address(first), IPv4Address(last))) for first, last in _ranges(unused)]
 
 
-def _apply(cores: Sequence[Core], changes: Sequence[Change]) -> None:
+def apply_to_all(cores: Sequence[Core], changes: Sequence[Change]) -> None:
     """In all of them or in none: what one refuses is taken back in those before it."""
     before = [core.config for core in cores]
     for i, change in enumerate(changes):

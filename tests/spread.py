@@ -9,10 +9,28 @@ from typing import Any
 
 import numpy as np
 
+from nat_control.reload import apply_to_all
 from nat_fastpath.core_config import CoreConfig
 from nat_fastpath.engine import SLICE_ALL, SLICE_ANY, Core, Explanation, Result, Verdict, slice_of
 
 SLICE, COPY = 0x1F, 0x80  # NAT_HANDOFF_*
+
+
+class SpreadChange:
+    """Another configuration for all of the cores, or none."""
+
+    def __init__(self, spread: Spread, config: CoreConfig) -> None:
+        self.spread, self.config = spread, config
+        self.changes = [
+            core.prepare(one) for core, one in zip(spread.cores, spread.split(config), strict=True)
+        ]
+
+    def apply(self) -> None:
+        apply_to_all(self.spread.cores, self.changes)
+        self.spread.config = self.config
+
+    def reroute(self) -> int:
+        return sum(change.reroute() for change in self.changes)
 
 
 class Spread:
@@ -20,8 +38,17 @@ class Spread:
 
     def __init__(self, config: CoreConfig, n: int) -> None:
         self.config, self.n = config, n
-        self.cores = [Core(replace(config, n_slices=n, slice=i)) for i in range(n)]
+        self.cores = [Core(one) for one in self.split(config)]
         self.received = self.handoffs = 0
+
+    def split(self, config: CoreConfig) -> list[CoreConfig]:
+        return [replace(config, n_slices=self.n, slice=i) for i in range(self.n)]
+
+    def prepare(self, config: CoreConfig) -> SpreadChange:
+        return SpreadChange(self, config)
+
+    def mappings_on(self, address: int) -> int:
+        return sum(core.mappings_on(address) for core in self.cores)
 
     # -- the driver ----------------------------------------------------------------------------------------
 

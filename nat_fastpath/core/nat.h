@@ -381,6 +381,7 @@ struct nat_host_record {
 #define NAT_STEPS(S)                                                                                         \
     S(SESSION, "session") /* found: id; value idle and limit timeout in ms; port TCP state; flag flags */    \
     S(NO_SESSION, "no_session")                                                                              \
+    S(ADDRESS, "address")   /* address may not be forwarded from or to; flag: enum nat_address_fault */      \
     S(ROUTE, "route")       /* address/value by gateway id through port; flag: it leads to the right side */ \
     S(NO_ROUTE, "no_route") /* to address */                                                                 \
     S(NEXT_HOP, "next_hop") /* address (0: by MAC alone), id MAC, port, flag state, value packets held */    \
@@ -404,6 +405,14 @@ struct nat_host_record {
 #define NAT_STEP_ENUM(name, text) NAT_STEP_##name,
 enum nat_step_kind { NAT_STEPS(NAT_STEP_ENUM) NAT_STEP_KINDS };
 #undef NAT_STEP_ENUM
+enum nat_address_fault {
+    NAT_ADDRESS_GOOD,
+    NAT_ADDRESS_UNUSABLE,
+    NAT_ADDRESS_MULTICAST,
+    NAT_ADDRESS_OWN,
+    NAT_ADDRESS_POOL,
+    NAT_ADDRESS_BROADCAST,
+};
 enum nat_slot { NAT_SLOT_FREE, NAT_SLOT_RESTING, NAT_SLOT_TAKEN, NAT_SLOT_NONE };
 #define NAT_STEP_FIELDS(F)                                                                                   \
     F(uint64_t, id)                                                                                          \

@@ -288,6 +288,16 @@ enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsig
     return verdict;
 }
 
+static enum nat_address_fault source_fault(const struct nat_core *core, uint32_t source)
+{
+    return is_unusable(source)                               ? NAT_ADDRESS_UNUSABLE
+           : is_multicast(source)                            ? NAT_ADDRESS_MULTICAST
+           : is_own_address(core, source)                    ? NAT_ADDRESS_OWN
+           : pool_block_of(&core->pool, source) != POOL_NONE ? NAT_ADDRESS_POOL
+           : is_subnet_broadcast(core, source)               ? NAT_ADDRESS_BROADCAST
+                                                             : NAT_ADDRESS_GOOD;
+}
+
 enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet)
 {
     uint8_t *data = packet->data;
@@ -332,13 +342,17 @@ enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet)
 
     uint32_t source = get32(ip + 12), destination = get32(ip + 16);
     bool to_pool = pool_block_of(&core->pool, destination) != POOL_NONE;
-    if (is_unusable(source) || is_multicast(source) || is_own_address(core, source) ||
-        pool_block_of(&core->pool, source) != POOL_NONE || is_subnet_broadcast(core, source))
+    enum nat_address_fault fault = source_fault(core, source);
+    if (fault) {
+        NOTE(core, ADDRESS, .address = source, .flag = fault);
         return NAT_DROP_ADDRESS;
+    }
     if (is_multicast(destination))
         return NAT_DROP_MULTICAST;
-    if (is_unusable(destination))
+    if (is_unusable(destination)) {
+        NOTE(core, ADDRESS, .address = destination, .flag = NAT_ADDRESS_UNUSABLE);
         return NAT_DROP_ADDRESS;
+    }
     enum nat_verdict verdict = transport_check(packet, ip, header, total);
     if (is_own_address(core, destination) && !to_pool) {
         if (is_fragment(ip))

@@ -20,8 +20,9 @@ struct pool_change {
     struct pool_view view;    /* the next one; once in force, the one before */
     struct pool_arena *fresh; /* of the blocks that come; NULL: none, or they are in force */
     uint32_t *leaving;        /* blocks whose address goes away, or has gone and had slots in the queue */
+    uint32_t *coming;         /* those that had gone so, and are back: what rests goes on resting */
     struct pool_block **dead;
-    uint32_t n_leaving, n_dead;
+    uint32_t n_leaving, n_coming, n_dead;
 };
 
 static uint64_t range_addresses(const struct nat_pool_range *range)
@@ -116,12 +117,32 @@ static void view_free(struct pool_view *view)
     memset(view, 0, sizeof *view);
 }
 
+static bool is_in(const struct pool_view *view, uint32_t address)
+{
+    for (unsigned i = 0; i < view->n_ranges; i++)
+        if (address >= view->ranges[i].config.first && address <= view->ranges[i].config.last)
+            return true;
+    return false;
+}
+
+/* The block of an address that may have left the pool a moment ago; POOL_NONE: it has none. */
+static uint32_t known_block(const struct port_pool *pool, uint32_t address)
+{
+    uint32_t number = pool_block_of(pool, address);
+    for (uint32_t i = 0; number == POOL_NONE && pool->view.n_gone && i < pool->view.n_blocks; i++) {
+        const struct pool_block *block = pool->view.blocks[i];
+        if (block && block->gone && block->address == address)
+            number = i;
+    }
+    return number;
+}
+
 static uint32_t count_fresh(const struct port_pool *pool, const struct pool_view *view)
 {
     uint32_t fresh = 0;
     for (unsigned i = 0; i < view->n_ranges; i++)
         for (uint64_t at = view->ranges[i].config.first; at <= view->ranges[i].config.last; at++)
-            fresh += pool_block_of(pool, (uint32_t)at) == POOL_NONE;
+            fresh += known_block(pool, (uint32_t)at) == POOL_NONE;
     return fresh;
 }
 
@@ -272,14 +293,6 @@ void port_pool_destroy(struct port_pool *pool)
 
 /* --- changes ----------------------------------------------------------------------------------------- */
 
-static bool is_in(const struct pool_view *view, uint32_t address)
-{
-    for (unsigned i = 0; i < view->n_ranges; i++)
-        if (address >= view->ranges[i].config.first && address <= view->ranges[i].config.last)
-            return true;
-    return false;
-}
-
 struct pool_change *port_pool_prepare(const struct port_pool *pool, const struct nat_config *config,
                                       char *error, size_t error_size)
 {
@@ -294,9 +307,10 @@ struct pool_change *port_pool_prepare(const struct port_pool *pool, const struct
     if (change) {
         change->fresh = fresh ? arena_make(fresh, pool->positions) : NULL;
         change->leaving = calloc(before->n_blocks + 1, sizeof *change->leaving);
+        change->coming = calloc(before->n_blocks + 1, sizeof *change->coming);
         change->dead = calloc(before->n_blocks + 1, sizeof(struct pool_block *));
     }
-    if (!change || (fresh && !change->fresh) || !change->leaving || !change->dead) {
+    if (!change || (fresh && !change->fresh) || !change->leaving || !change->coming || !change->dead) {
         port_pool_change_free(change);
         snprintf(error, error_size, "no memory for the port pool");
         return NULL;
@@ -305,12 +319,14 @@ struct pool_change *port_pool_prepare(const struct port_pool *pool, const struct
         view->blocks[i] = before->blocks[i];
         if (view->blocks[i] && !is_in(view, view->blocks[i]->address))
             change->leaving[change->n_leaving++] = i;
+        else if (view->blocks[i] && view->blocks[i]->gone)
+            change->coming[change->n_coming++] = i;
     }
     uint32_t place = 0, hole = 0;
     for (unsigned i = 0; i < view->n_ranges; i++) {
         const struct pool_range *range = &view->ranges[i];
         for (uint64_t k = 0; k < range_addresses(&range->config); k++) {
-            uint32_t address = range->config.first + (uint32_t)k, number = pool_block_of(pool, address);
+            uint32_t address = range->config.first + (uint32_t)k, number = known_block(pool, address);
             if (number == POOL_NONE) {
                 while (view->blocks[hole])
                     hole++;
@@ -330,12 +346,15 @@ bool port_pool_change(struct port_pool *pool, struct pool_change *change)
             return false;
     for (uint32_t i = 0; i < change->n_leaving; i++) {
         struct pool_block *block = pool->view.blocks[change->leaving[i]];
-        block->address = 0;
-        if (!block->queued) {
+        block->gone = block->queued != 0;
+        change->view.n_gone += block->gone;
+        if (!block->gone) {
             change->view.blocks[change->leaving[i]] = NULL;
             change->dead[change->n_dead++] = block;
         }
     }
+    for (uint32_t i = 0; i < change->n_coming; i++)
+        pool->view.blocks[change->coming[i]]->gone = false;
     struct pool_view before = pool->view;
     pool->view = change->view;
     change->view = before;
@@ -354,5 +373,6 @@ void port_pool_change_free(struct pool_change *change)
     view_free(&change->view);
     free(change->dead);
     free(change->leaving);
+    free(change->coming);
     free(change);
 }

@@ -11,6 +11,7 @@
 #define PORT_POOL_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "nat.h"
@@ -33,9 +34,10 @@ struct port_bitmap {
 };
 
 struct pool_block {
-    uint32_t address; /* 0: it has left the pool, and some of its slots are still in the queue */
-    uint32_t live;    /* triples that somebody uses */
+    uint32_t address;
+    uint32_t live; /* triples that somebody uses */
     uint32_t queued;
+    bool gone; /* it has left the pool, and some of its slots are still in the queue */
     struct pool_arena *arena;
     uint32_t *slots;       /* [protocol][position] */
     uint32_t *queue_after; /* of each slot: 0 is not in the queue; see pool_give */
@@ -63,7 +65,8 @@ struct pool_view {
     struct pool_range ranges[NAT_MAX_RANGES]; /* sorted by address */
     unsigned n_ranges;
     uint32_t n_addresses, n_blocks; /* of them some may be empty */
-    uint16_t *block_at;             /* in the order of addresses */
+    uint32_t n_gone;
+    uint16_t *block_at; /* in the order of addresses */
     struct pool_block **blocks;
     uint64_t *usable[POOL_PROTOCOLS]; /* bit per block: it may have a port to hand out */
     bool preservation, parity;
@@ -107,7 +110,8 @@ static inline uint32_t pool_block_at(const struct port_pool *pool, uint32_t plac
 }
 static inline uint32_t pool_address(const struct port_pool *pool, uint32_t block)
 {
-    return block < pool->view.n_blocks && pool->view.blocks[block] ? pool->view.blocks[block]->address : 0;
+    const struct pool_block *at = block < pool->view.n_blocks ? pool->view.blocks[block] : NULL;
+    return at && !at->gone ? at->address : 0;
 }
 static inline uint32_t pool_address_at(const struct port_pool *pool, uint32_t place)
 {

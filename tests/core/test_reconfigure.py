@@ -303,3 +303,20 @@ def test_ports_preferences_and_quarantine_of_the_pool() -> None:
     assert nat.counters()["ports_resting"] == 2
     reconfigure(nat, port_preservation=False, port_parity=True)
     assert all(nat.out(udp(CLIENT, 5001 + 2 * i, SERVER, 53)).sport % 2 for i in range(10))
+
+
+def test_an_address_that_comes_back_finds_its_ports_at_rest() -> None:
+    both = tuple(PoolRange(number(address), number(address), (4096, 4096)) for address in POOL[:2])
+    nat = Nat(pool=both, quarantine=120)
+    for client in (CLIENT, OTHER_CLIENT):
+        nat.out(udp(client, 4000, SERVER, 53))
+    nat.core.delete(nat.sessions())
+    assert nat.counters()["ports_resting"] == 2
+    for others in (small_pool(1), both[1:]):
+        reconfigure(nat, pool=others)
+        reconfigure(nat, pool=both)
+        assert nat.verdict(udp(CLIENT, 4001, SERVER, 53)) == "DROP_NO_PORT", "both rest still"
+    nat.wait(121)
+    assert nat.counters()["ports_resting"] == 0
+    verdicts = [nat.verdict(udp(CLIENT, 4002 + i, SERVER, 53)) for i in range(3)]
+    assert verdicts == ["FORWARD", "FORWARD", "DROP_NO_PORT"]

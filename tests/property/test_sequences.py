@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from nat_fastpath.core_config import PoolRange
 from nat_fastpath.engine import Core, CoreError, Verdict
 from tests.packets import (
     CLIENT,
@@ -41,6 +42,13 @@ PICK = st.integers(0, 1 << 16)
 HASHES = ["fnv", "aes"] if "aes" in Path("/proc/cpuinfo").read_text().split() else ["fnv"]
 
 
+def one_by_one(pool: tuple[PoolRange, ...]) -> list[PoolRange]:
+    """A range for each address, so that they come and go by themselves."""
+    return [
+        replace(part, first=at, last=at) for part in pool for at in range(int(part.first), int(part.last) + 1)
+    ]
+
+
 class Sequences(RuleBasedStateMachine):
     """Few hosts and ports, so that they meet; a small pool, so that it is exhausted now and then."""
 
@@ -65,9 +73,7 @@ class Sequences(RuleBasedStateMachine):
         for name in ("sessions_per_host", "mappings_per_host"):
             if ports * addresses > 10:
                 limits[name] = 0
-        # one range for each address, so that they come and go by themselves
-        (part,) = small_pool(ports, addresses)
-        self.pool = [replace(part, first=a, last=a) for a in range(int(part.first), int(part.last) + 1)]
+        self.pool = one_by_one(small_pool(ports, addresses))
         self.pair = Pair(Core(config(pool=tuple(self.pool), **limits)), START)
 
     def session(self, pick: int) -> Session:

@@ -141,6 +141,19 @@ def test_events_come_as_they_happen_to_everybody(running: Running, client: Clien
         pass  # pytest's timeout is the end of this
 
 
+def test_a_quiet_time_is_told_and_the_stream_goes_on(running: Running, client: Client) -> None:
+    with client.events(timeout=0.05) as stream:
+        for port in (4000, 4001):
+            with pytest.raises(TimeoutError, match=r"no event for 0\.05"):
+                next(stream)
+            running.send(udp(CLIENT, port, SERVER, 53))
+            running.publish()
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    assert next(stream)["internal_port"].tolist() == [port]
+                    break
+
+
 def test_a_stream_that_is_closed_elsewhere_ends(client: Client) -> None:
     stream = client.events()
     reader = threading.Thread(target=list, args=(stream,))
