@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nat_control.cli_output import fail
-from nat_control.tls import AUTHORITY, TlsError, make_certificates
+from nat_control.tls import TlsError
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +29,8 @@ def certs(
     Each half needs ca.pem and its own two files. The authority's key (ca.key) makes further certificates, and belongs on
     neither: who has it can pass for either half.
     """
+    from nat_control.certificates import AUTHORITY, make_certificates  # for nobody else: it takes its time
+
     chosen = tuple(names or ("server", "switch"))
     if bad := next(
         (name for name in chosen if name == AUTHORITY or not fullmatch(r"[\w-][\w.-]*", name)), None

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from nat_control import api
+from nat_control.certificates import make_certificates
 from nat_control.lab import Lab, Process, until
-from nat_control.tls import make_certificates
 from switch_agent.ovs import OpenVSwitch
 
 CLIENT, NAT_INSIDE, ROUTER, OUTSIDE = "10.0.0.10", "10.0.0.1", "198.51.100.254", "203.0.113.1"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from nat_control.certificates import make_certificates
 from nat_control.sync import actions as do
-from nat_control.tls import Tls, TlsError, context, make_certificates, reason
+from nat_control.tls import Tls, TlsError, context, reason
 from tests.sync_pair import Side, until
 
 CLI = [sys.executable, "-m", "nat_control.cli"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nat_control.certificates import make_certificates
 from nat_control.lab import Lab
-from nat_control.tls import make_certificates
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
