@@ -188,6 +188,8 @@ cdef extern from "engine_tables.h" nogil:
         pass
     nat_change *nat_prepare(const nat_core *core, const nat_config *config, char *error, size_t error_size)
     void nat_change_free(nat_change *change)
+    bint nat_change_withdraw(nat_change *change)
+    bint nat_change_is_under_way(const nat_change *change)
     const char *nat_change_refused(const nat_change *change)
     uint32_t nat_mappings_on(const nat_core *core, uint32_t address)
     nat_core *nat_create(const nat_config *config, char *error, size_t error_size)
@@ -518,11 +520,16 @@ cdef class Change:
             raise CoreError(error.decode())
 
     def apply(self):
-        """Puts it in force. Raises CoreError, and nothing is changed, when the core refuses it."""
+        """Puts it in force. Raises CoreError when it is refused or not begun, TimeoutError when the worker stops in it."""
         if self.over:
             raise RuntimeError("this change was applied, or refused, already")
         self.over = True
-        applied, _ = self.core._carry_out(NAT_CMD_RECONFIGURE, 1, 0, self.change, self)
+        try:
+            applied, _ = self.core._carry_out(NAT_CMD_RECONFIGURE, 1, 0, self.change, self)
+        except TimeoutError as error:
+            if nat_change_withdraw(self.change):
+                raise CoreError(str(error)) from None
+            raise
         if not applied:
             raise CoreError(nat_change_refused(self.change).decode())
         self.core.config, self.core.configuration = self.config, self.configuration
@@ -856,6 +863,9 @@ cdef class Core:
     def prepare(self, config):
         """Another configuration, checked, with all memory that it takes; ``apply`` of the Change puts it in force."""
         self._alive()
+        for one in self.abandoned:
+            if isinstance(one, Change) and nat_change_is_under_way((<Change>one).change):
+                raise CoreError("the worker has stopped in the midst of another change")
         return Change(self, config)
 
     def mappings_on(self, address):

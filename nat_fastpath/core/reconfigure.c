@@ -4,6 +4,7 @@
  * taken by whoever prepares, next hops are found or made by the owner, and the pool says whether it can do
  * without the addresses that go. Then it is in force, and what is left cannot fail.
  */
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -14,12 +15,14 @@
 #define REROUTE_STEP 64u /* sessions, for each of which up to 2 x 64 routes are compared */
 
 enum phase { FIND, COMMIT, LOOSEN, FIX, UNDO };
+enum progress { WAITING, BEGUN, ENDED, WITHDRAWN };
 
 struct nat_change {
     struct nat_config config; /* once it is in force: the one that was */
     struct nat_neighbour_config *neighbours;
     struct pool_change *pool;
     enum phase phase;
+    atomic_uint progress; /* of the owner, or that it need not begin */
     uint32_t at;
     uint32_t found;   /* hops that must not be forgotten meanwhile: they count one session more */
     bool rerouted;    /* routes are others than before */
@@ -149,6 +152,22 @@ void nat_change_free(struct nat_change *change)
         port_pool_change_free(change->pool);
     free(change->neighbours);
     free(change);
+}
+
+static bool from_waiting(struct nat_change *change, enum progress to)
+{
+    unsigned waiting = WAITING;
+    return atomic_compare_exchange_strong(&change->progress, &waiting, to);
+}
+
+bool nat_change_withdraw(struct nat_change *change)
+{
+    return from_waiting(change, WITHDRAWN);
+}
+
+bool nat_change_is_under_way(const struct nat_change *change)
+{
+    return atomic_load(&change->progress) == BEGUN;
 }
 
 const char *nat_change_refused(const struct nat_change *change)
@@ -294,10 +313,13 @@ bool neighbours_configure(struct nat_core *core, const struct nat_config *config
 bool reconfigure_step(struct nat_core *core, struct nat_command *command)
 {
     struct nat_change *change = command->buffer;
+    if (!from_waiting(change, BEGUN) && atomic_load(&change->progress) == WITHDRAWN)
+        return true;
     command->cursor++; /* who waits sees that it goes on */
     if (!change_step(core, change))
         return false;
     command->result = !change->refused;
+    atomic_store(&change->progress, ENDED);
     return true;
 }
 
