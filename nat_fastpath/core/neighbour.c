@@ -541,8 +541,9 @@ void neighbour_loosen(struct nat_core *core, uint16_t at)
     n->keep = 0;
     if (n->state != NAT_NB_STATIC)
         return;
-    n->state = NAT_NB_REACHABLE; /* what used it goes on, and the MAC is asked for when it is due */
-    n->confirmed_ms = n->used_ms = core->now_ms;
+    n->state = NAT_NB_REACHABLE; /* what used it goes on, and the MAC, which may be wrong, is soon asked for */
+    n->confirmed_ms = core->now_ms - CONFIRM_MS + PROBE_MS;
+    n->used_ms = core->now_ms;
 }
 
 bool neighbour_step(struct nat_core *core)

@@ -183,6 +183,20 @@ def test_static_neighbours_come_and_go() -> None:
     assert next_hop(nat, flow) == "02:00:00:00:00:99", "but ARP decides again"
 
 
+def test_a_static_neighbour_that_was_wrong_is_soon_asked_for() -> None:
+    nat = Nat()
+    flow = udp(CLIENT, 4000, "198.51.100.50", 53)
+    before = nat.core.config.neighbours
+    reconfigure(
+        nat, neighbours=(*before, NeighbourConfig(number("198.51.100.50"), OUTSIDE, mac_bytes(NEW_MAC)))
+    )
+    nat.out(flow)
+    reconfigure(nat, neighbours=before)
+    nat.pump(6)  # first at that MAC, then by broadcast
+    asked = [Ether(data) for port, data in nat.core.outbox() if port == OUTSIDE]
+    assert "ff:ff:ff:ff:ff:ff" in {one.dst for one in asked if one[ARP].pdst == "198.51.100.50"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
