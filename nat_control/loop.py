@@ -8,6 +8,7 @@ what comes while it is away, and only new sessions would be refused, by name, if
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 (asyncio's first thread would, when no descriptor may be left)
 import contextlib
 import os
 import signal

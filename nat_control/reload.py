@@ -9,6 +9,7 @@ whole or not at all. Addresses that leave the pool while they have mappings are 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -20,7 +21,7 @@ import numpy as np
 
 from nat_control import config as configuration
 from nat_control.api import ApiError, Conversation, count
-from nat_control.config import FILTERINGS, MAPPINGS, Config, ConfigError, Neighbour, Route
+from nat_control.config import FILTERINGS, MAPPINGS, Config, ConfigError, Neighbour, Problem, Route
 from nat_control.core_plane import CorePlane
 from nat_control.dataplane import NO_RECORDS, Changes
 from nat_control.pair import Pair
@@ -262,7 +263,7 @@ class Reload:
                 return await self._run(options)
             except ConfigError as error:
                 return {"result": "invalid", "errors": str(error).splitlines()}
-            except (MemoryError, RuntimeError) as error:  # not even a thread to read it in
+            except (MemoryError, RuntimeError, OSError) as error:  # not even a thread to read it in
                 return {
                     "result": "refused",
                     "refused": [str(error) or "no memory"],
@@ -272,7 +273,7 @@ class Reload:
 
     async def _run(self, options: Options) -> dict[str, Any]:
         self._left = []
-        new = await asyncio.to_thread(configuration.load, self.path)
+        new = await asyncio.to_thread(_load, self.path)
         found = compare(self.config, new, self._mtus)
         told = {"changes": list(found.applicable), "warnings": list(configuration.warnings(new))}
         if refused := list(found.refused) or await self._take(new, options):
@@ -312,7 +313,8 @@ class Reload:
         if self._pair is not None:
             self._pair.reconfigured(new)
         if options.force:
-            await self._end_sessions(leaving)
+            with contextlib.suppress(TimeoutError):  # a worker has stopped since: they drain
+                await self._end_sessions(leaving)
         await self._remove_unused()
         return []
 
@@ -362,10 +364,16 @@ class Reload:
             left = self._draining - unused
             changes = await self._call(self._prepare, self._core_configs(self.config, left))
             await self._call(apply_to_all, self._cores, changes)
-        except (CoreError, MemoryError, RuntimeError, TimeoutError):
+        except (CoreError, MemoryError, RuntimeError, OSError):
             return  # it is tried again in a second
         self._draining = left
         self._left = [_text((IPv4Address(first), IPv4Address(last))) for first, last in _ranges(unused)]
+
+
+def _load(path: Path) -> Config:
+    if path.exists() and not path.is_file() and not path.is_dir():  # what has no end would be read for ever
+        raise ConfigError((Problem("", "cannot be read again: this is no file"),), str(path))
+    return configuration.load(path)
 
 
 def apply_to_all(cores: Sequence[Core], changes: Sequence[Change]) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +233,59 @@ def test_what_the_second_refuses_the_first_has_not(instance: Instance) -> None:
     assert instance.timeouts() == [300, 300]
     assert instance.taken == []
     assert [text(hop.address) for hop in instance.cores[0].config.neighbours] == [CLIENT]
+
+
+def test_what_a_stopped_worker_has_not_begun_it_does_not_take_later(instance: Instance) -> None:
+    instance.cores[1].attach()  # to nobody
+    instance.write(nat__timeouts__udp=7, nat__pool__addresses="198.51.100.20")
+    answer = instance.run()
+    assert lines(answer) == [
+        "the worker does not answer: it is stopped, or events are not taken",
+        "refused: nothing is changed",
+    ]
+    instance.cores[1].detach()
+    instance.cores[1].settle(START)  # it goes on, and finds what was asked of it
+    assert instance.timeouts() == [300, 300]
+    for core in (0, 1):
+        assert instance.open(core) != "198.51.100.20"
+        assert instance.cores[core].sessions()[0]["timeout_ms"].tolist() == [300_000]
+    instance.write(nat__timeouts__udp=8)
+    assert instance.run()["result"] == "applied"
+    assert [core.sessions()[0]["timeout_ms"].tolist() for core in instance.cores] == [[8000]] * 2
+
+
+WITHOUT_DESCRIPTORS = """
+import asyncio, os, resource, sys
+from nat_control.config import load
+from nat_control.reload import Options, Reload, lines
+
+async def main():
+    refused = Reload(load(sys.argv[1]), Path(sys.argv[1]), (), lambda _: (), taken=print, say=print)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    print(lines(await refused.run(Options()))[-1], flush=True)
+    os._exit(0)  # asyncio closes what it cannot ask for any more
+
+from pathlib import Path
+import nat_control.loop
+asyncio.run(main())
+"""
+
+
+def test_without_a_descriptor_nothing_is_changed_and_it_goes_on(instance: Instance) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DESCRIPTORS, instance.file], capture_output=True, text=True, timeout=30
+    )
+    assert done.stdout == "invalid: nothing is changed\n", done.stderr
+
+
+def test_a_file_without_an_end_is_not_read(instance: Instance) -> None:
+    instance.file.unlink()
+    os.mkfifo(instance.file)
+    answer = instance.run()
+    assert (answer["result"], answer["errors"]) == (
+        "invalid",
+        [f"{instance.file}: cannot be read again: this is no file"],
+    )
 
 
 def test_an_address_that_is_used_in_the_second_core(instance: Instance) -> None:
