@@ -133,7 +133,8 @@ def state_of(pair: Pair | None) -> dict[str, str]:
     """Of a pair, whose halves protect each other while both are there."""
     if pair is None or pair.state is State.OPERATIONAL:
         return {}
-    return {"peer": f"the peer is not in step ({pair.state.value}): sessions are not protected"}
+    why = f": {pair.refused}" if pair.refused else ""
+    return {"peer": f"the peer is not in step ({pair.state.value}): sessions are not protected{why}"}
 
 
 def drops_of(core: AnyCore) -> dict[str, float]:

@@ -141,6 +141,7 @@ class Pair:
         except OSError as error:
             ends = [f"{host}:{port}" for host, port in filter(None, (heartbeat.listen, heartbeat.connect))]
             raise PairError(unusable(f"heartbeat {' to '.join(ends)}", error)) from None
+        self.refused = ""  # why the last greeting came to nothing
         self._takes_key = peer.tls is not None and peer.connect is not None  # that of the side that listens
         self._told = self.protocol.pools  # in our last Hello
         self._peer_carries = asyncio.Event()
@@ -184,6 +185,8 @@ class Pair:
         if isinstance(action, do.StateChanged):
             if self._takes_key and (it := self.protocol.peer) is not None:
                 self.watch.rekey(it.heartbeat_key)
+            if action.after in (State.FAILED, State.OPERATIONAL):
+                self.refused = action.why if action.after is State.FAILED else ""
             if action.after is State.HANDSHAKE:
                 self._told = self.protocol.pools
             # A descriptor must be out of the watch before the transport closes it.

@@ -304,11 +304,11 @@ class Server:
         return "worker" if len(self.config.workers.cores) == 1 else f"worker {i}"
 
     def _stalled_text(self, i: int) -> str:
-        lost = (
-            "nothing"
-            if len(self.stalled) == 1
-            else f"nothing of its hosts (CPU {self.config.workers.cores[i]})"
-        )
+        lost = "nothing"
+        if len(self.stalled) > 1:
+            lost = f"nothing of its hosts (CPU {self.config.workers.cores[i]})"
+            if alone := self.workers.alone_on(i):  # where the device does not spread
+                lost += f", and nothing at all by {' and '.join(self.config.ports[k].name for k in alone)},"
         return f"the {self._worker_name(i)} has not moved for a second: {lost} is forwarded"
 
     def degraded(self) -> list[str]:

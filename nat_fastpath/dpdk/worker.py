@@ -98,6 +98,15 @@ class Workers:
             for core in self._cores:
                 core.detach()
 
+    def alone_on(self, i: int) -> list[int]:
+        """Ports on which worker ``i`` receives or sends for all, as worker.c assigns them."""
+        n, devices = len(self._cores), list(dict.fromkeys(port.port_id for port in self._ports))
+        return [
+            k
+            for k, port in enumerate(self._ports)
+            if min(port.rx_queues, port.tx_queues) < n and devices.index(port.port_id) % n == i
+        ]
+
     @property
     def loops_addresses(self) -> list[int]:
         """Of the ``uint64_t`` that every turn of a worker's loop advances, while they run: proof of life."""
