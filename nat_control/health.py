@@ -131,8 +131,13 @@ def states_of(core: AnyCore, in_use: int = 0, buffers: int = 0) -> dict[str, str
 
 def state_of(pair: Pair | None) -> dict[str, str]:
     """Of a pair, whose halves protect each other while both are there."""
-    if pair is None or pair.state is State.OPERATIONAL:
+    if pair is None:
         return {}
+    if pair.state is State.OPERATIONAL:
+        if not pair.differing:
+            return {}
+        why = f"{pair.differing} of 256 digests differ"
+        return {"digests": f"the peer has not the same sessions ({why}): those would not survive a takeover"}
     why = f": {pair.refused}" if pair.refused else ""
     return {"peer": f"the peer is not in step ({pair.state.value}): sessions are not protected{why}"}
 

@@ -142,6 +142,7 @@ class Pair:
             ends = [f"{host}:{port}" for host, port in filter(None, (heartbeat.listen, heartbeat.connect))]
             raise PairError(unusable(f"heartbeat {' to '.join(ends)}", error)) from None
         self.refused = ""  # why the last greeting came to nothing
+        self.differing = 0  # digests of 256, when they were last compared
         self._takes_key = peer.tls is not None and peer.connect is not None  # that of the side that listens
         self._told = self.protocol.pools  # in our last Hello
         self._peer_carries = asyncio.Event()
@@ -187,6 +188,7 @@ class Pair:
                 self.watch.rekey(it.heartbeat_key)
             if action.after in (State.FAILED, State.OPERATIONAL):
                 self.refused = action.why if action.after is State.FAILED else ""
+            self.differing = 0
             if action.after is State.HANDSHAKE:
                 self._told = self.protocol.pools
             # A descriptor must be out of the watch before the transport closes it.
@@ -196,6 +198,8 @@ class Pair:
                 self.watch.arm(b"\0", self._bell[0].fileno())
             elif self._bell is not None:
                 self.watch.disarm()
+        elif isinstance(action, do.DigestCompared):
+            self.differing = len(action.differing)
         elif isinstance(action, do.PeerCarries):
             self._peer_carries.set()
         self._notice(action)

@@ -8,6 +8,7 @@
  * device has spread right never sees a ring.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -509,7 +510,8 @@ static bool start_thread(struct worker *w, int cpu, char *error, size_t error_si
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
     if (rc)
-        snprintf(error, error_size, "cannot start a worker on CPU %d: %s", cpu, strerror(rc));
+        snprintf(error, error_size, "cannot start a worker on CPU %d (workers.cores): %s", cpu,
+                 rc == EINVAL ? "it is not there, or not allowed to this process: see nproc" : strerror(rc));
     return rc == 0;
 }
 

@@ -267,7 +267,9 @@ def test_one_worker_that_stands_still_is_named(bare: TwoWorkers) -> None:
     bare.begin(bare.write())
     with stopped_thread(bare.server.pid, "nat-worker-1"):
         until("it is missed", lambda: "has not moved for a second" in bare.server.output)
-        assert f"nothing of its hosts (CPU {CPUS[1]}), and nothing at all by external, is" in bare.server.output
+        assert (
+            f"nothing of its hosts (CPU {CPUS[1]}), and nothing at all by external, is" in bare.server.output
+        )
         status = json.loads(bare.show("status", "--json"))
         assert len(status["degraded"]) == 1
         assert [one["stalled"] for one in status["workers"]] == [False, True]
@@ -365,4 +367,6 @@ def test_an_agent_without_its_servers_slices_is_refused_by_name(pair: PairLab) -
     pair.start_server()
     until("it is told", lambda: "nat.pool.slices: " in pair.server.output + pair.agent.output)
     assert pair.show("agent")["carrier"] == "switch"
-    until("status says why", lambda: any("nat.pool.slices: " in line for line in pair.show("agent")["degraded"]))
+    until(
+        "status says why", lambda: any("nat.pool.slices: " in line for line in pair.show("agent")["degraded"])
+    )

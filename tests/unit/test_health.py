@@ -6,13 +6,17 @@ from __future__ import annotations
 import asyncio
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nat_control.api import Api
-from nat_control.health import QUIET, Health, drops_of, states_of
+from nat_control.health import QUIET, Health, drops_of, state_of, states_of
+from nat_control.sync import actions as do
+from nat_control.sync.actions import State
 from nat_fastpath.engine import VERDICT_NAMES, Core
 from tests.packets import CLIENT, SERVER, Nat, config, udp
+from tests.unit.test_pair_reload import pair
 
 
 @pytest.fixture
@@ -98,3 +102,31 @@ def test_an_operator_that_cannot_be_let_in_is_let_in_later(
 
     assert asyncio.run(both()) == '{"status":{"instance":"one"}}\n'
     assert said == ["degraded: the system refuses what is needed: Too many open files"]
+
+
+def test_a_pair_says_why_it_does_not_protect() -> None:
+    """Refused by the peer's greeting, or with sessions that contradict the peer's."""
+    made, told = pair(), list[do.Action]()
+    made._takes_key, made._bell, made._notice = False, None, told.append
+    made.transport = SimpleNamespace(fileno=lambda: None)  # type: ignore[assignment]
+    made.watch = SimpleNamespace(watch_tcp=lambda _: None)  # type: ignore[assignment]
+
+    def seen(action: do.Action) -> list[str]:
+        if isinstance(action, do.StateChanged):
+            made.protocol.state = action.after
+        made._noticed(action)
+        return list(state_of(made).values())
+
+    assert seen(do.StateChanged(State.HANDSHAKE, State.FAILED, "both would hand out X"))[0].endswith(
+        ": both would hand out X"
+    )
+    alone = seen(do.StateChanged(State.FAILED, State.ALONE, "closed"))
+    assert alone == ["the peer is not in step (alone): sessions are not protected: both would hand out X"]
+    assert seen(do.StateChanged(State.EXCHANGING, State.OPERATIONAL, "")) == []
+    assert "(2 of 256 digests differ)" in seen(do.DigestCompared((3, 7)))[0]
+    assert seen(do.DigestCompared(())) == []
+    seen(do.DigestCompared((3,)))
+    assert seen(do.StateChanged(State.OPERATIONAL, State.ALONE, "closed")) == [
+        "the peer is not in step (alone): sessions are not protected"
+    ]
+    assert len(told) == 7
