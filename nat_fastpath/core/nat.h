@@ -509,7 +509,7 @@ void nat_memory_for(const struct nat_config *config, struct nat_memory *out);
 struct nat_change *nat_prepare(const struct nat_core *core, const struct nat_config *config, char *error,
                                size_t error_size);
 void nat_change_free(struct nat_change *change);
-/* By who has waited for the owner in vain: true when it has not begun, and will not put it in force any more. */
+/* By who has waited for the owner in vain: true when it has not begun, and will not do so any more. */
 bool nat_change_withdraw(struct nat_change *change);
 /* Whether the owner has begun and not ended: until then there must be no other one. */
 bool nat_change_is_under_way(const struct nat_change *change);
