@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ RX_DESCRIPTORS = TX_DESCRIPTORS = 1024
 PACKET_STATISTICS = 6  # linux/if_packet.h
 ETHERNET_OVERHEAD = 14 + 2 * 4  # header and two VLAN tags
 TPACKET_OVERHEAD = 128  # what AF_PACKET writes before a frame in its ring, rounded up
+PMDS_THAT_CONNECT = {"net_memif", "net_virtio_user"}
 PMDS_OF_KERNEL_PACKETS = {"net_af_packet", "net_af_xdp", "net_pcap"}
 AF_XDP_BUFFERS = 16384  # with a smaller pool AF_XDP opens, and receives nothing
 AF_XDP_FRAME = 2048  # a buffer with its headers lies in a page; the next size does not
@@ -293,6 +295,8 @@ class Port:
         what = f"device {self.device}"
         _log()
         self.name = words.name_of(devargs)
+        if self.gated:
+            _check(lib.gate_start(), f"{what}: DPDK's interrupts")
         number = ffi.new("uint16_t *")
         if lib.rte_eth_dev_get_port_by_name(self.name.encode(), number) < 0:  # a PCI device is there already
             _check(lib.rte_dev_probe(devargs.encode()), what)
@@ -326,11 +330,12 @@ class Port:
             # memif and its like cannot set one, and deliver whatever comes
             if done != -errno.ENOTSUP or words.pci_address(self.device):
                 _check(done, f"{what}: MAC {mac.hex(':')}")
-        started = lib.rte_eth_dev_start(port)
-        if not self._connects:
-            _check(started, what)
-        elif started < 0:
-            self._pause()
+        with self._untouched():
+            started = lib.rte_eth_dev_start(port)
+            if not self._connects:
+                _check(started, what)
+            elif started < 0:
+                self._pause()
         if self.spread == "rss":
             self._fill_rss_table(conf, pool)
         self.mac = mac or _mac(port)
@@ -411,9 +416,26 @@ class Port:
         """Whether packets may come with checksums that were left to hardware."""
         return self.driver in PMDS_OF_KERNEL_PACKETS
 
+    @property
+    def gated(self) -> bool:
+        """Whether DPDK sets it up and takes it down while it is polled: workers are kept out meanwhile (gate.c)."""
+        return words.driver_of(self.device) in PMDS_THAT_CONNECT
+
+    @contextlib.contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """No worker and no interrupt of DPDK's is within it."""
+        if not self.gated:
+            yield
+            return
+        lib.gate_shut()
+        try:
+            yield
+        finally:
+            lib.gate_open()
+
     def link(self) -> Link:
         link = ffi.new("struct link *")
-        with self._lock:  # to look may be to connect: a virtio_user takes its waiting other end now
+        with self._lock, self._untouched():  # to look may be to connect: a virtio_user takes its waiting other end now
             _check(lib.link_get(self.port_id, link), f"device {self.device}: link")
             if link.up:
                 self._patience = 0
@@ -443,11 +465,11 @@ class Port:
     def seek_other_end(self) -> None:
         """For a port without a link, once per second; whether there is one, ``link`` will say.
 
-        The worker may go on polling: without a link it touches none of the queues.
+        Workers may go on polling.
         """
         if not self._connects:
             return
-        with self._lock:
+        with self._lock, self._untouched():
             if not self._paused:
                 self._patience -= 1
                 if self._patience > 0:
@@ -506,7 +528,8 @@ class Port:
 
     def _close_port(self) -> None:
         if self._port_id is not None:
-            lib.rte_eth_dev_stop(self._port_id)
-            lib.rte_eth_dev_close(self._port_id)
+            with self._untouched():
+                lib.rte_eth_dev_stop(self._port_id)
+                lib.rte_eth_dev_close(self._port_id)
             _open.discard(self._port_id)
             self._port_id = None
