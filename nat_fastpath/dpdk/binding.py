@@ -27,6 +27,7 @@ PMDS_THAT_CONNECT = {"net_memif", "net_virtio_user"}
 PMDS_OF_KERNEL_PACKETS = {"net_af_packet", "net_af_xdp", "net_pcap"}
 AF_XDP_BUFFERS = 16384  # with a smaller pool AF_XDP opens, and receives nothing
 AF_XDP_FRAME = 2048  # a buffer with its headers lies in a page; the next size does not
+UNKNOWN_DRIVER = "failed to parse device"  # in DPDK's words
 HANDSHAKE = 10  # seconds that the other end of a memif has, once it is connected; it may be starting itself
 _open: set[int] = set()  # port ids: DPDK gives one out again for the same name
 
@@ -88,6 +89,7 @@ class Eal:
             raise DpdkError("no memory for DPDK's log")
         try:
             _check(lib.rte_eal_init(len(line), self._argv), f"DPDK does not start ({' '.join(line[1:])})")
+            lib.log_capture_xdp()
         finally:
             os.sched_setaffinity(0, affinity)
 
@@ -231,6 +233,8 @@ class Port:
                 f"{', '.join(interface_names())}), and no DPDK devargs such as net_memif0 or 0000:03:00.0"
             )
         else:
+            if fault := words.fault_of(device, driver):
+                raise DpdkError(f"device {device}: {fault}")
             named = words.kernel_interfaces(device)
             needed = set() if force or not (named or words.pci_address(device)) else below_default_route()
             if cut := ", ".join(named & needed):
@@ -299,7 +303,12 @@ class Port:
             _check(lib.gate_start(), f"{what}: DPDK's interrupts")
         number = ffi.new("uint16_t *")
         if lib.rte_eth_dev_get_port_by_name(self.name.encode(), number) < 0:  # a PCI device is there already
-            _check(lib.rte_dev_probe(devargs.encode()), what)
+            try:
+                _check(lib.rte_dev_probe(devargs.encode()), what)
+            except DpdkError as error:
+                if UNKNOWN_DRIVER in str(error) and (driver := words.driver_of(devargs)):
+                    raise DpdkError(f"{what}: {words.no_driver(driver)}") from None
+                raise
             # a virtual device that fails to probe is not always reported
             _check(lib.rte_eth_dev_get_port_by_name(self.name.encode(), number), what)
         if number[0] in _open:

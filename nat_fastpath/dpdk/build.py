@@ -27,6 +27,7 @@ ffibuilder.cdef(
     int error_number(void);
     int rte_dev_probe(const char *devargs);
     int log_capture(void);
+    void log_capture_xdp(void);
     size_t log_take(char *out, size_t size);
 
     /* mempool, mbuf */

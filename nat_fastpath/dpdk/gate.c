@@ -3,9 +3,9 @@
  * A memif or a virtio_user whose other end comes or goes is set up and taken down in DPDK's interrupt thread,
  * which unmaps the rings even while a worker is within them. Here the two exclude each other.
  *
- * DPDK calls nobody before it handles an interrupt, so its thread is kept in an interrupt of ours, which waits
- * until others have come. It then shuts the gate, leaves, and finds itself called again: what was handled in
- * between was handled with the gate shut. The gate is one for all such devices, as the thread is.
+ * DPDK calls nobody before it handles an interrupt, so its thread is kept in an interrupt of ours, which
+ * waits until others have come. It then shuts the gate, leaves, and finds itself called again: what was
+ * handled in between was handled with the gate shut. The gate is one for all such devices, as the thread is.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -19,15 +19,17 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-/* what makes an interrupt of one's own is marked so in DPDK 22.11, and is as it was ever since */
+/* what makes an interrupt of one's own is marked so in DPDK 22.11, and has stayed as it was */
 #define ALLOW_EXPERIMENTAL_API
 #include <rte_interrupts.h>
 
 #include "worker.h"
 
-#define BLIND_MS 10 /* how often to let it look for interrupts, where /proc does not show what it waits for */
+#define BLIND_MS 10 /* how often to let it look for interrupts, where /proc does not show what it waits for  \
+                     */
 
-static pthread_rwlock_t gate = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP; /* a busy worker is no excuse */
+static pthread_rwlock_t gate =
+    PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP; /* a busy worker is no excuse */
 static sem_t first;
 static int recall = -1; /* the eventfd of our interrupt */
 

@@ -544,9 +544,8 @@ struct workers *workers_start(const struct workers_config *config, char *error, 
     }
     unsigned started = 0;
     pthread_mutex_lock(&all->gate);
-    while (started < config->n &&
-           thread_start(&all->worker[started].thread, run, &all->worker[started], config->cpus[started],
-                        error, error_size))
+    while (started < config->n && thread_start(&all->worker[started].thread, run, &all->worker[started],
+                                               config->cpus[started], error, error_size))
         started++;
     all->failed = started < config->n;
     pthread_mutex_unlock(&all->gate);

@@ -75,7 +75,8 @@ int spread_fill(uint16_t port_id, int side, unsigned n);
 bool thread_start(pthread_t *thread, void *(*run)(void *), void *argument, int cpu, char *error,
                   size_t error_size);
 
-/* --- gate.c: who is within a device that connects, and who sets it up or takes it down ------------------- */
+/* --- gate.c: who is within a device that connects, and who sets it up or takes it down -------------------
+ */
 /* Once, before the first such device is opened; a negative errno when DPDK does not take it. */
 int gate_start(void);
 /* Around a burst on such a device. False, at once, while it is shut. */
@@ -91,6 +92,8 @@ void gate_open(void);
 
 /* Takes DPDK's log instead of stderr: the last lines of it, for exceptions. */
 int log_capture(void);
+/* Likewise what libbpf and libxdp say, if a driver has loaded them. */
+void log_capture_xdp(void);
 /* Copies what was logged since the last call and returns its length. */
 size_t log_take(char *out, size_t size);
 

@@ -81,11 +81,17 @@ def errors(state: str) -> dict[str, str]:
         "net_pcap0,rx_pcap=/does/not/exist.pcap",
         "net_nosuchdriver0",
         "0000:ff:1f.7",
+        "0000:zz:00.0",
+        "net_tap0,iface=sixteen-is-longer",
     ):
         try:
             Port(device, pool, index=0, state_dir=Path(state))
         except DpdkError as error:
             said[device] = str(error)
+    try:
+        Port("net_null0", pool, index=0, state_dir=Path(state), driver="af_xdp")
+    except DpdkError as error:
+        said["driver"] = str(error)
     try:
         Mempool("too many", 10_000_000)
     except DpdkError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other end of a memif, as far as it takes to connect, to flood, and to go away in the midst of it.
+"""The other end of a memif, either role, as far as it takes to connect, to flood, and to go away in the midst of it.
 
 The protocol is that of libmemif 2.0: messages of 128 bytes over a SOCK_SEQPACKET, a shared region with two rings.
 """
@@ -21,7 +21,7 @@ HEAD, TAIL = 6, 64
 SIZE = 2 * RING + 2 * SLOTS * BUFFER
 
 
-class Peer:
+class Client:
     """Connects to a memif server; ``offer`` fills its receive ring with the frame again. Raises OSError if it is refused."""
 
     def __init__(self, path: str, frame: bytes) -> None:
@@ -89,4 +89,56 @@ class Peer:
         """Like a process that is killed: no message, the socket is just gone."""
         self._socket.close()
         for fd in (self._memory, *self._interrupts):
+            os.close(fd)
+
+
+class Server:
+    """Takes a client; ``offer`` fills its receive ring with whatever its buffers hold. Raises OSError if it goes."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._socket, _ = listener.accept()
+        self._socket.settimeout(10)
+        self._files: list[int] = []
+        self._ring = -1
+        try:
+            self._send(HELLO, struct.pack("=32sHHHHHB", b"peer", VERSION, VERSION, 255, 255, 255, 14))
+            while self._answer():
+                pass
+        except BaseException:
+            self.close()
+            raise
+
+    def _send(self, kind: int, body: bytes = b"") -> None:
+        self._socket.send((struct.pack("=H", kind) + body).ljust(128, b"\0"))
+
+    def _answer(self) -> bool:
+        """Takes the next message; false when that was the last."""
+        message, files, *_ = socket.recv_fds(self._socket, 128, 1)
+        self._files += files
+        if not message:
+            raise ConnectionError("gone")
+        kind = struct.unpack_from("=H", message)[0]
+        if kind == ADD_REGION:
+            _, size = struct.unpack_from("=HQ", message, 2)
+            self._shared = mmap.mmap(files[0], size)
+        elif kind == ADD_RING:
+            flags, _, _, offset, *_ = struct.unpack_from("=HHHIBH", message, 2)
+            self._ring = self._ring if flags & CLIENT_TO_SERVER else offset
+        self._send(CONNECTED if kind == CONNECT else ACK)
+        return bool(kind != CONNECT)
+
+    def offer(self) -> None:
+        """All buffers of the ring are the client's again."""
+        self._shared[self._ring + TAIL : self._ring + TAIL + 2] = self._shared[
+            self._ring + HEAD : self._ring + HEAD + 2
+        ]
+
+    @property
+    def received(self) -> int:
+        """Buffers that the client gave or gave again, modulo 65536."""
+        return int(struct.unpack_from("=H", self._shared, self._ring + HEAD)[0])
+
+    def close(self) -> None:
+        self._socket.close()
+        for fd in self._files:
             os.close(fd)

@@ -48,7 +48,12 @@ def test_errors_carry_dpdks_own_text(tmp_path: Path) -> None:
     assert "no kernel interface of this network namespace (which has " in said["no-such-interface"]
     assert "net_memif0" in said["no-such-interface"]
     assert "/does/not/exist.pcap" in said["net_pcap0,rx_pcap=/does/not/exist.pcap"]
-    assert "net_nosuchdriver0" in said["net_nosuchdriver0"]
+    unknown = "device net_nosuchdriver0: the installed DPDK has no driver net_nosuchdriver; `tandem-nat drivers net_` "
+    assert said["net_nosuchdriver0"].startswith(unknown)
+    assert "no kernel interface" in said["0000:zz:00.0"]
+    long = "sixteen-is-longer"
+    assert said[f"net_tap0,iface={long}"].startswith(f"device net_tap0,iface={long}: {long} is no name of an interface")
+    assert "driver af_xdp carries kernel interfaces, and net_null0 is none" in said["driver"]
     assert said["0000:ff:1f.7"].startswith("device 0000:ff:1f.7: ")
     assert "10000000 buffers" in said["mempool"]
     assert "Cannot allocate memory" in said["mempool"] or "enough" in said["mempool"]
