@@ -83,7 +83,9 @@ def fault_of(device: str, driver: str = "auto") -> str:
         if not INTERFACE.fullmatch(name):
             return f"{name} is no name of an interface: 1 to 15 characters without space, / and :"
     if driver != "auto":
-        return f"driver {driver} carries kernel interfaces, and {name_of(device)} is none; leave the driver out"
+        return (
+            f"driver {driver} carries kernel interfaces, and {name_of(device)} is none; leave the driver out"
+        )
     return ""
 
 

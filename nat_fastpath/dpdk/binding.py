@@ -444,7 +444,10 @@ class Port:
 
     def link(self) -> Link:
         link = ffi.new("struct link *")
-        with self._lock, self._untouched():  # to look may be to connect: a virtio_user takes its waiting other end now
+        with (
+            self._lock,
+            self._untouched(),
+        ):  # to look may be to connect: a virtio_user takes its waiting other end now
             _check(lib.link_get(self.port_id, link), f"device {self.device}: link")
             if link.up:
                 self._patience = 0

@@ -25,8 +25,8 @@
 
 #include "worker.h"
 
-#define BLIND_MS 10 /* how often to let it look for interrupts, where /proc does not show what it waits for  \
-                     */
+/* How often it looks for interrupts where /proc does not show what it waits for. */
+#define BLIND_MS 10
 
 static pthread_rwlock_t gate =
     PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP; /* a busy worker is no excuse */

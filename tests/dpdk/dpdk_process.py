@@ -21,7 +21,7 @@ from nat_fastpath.dpdk._dpdk import ffi, lib
 from scapy.utils import PcapReader, PcapWriter
 
 from nat_fastpath.core_config import NeighbourConfig, PoolRange, PortConfig, RouteConfig
-from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, ports
+from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, binding, ports
 from nat_fastpath.engine import VERDICT_NAMES, Core
 from tests.packets import GATEWAY, GATEWAY_MAC, INSIDE, OUR_MAC, OUTSIDE, POOL, config, mac_bytes, number
 
@@ -98,6 +98,30 @@ def errors(state: str) -> dict[str, str]:
         said["mempool"] = str(error)
     said["left"] = ",".join(port.name for port in ports())
     return said
+
+
+def said_by_libbpf(stderr: str) -> list[str]:
+    """Of a program that is not there, on stderr and to us."""
+    Eal(memory_mb=64)
+    before = os.dup(2)
+    with open(stderr, "wb") as file:
+        os.dup2(file.fileno(), 2)
+    ctypes.CDLL("libbpf.so.1").bpf_object__open(b"/no/such/program")
+    os.dup2(before, 2)
+    return binding._log()
+
+
+def no_such_cpu(state: str) -> str:
+    Eal(memory_mb=64)
+    pool = Mempool("buffers", 2048)
+    devices = [
+        Port(f"net_null{i}", pool, index=i, mac=config().ports[i].mac, state_dir=Path(state)) for i in (0, 1)
+    ]
+    try:
+        Worker(Core(config()), devices, pool, cpu=1000).start()
+    except DpdkError as error:
+        return str(error)
+    return ""
 
 
 def device_facts(state: str) -> dict[str, Any]:

@@ -37,7 +37,9 @@ class Client:
                 for slot in range(SLOTS):
                     at = 2 * RING + (ring * SLOTS + slot) * BUFFER
                     length = BUFFER if ring else len(frame)
-                    struct.pack_into("=HHIII", self._shared, ring * RING + 128 + 16 * slot, 0, 0, length, at, 0)
+                    struct.pack_into(
+                        "=HHIII", self._shared, ring * RING + 128 + 16 * slot, 0, 0, length, at, 0
+                    )
                     if not ring:
                         self._shared[at : at + len(frame)] = frame
             self._connect(path)

@@ -13,7 +13,7 @@ import yaml
 
 from nat_control import api
 from nat_control.demo import SERVER
-from nat_control.lab import Lab, LabError, until
+from nat_control.lab import Lab, until
 from tests.netns.test_server import Net
 
 
@@ -110,14 +110,6 @@ def test_without_af_xdp_it_says_why(net: Net) -> None:
     assert transfer(net) > 20
     assert net.server.stop() == 0, net.server.output
     assert net.state() == before
-
-
-def test_why_af_xdp_does_not_open_is_said_once(net: Net) -> None:
-    """A program that is there already and is not libxdp's; what the libraries say comes within the error alone."""
-    attach = "from nat_fastpath.dpdk.xdp import attach_pass_program as a; import socket; a(socket.if_nametoindex('nat-in'))"
-    net.nat.run(sys.executable, "-c", attach)
-    with pytest.raises(LabError, match="device nat-in: .*lib(xdp|bpf): "):
-        begin(net, {"driver": "af_xdp"})
 
 
 def test_the_xdp_program_goes_after_a_kill(net: Net) -> None:
