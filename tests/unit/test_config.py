@@ -113,29 +113,6 @@ def test_vlans_and_one_device_for_both_ports() -> None:
     assert all("the internal port has another one" in message for message in found.values())
 
 
-@pytest.mark.parametrize(
-    ("device", "driver", "key", "why"),
-    [
-        ("0000:zz:00.0", "auto", "device", "no kernel interface, and no DPDK devargs"),
-        ("sixteen-is-longer", "auto", "device", "no kernel interface, and no DPDK devargs"),
-        (
-            "net_tap0,iface=sixteen-is-longer",
-            "auto",
-            "device",
-            "sixteen-is-longer is no name of an interface",
-        ),
-        ("net_memif0,role=client", "af_xdp", "driver", "net_memif0 is none"),
-        ("0000:03:00.0", "af_packet", "driver", "0000:03:00.0 is none"),
-    ],
-)
-def test_a_device_that_cannot_be_one(device: str, driver: str, key: str, why: str) -> None:
-    document = changed(f"{INTERNAL}.device", device)
-    document["ports"]["internal"]["driver"] = driver
-    found = problems(document)
-    assert set(found) == {f"{INTERNAL}.{key}"}
-    assert why in found[f"{INTERNAL}.{key}"]
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_an_example_makes_a_core(path: Path) -> None:
     document = yaml.safe_load(path.read_text())
