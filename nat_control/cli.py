@@ -27,6 +27,7 @@ from nat_control.cli_output import words as _words
 from nat_control.client import Client, SessionPages, find_socket
 from nat_control.config import Config, ConfigError, load, to_core, warnings
 from nat_control.tls import TlsError, context
+from nat_fastpath.devargs import driver_of, no_driver
 
 # typer brings a click of its own, or the installed one
 UsageError: Any = typer.BadParameter.__base__
@@ -173,6 +174,23 @@ def _about_this_machine(config: Config) -> Iterator[str]:
     cpus = os.cpu_count() or 1
     if not config.switch and (missing := [str(cpu) for cpu in config.workers.cores if cpu >= cpus]):
         yield f"workers.cores: there is no CPU {', '.join(missing)} here, only 0 to {cpus - 1}: no server can start"
+    for port in config.ports:
+        if (driver := driver_of(port.device)) and driver not in _dpdk_drivers(driver):
+            yield f"ports.{port.name}.device: {no_driver(driver)}: no server can start"
+
+
+def _dpdk_drivers(wanted: str) -> set[str]:
+    """Names of DPDK's drivers; just the wanted one where they cannot be read, or DPDK is not built in."""
+    try:
+        from nat_fastpath.dpdk import pmdinfo
+    except ImportError:
+        return {wanted}
+    try:
+        known, _ = pmdinfo.installed_drivers(pmdinfo.plugin_folder())
+    except pmdinfo.PmdError:
+        return {wanted}
+    # DPDK is content with the beginning of a name
+    return {wanted if wanted.startswith(driver.name) else driver.name for driver in known}
 
 
 @app.command()

@@ -53,6 +53,7 @@ from nat_control.pool_config import (
     read_addresses,
     read_pool,
 )
+from nat_fastpath import devargs
 from nat_fastpath.core_config import CoreConfig, NeighbourConfig, PoolRange, PortConfig, RouteConfig
 
 __all__ = [
@@ -295,6 +296,11 @@ def _read_port(side: str, section: Section) -> Port:
 def _check_port(reader: Reader, port: Port) -> None:
     """What must hold among the values of one port."""
     at = f"ports.{port.name}"
+    if port.device and reader.good(f"{at}.device", f"{at}.driver"):
+        if fault := devargs.fault_of(port.device):
+            reader.fault(f"{at}.device", fault)
+        elif fault := devargs.fault_of(port.device, port.driver):
+            reader.fault(f"{at}.driver", fault)
 
     def on_link(path: str, address: IPv4Address) -> None:
         if reader.good(path, f"{at}.address"):

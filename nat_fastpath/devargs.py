@@ -16,6 +16,7 @@ from pathlib import Path
 
 PCI = re.compile(r"(?:pci:)?((?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])(?=,|$)", re.ASCII | re.I)
 DEVARGS = re.compile(rf"net_\w+\d(?=,|$)|{PCI.pattern}|(vdev|auxiliary|vmbus):.", re.ASCII | re.I)
+INTERFACE = re.compile(r"[^\s/:]{1,15}")  # as the kernel allows them
 USERSPACE = {"vfio-pci", "igb_uio", "uio_pci_generic"}
 BIFURCATED = {"mlx4_core", "mlx5_core", "mana"}  # their NICs stay with the kernel's driver
 # they take a frame of any size in several buffers, and hand it over so; others need one that holds it whole
@@ -37,6 +38,10 @@ def driver_of(device: str) -> str:
     """``net_memif`` of ``net_memif0,role=client``; empty where DPDK chooses it."""
     found = re.match(r"net_\w*?(?=\d+(,|$))", device, re.ASCII)
     return found[0] if found else ""
+
+
+def no_driver(driver: str) -> str:
+    return f"the installed DPDK has no driver {driver}; `tandem-nat drivers net_` lists those that it has"
 
 
 def arguments_of(device: str) -> dict[str, str]:
@@ -66,6 +71,22 @@ def canonical(device: str) -> str:
 
 def scatters(device: str) -> bool:
     return driver_of(device) in SCATTERING
+
+
+def fault_of(device: str, driver: str = "auto") -> str:
+    """What is wrong with a port's device and driver on whatever machine; empty when nothing is."""
+    if not DEVARGS.match(device):
+        if INTERFACE.fullmatch(device):
+            return ""
+        return f"{device} is no kernel interface, and no DPDK devargs such as net_memif0 or 0000:03:00.0"
+    for name in sorted(kernel_interfaces(device)):
+        if not INTERFACE.fullmatch(name):
+            return f"{name} is no name of an interface: 1 to 15 characters without space, / and :"
+    if driver != "auto":
+        return (
+            f"driver {driver} carries kernel interfaces, and {name_of(device)} is none; leave the driver out"
+        )
+    return ""
 
 
 def problem_of(device: str, root: Path = Path("/"), needed: Set[str] = frozenset()) -> str:

@@ -109,16 +109,20 @@ class OpenVSwitch:
         self.daemon.stop()
         with self._buffers():
             self.daemon = self._start_daemon()
+            # a killed one has left its sockets, and the new one is slow to have the bridge
+            until("the bridge answers", lambda: self._answers(lambda: self.ofctl("show")))
 
     def _start_daemon(self) -> Process:
         database = f"unix:{self.directory}/db.sock"
         daemon = self._start("ovs-vswitchd", self._program, database)
         control = self.directory / "ovs-vswitchd.ctl"
-        return _within_reach("ovs-vswitchd", daemon, lambda: control.exists() and self._answers(control))
+        return _within_reach(
+            "ovs-vswitchd", daemon, lambda: control.exists() and self._answers(lambda: self.appctl("version"))
+        )
 
-    def _answers(self, control: Path) -> bool:
+    def _answers(self, ask: Callable[[], str]) -> bool:
         try:
-            return bool(self._tool("ovs-appctl", "-t", str(control), "version"))
+            return bool(ask())
         except LabError:
             return False
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +23,11 @@ RX_DESCRIPTORS = TX_DESCRIPTORS = 1024
 PACKET_STATISTICS = 6  # linux/if_packet.h
 ETHERNET_OVERHEAD = 14 + 2 * 4  # header and two VLAN tags
 TPACKET_OVERHEAD = 128  # what AF_PACKET writes before a frame in its ring, rounded up
+PMDS_THAT_CONNECT = {"net_memif", "net_virtio_user"}
 PMDS_OF_KERNEL_PACKETS = {"net_af_packet", "net_af_xdp", "net_pcap"}
 AF_XDP_BUFFERS = 16384  # with a smaller pool AF_XDP opens, and receives nothing
 AF_XDP_FRAME = 2048  # a buffer with its headers lies in a page; the next size does not
+UNKNOWN_DRIVER = "failed to parse device"  # in DPDK's words
 HANDSHAKE = 10  # seconds that the other end of a memif has, once it is connected; it may be starting itself
 _open: set[int] = set()  # port ids: DPDK gives one out again for the same name
 
@@ -86,6 +89,7 @@ class Eal:
             raise DpdkError("no memory for DPDK's log")
         try:
             _check(lib.rte_eal_init(len(line), self._argv), f"DPDK does not start ({' '.join(line[1:])})")
+            lib.log_capture_xdp()
         finally:
             os.sched_setaffinity(0, affinity)
 
@@ -229,6 +233,8 @@ class Port:
                 f"{', '.join(interface_names())}), and no DPDK devargs such as net_memif0 or 0000:03:00.0"
             )
         else:
+            if fault := words.fault_of(device, driver):
+                raise DpdkError(f"device {device}: {fault}")
             named = words.kernel_interfaces(device)
             needed = set() if force or not (named or words.pci_address(device)) else below_default_route()
             if cut := ", ".join(named & needed):
@@ -293,9 +299,16 @@ class Port:
         what = f"device {self.device}"
         _log()
         self.name = words.name_of(devargs)
+        if self.gated:
+            _check(lib.gate_start(), f"{what}: DPDK's interrupts")
         number = ffi.new("uint16_t *")
         if lib.rte_eth_dev_get_port_by_name(self.name.encode(), number) < 0:  # a PCI device is there already
-            _check(lib.rte_dev_probe(devargs.encode()), what)
+            try:
+                _check(lib.rte_dev_probe(devargs.encode()), what)
+            except DpdkError as error:
+                if UNKNOWN_DRIVER in str(error) and (driver := words.driver_of(devargs)):
+                    raise DpdkError(f"{what}: {words.no_driver(driver)}") from None
+                raise
             # a virtual device that fails to probe is not always reported
             _check(lib.rte_eth_dev_get_port_by_name(self.name.encode(), number), what)
         if number[0] in _open:
@@ -326,11 +339,12 @@ class Port:
             # memif and its like cannot set one, and deliver whatever comes
             if done != -errno.ENOTSUP or words.pci_address(self.device):
                 _check(done, f"{what}: MAC {mac.hex(':')}")
-        started = lib.rte_eth_dev_start(port)
-        if not self._connects:
-            _check(started, what)
-        elif started < 0:
-            self._pause()
+        with self._untouched():
+            started = lib.rte_eth_dev_start(port)
+            if not self._connects:
+                _check(started, what)
+            elif started < 0:
+                self._pause()
         if self.spread == "rss":
             self._fill_rss_table(conf, pool)
         self.mac = mac or _mac(port)
@@ -411,9 +425,29 @@ class Port:
         """Whether packets may come with checksums that were left to hardware."""
         return self.driver in PMDS_OF_KERNEL_PACKETS
 
+    @property
+    def gated(self) -> bool:
+        """Whether DPDK sets it up and takes it down while it is polled: workers are kept out meanwhile (gate.c)."""
+        return words.driver_of(self.device) in PMDS_THAT_CONNECT
+
+    @contextlib.contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """No worker and no interrupt of DPDK's is within it."""
+        if not self.gated:
+            yield
+            return
+        lib.gate_shut()
+        try:
+            yield
+        finally:
+            lib.gate_open()
+
     def link(self) -> Link:
         link = ffi.new("struct link *")
-        with self._lock:  # to look may be to connect: a virtio_user takes its waiting other end now
+        with (
+            self._lock,
+            self._untouched(),
+        ):  # to look may be to connect: a virtio_user takes its waiting other end now
             _check(lib.link_get(self.port_id, link), f"device {self.device}: link")
             if link.up:
                 self._patience = 0
@@ -443,11 +477,11 @@ class Port:
     def seek_other_end(self) -> None:
         """For a port without a link, once per second; whether there is one, ``link`` will say.
 
-        The worker may go on polling: without a link it touches none of the queues.
+        Workers may go on polling.
         """
         if not self._connects:
             return
-        with self._lock:
+        with self._lock, self._untouched():
             if not self._paused:
                 self._patience -= 1
                 if self._patience > 0:
@@ -506,7 +540,8 @@ class Port:
 
     def _close_port(self) -> None:
         if self._port_id is not None:
-            lib.rte_eth_dev_stop(self._port_id)
-            lib.rte_eth_dev_close(self._port_id)
+            with self._untouched():
+                lib.rte_eth_dev_stop(self._port_id)
+                lib.rte_eth_dev_close(self._port_id)
             _open.discard(self._port_id)
             self._port_id = None

@@ -27,6 +27,7 @@ ffibuilder.cdef(
     int error_number(void);
     int rte_dev_probe(const char *devargs);
     int log_capture(void);
+    void log_capture_xdp(void);
     size_t log_take(char *out, size_t size);
 
     /* mempool, mbuf */
@@ -85,6 +86,10 @@ ffibuilder.cdef(
     int spread_ask(uint16_t port_id, int side, unsigned n, struct rte_eth_conf *conf, char *why, size_t why_size);
     int spread_fill(uint16_t port_id, int side, unsigned n);
 
+    int gate_start(void);
+    void gate_shut(void);
+    void gate_open(void);
+
     /* worker */
     #define NAT_MAX_PORTS ...
     #define WORKER_IDLE_BOUND_US ...
@@ -94,7 +99,8 @@ ffibuilder.cdef(
     #define WORKER_RING ...
     struct workers;
     struct worker_port {
-        uint16_t port_id; uint8_t fill_checksums; uint8_t side; uint16_t vlan; uint16_t rx_queues; uint16_t tx_queues; };
+        uint16_t port_id; uint8_t fill_checksums; uint8_t side; uint16_t vlan; uint16_t rx_queues; uint16_t tx_queues;
+        uint8_t gated; };
     struct workers_config {
         const struct nat_api *api; void *pool; int adaptive; int wake_fd; unsigned n_ports;
         struct worker_port ports[...]; unsigned n; struct nat_core *cores[...]; int cpus[...]; };
@@ -179,7 +185,7 @@ ffibuilder.set_source(
         rte_eth_fp_ops[port_id].tx_pkt_burst = no_packets;
     }
     """,
-    sources=[str(HERE / name) for name in ("worker.c", "spread.c", "log.c")],
+    sources=[str(HERE / name) for name in ("worker.c", "thread.c", "spread.c", "gate.c", "log.c")],
     depends=[str(HERE / "worker.h"), str(HERE / "frame.h"), str(CORE / "nat.h"), str(CORE / "slices.h")],
     include_dirs=[str(HERE), str(CORE)],
     define_macros=[

@@ -8,10 +8,7 @@
  * device has spread right never sees a ring.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <pthread.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -174,9 +171,11 @@ static void transmit(struct worker *w, unsigned port)
         struct rte_ring *ring = w->all->worker[w->sender[port]].ring;
         sent = rte_ring_enqueue_burst(ring, (void *const *)q->mbufs, q->n, NULL);
         add(&w->stats.tx_passed, sent);
-    } else {
+    } else if (gate_pass(w->all->config.ports[port].gated)) {
         for (unsigned attempt = 0; sent < q->n && attempt < TX_ATTEMPTS; attempt++)
             sent += rte_eth_tx_burst(port_id, w->tx_queue[port], q->mbufs + sent, (uint16_t)(q->n - sent));
+        if (w->all->config.ports[port].gated)
+            gate_leave();
     }
     if (sent < q->n) {
         add(&w->stats.tx_dropped[port], q->n - sent);
@@ -296,9 +295,11 @@ static bool receive(struct worker *w, unsigned port, uint64_t now)
     const struct workers *all = w->all;
     struct rte_mbuf *mbufs[NAT_BURST];
     struct nat_packet packets[NAT_BURST];
-    if (!w->polls[port])
+    if (!w->polls[port] || !gate_pass(all->config.ports[port].gated))
         return false;
     unsigned n = rte_eth_rx_burst(all->config.ports[port].port_id, w->rx_queue[port], mbufs, NAT_BURST);
+    if (all->config.ports[port].gated)
+        gate_leave();
 
     if (n == 0)
         return false;
@@ -493,28 +494,6 @@ static void workers_free(struct workers *all)
     free(all);
 }
 
-static bool start_thread(struct worker *w, int cpu, char *error, size_t error_size)
-{
-    pthread_attr_t attributes;
-    pthread_attr_init(&attributes);
-    if (cpu >= 0) {
-        cpu_set_t cpus;
-        CPU_ZERO(&cpus);
-        CPU_SET(cpu, &cpus);
-        pthread_attr_setaffinity_np(&attributes, sizeof cpus, &cpus);
-    }
-    sigset_t all, before; /* signals are for Python's main thread */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    const int rc = pthread_create(&w->thread, &attributes, run, w);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-    if (rc)
-        snprintf(error, error_size, "cannot start a worker on CPU %d (workers.cores): %s", cpu,
-                 rc == EINVAL ? "it is not there, or not allowed to this process: see nproc" : strerror(rc));
-    return rc == 0;
-}
-
 static bool make_ring(struct worker *w)
 {
     char name[RTE_RING_NAMESIZE];
@@ -565,8 +544,8 @@ struct workers *workers_start(const struct workers_config *config, char *error, 
     }
     unsigned started = 0;
     pthread_mutex_lock(&all->gate);
-    while (started < config->n &&
-           start_thread(&all->worker[started], config->cpus[started], error, error_size))
+    while (started < config->n && thread_start(&all->worker[started].thread, run, &all->worker[started],
+                                               config->cpus[started], error, error_size))
         started++;
     all->failed = started < config->n;
     pthread_mutex_unlock(&all->gate);

@@ -5,6 +5,9 @@
 #ifndef WORKER_H
 #define WORKER_H
 
+#include <pthread.h>
+#include <stdbool.h>
+
 #include "nat.h"
 
 /* Longest sleep of an idle adaptive worker, in microseconds: the most that idling adds to a packet's latency,
@@ -19,6 +22,7 @@ struct worker_port {
     uint8_t side;           /* enum nat_side, of the core's port */
     uint16_t vlan;          /* likewise: tells apart those that share a device; 0: untagged */
     uint16_t rx_queues, tx_queues;
+    uint8_t gated; /* it is connected and taken down while it is polled */
 };
 
 struct workers_config {
@@ -67,8 +71,29 @@ int spread_ask(uint16_t port_id, int side, unsigned n, struct rte_eth_conf *conf
  * does not take that. */
 int spread_fill(uint16_t port_id, int side, unsigned n);
 
+/* Starts a worker's thread on a CPU, -1 for any; false, and a line in `error`, when that is impossible. */
+bool thread_start(pthread_t *thread, void *(*run)(void *), void *argument, int cpu, char *error,
+                  size_t error_size);
+
+/* --- gate.c: who is within a device that connects, and who sets it up or takes it down -------------------
+ */
+/* Once, before the first such device is opened; a negative errno when DPDK does not take it. */
+int gate_start(void);
+/* Around a burst on such a device. False, at once, while it is shut. */
+bool gate_enter(void);
+void gate_leave(void);
+static inline bool gate_pass(bool gated)
+{
+    return !gated || gate_enter();
+}
+/* Around what changes such a device; waits until no worker is within one. Both from the same thread. */
+void gate_shut(void);
+void gate_open(void);
+
 /* Takes DPDK's log instead of stderr: the last lines of it, for exceptions. */
 int log_capture(void);
+/* Likewise what libbpf and libxdp say, if a driver has loaded them. */
+void log_capture_xdp(void);
 /* Copies what was logged since the last call and returns its length. */
 size_t log_take(char *out, size_t size);
 

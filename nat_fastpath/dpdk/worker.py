@@ -70,7 +70,7 @@ class Workers:
         config.n_ports = len(self._ports)
         for to, port, settings in zip(config.ports, self._ports, self._cores[0].config.ports, strict=False):
             to.port_id, to.fill_checksums = port.port_id, port.fill_checksums
-            to.rx_queues, to.tx_queues = port.rx_queues, port.tx_queues
+            to.rx_queues, to.tx_queues, to.gated = port.rx_queues, port.tx_queues, port.gated
             to.side, to.vlan = SIDES[settings.side], settings.vlan
         config.n = len(self._cores)
         for i, core in enumerate(self._cores):

@@ -21,7 +21,7 @@ from nat_fastpath.dpdk._dpdk import ffi, lib
 from scapy.utils import PcapReader, PcapWriter
 
 from nat_fastpath.core_config import NeighbourConfig, PoolRange, PortConfig, RouteConfig
-from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, ports
+from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Worker, binding, ports
 from nat_fastpath.engine import VERDICT_NAMES, Core
 from tests.packets import GATEWAY, GATEWAY_MAC, INSIDE, OUR_MAC, OUTSIDE, POOL, config, mac_bytes, number
 
@@ -81,17 +81,47 @@ def errors(state: str) -> dict[str, str]:
         "net_pcap0,rx_pcap=/does/not/exist.pcap",
         "net_nosuchdriver0",
         "0000:ff:1f.7",
+        "0000:zz:00.0",
+        "net_tap0,iface=sixteen-is-longer",
     ):
         try:
             Port(device, pool, index=0, state_dir=Path(state))
         except DpdkError as error:
             said[device] = str(error)
     try:
+        Port("net_null0", pool, index=0, state_dir=Path(state), driver="af_xdp")
+    except DpdkError as error:
+        said["driver"] = str(error)
+    try:
         Mempool("too many", 10_000_000)
     except DpdkError as error:
         said["mempool"] = str(error)
     said["left"] = ",".join(port.name for port in ports())
     return said
+
+
+def said_by_libbpf(stderr: str) -> list[str]:
+    """Of a program that is not there, on stderr and to us."""
+    Eal(memory_mb=64)
+    before = os.dup(2)
+    with open(stderr, "wb") as file:
+        os.dup2(file.fileno(), 2)
+    ctypes.CDLL("libbpf.so.1").bpf_object__open(b"/no/such/program")
+    os.dup2(before, 2)
+    return binding._log()
+
+
+def no_such_cpu(state: str) -> str:
+    Eal(memory_mb=64)
+    pool = Mempool("buffers", 2048)
+    devices = [
+        Port(f"net_null{i}", pool, index=i, mac=config().ports[i].mac, state_dir=Path(state)) for i in (0, 1)
+    ]
+    try:
+        Worker(Core(config()), devices, pool, cpu=1000).start()
+    except DpdkError as error:
+        return str(error)
+    return ""
 
 
 def device_facts(state: str) -> dict[str, Any]:

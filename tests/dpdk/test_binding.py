@@ -48,12 +48,31 @@ def test_errors_carry_dpdks_own_text(tmp_path: Path) -> None:
     assert "no kernel interface of this network namespace (which has " in said["no-such-interface"]
     assert "net_memif0" in said["no-such-interface"]
     assert "/does/not/exist.pcap" in said["net_pcap0,rx_pcap=/does/not/exist.pcap"]
-    assert "net_nosuchdriver0" in said["net_nosuchdriver0"]
+    unknown = "device net_nosuchdriver0: the installed DPDK has no driver net_nosuchdriver; `tandem-nat drivers net_` "
+    assert said["net_nosuchdriver0"].startswith(unknown)
+    assert "no kernel interface" in said["0000:zz:00.0"]
+    long = "sixteen-is-longer"
+    assert said[f"net_tap0,iface={long}"].startswith(
+        f"device net_tap0,iface={long}: {long} is no name of an interface"
+    )
+    assert "driver af_xdp carries kernel interfaces, and net_null0 is none" in said["driver"]
     assert said["0000:ff:1f.7"].startswith("device 0000:ff:1f.7: ")
     assert "10000000 buffers" in said["mempool"]
     assert "Cannot allocate memory" in said["mempool"] or "enough" in said["mempool"]
     assert all("\n" not in line for line in said.values())
     assert said["left"] == "", "a device that could not be used stays behind"
+
+
+def test_what_af_xdps_libraries_say_is_for_the_error(tmp_path: Path) -> None:
+    stderr = tmp_path / "stderr"
+    said = process.run(process.said_by_libbpf, str(stderr))
+    assert any("/no/such/program" in line for line in said)
+    assert stderr.read_text() == ""
+
+
+def test_a_worker_needs_its_cpu(tmp_path: Path) -> None:
+    said = process.run(process.no_such_cpu, str(tmp_path))
+    assert said == "cannot start a worker on CPU 1000: there is no such CPU, or this process may not use it"
 
 
 def test_what_a_device_tells(tmp_path: Path) -> None:

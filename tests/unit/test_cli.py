@@ -276,6 +276,16 @@ def test_check_knows_the_cpus_of_this_machine(tmp_path: Path) -> None:
     assert "warning" not in command("check", path).stdout
 
 
+def test_check_knows_the_drivers_of_the_installed_dpdk(tmp_path: Path) -> None:
+    pytest.importorskip("nat_fastpath.dpdk")
+    path = tmp_path / "nat.yaml"
+    for device, warned in (("net_foo0", True), ("net_memif0", False)):
+        internal = {"device": device, "address": "10.0.0.1/24"}
+        path.write_text(yaml.safe_dump({**GOOD, "ports": {**GOOD["ports"], "internal": internal}}))
+        said = command("check", path).stdout
+        assert ("warning: ports.internal.device: the installed DPDK has no driver net_foo" in said) == warned
+
+
 def test_a_report_that_cannot_be_written_is_known_before_the_demo(tmp_path: Path) -> None:
     done = command("demo", "--json", tmp_path / "none" / "x.json", code=1)
     assert done.stderr == f"tandem-nat: {tmp_path / 'none' / 'x.json'}: No such file or directory\n"

@@ -22,6 +22,7 @@ from nat_fastpath.devargs import (
     tap_interface,
 )
 from tests.host.hosts import nic, plant
+from tests.unit.test_config import INTERNAL, changed, problems
 
 NIC = "0000:03:00.0"
 
@@ -181,3 +182,26 @@ def test_who_connects_removes_nothing(tmp_path: Path) -> None:
     ):
         assert problem_of(device) == ""
     assert path.is_socket()
+
+
+@pytest.mark.parametrize(
+    ("device", "driver", "key", "why"),
+    [
+        ("0000:zz:00.0", "auto", "device", "no kernel interface, and no DPDK devargs"),
+        ("sixteen-is-longer", "auto", "device", "no kernel interface, and no DPDK devargs"),
+        (
+            "net_tap0,iface=sixteen-is-longer",
+            "auto",
+            "device",
+            "sixteen-is-longer is no name of an interface",
+        ),
+        ("net_memif0,role=client", "af_xdp", "driver", "net_memif0 is none"),
+        ("0000:03:00.0", "af_packet", "driver", "0000:03:00.0 is none"),
+    ],
+)
+def test_a_device_that_cannot_be_one(device: str, driver: str, key: str, why: str) -> None:
+    document = changed(f"{INTERNAL}.device", device)
+    document["ports"]["internal"]["driver"] = driver
+    found = problems(document)
+    assert set(found) == {f"{INTERNAL}.{key}"}
+    assert why in found[f"{INTERNAL}.{key}"]
