@@ -541,7 +541,8 @@ void neighbour_loosen(struct nat_core *core, uint16_t at)
     n->keep = 0;
     if (n->state != NAT_NB_STATIC)
         return;
-    n->state = NAT_NB_REACHABLE; /* what used it goes on, and the MAC, which may be wrong, is soon asked for */
+    n->state =
+        NAT_NB_REACHABLE; /* what used it goes on, and the MAC, which may be wrong, is soon asked for */
     n->confirmed_ms = core->now_ms - CONFIRM_MS + PROBE_MS;
     n->used_ms = core->now_ms;
 }
