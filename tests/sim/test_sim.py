@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Ids, Records
-from nat_control.sync import outbox, protocol
+from nat_control.sync import machine, outbox
 from nat_control.sync.actions import (
     Cede,
     Commit,
@@ -134,7 +134,7 @@ def acknowledge_before_installing(self: Protocol, message: InstallEntries, now: 
 
 
 def acknowledge_without_deleting(self: Protocol, message: DeleteEntries, now: float) -> None:
-    self._changed()
+    self._changed(message.txid)
     self._send(DeleteComplete(message.txid))
 
 
@@ -171,11 +171,11 @@ def forget_what_ended(self: Protocol, changes: Changes, now: float) -> None:
 
 
 def tell_no_ends(self: Protocol, changes: Changes, now: float) -> None:
-    Protocol._events_send(self, changes._replace(closed=NO_RECORDS), now)
+    Protocol._tell(self, changes._replace(closed=NO_RECORDS), now)
 
 
 def tell_no_openings(self: Protocol, changes: Changes, now: float) -> None:
-    Protocol._events_send(self, changes._replace(opened=NO_RECORDS), now)
+    Protocol._tell(self, changes._replace(opened=NO_RECORDS), now)
 
 
 def acknowledged_but_not_released(self: Protocol, message: InstallComplete, now: float) -> None:
@@ -184,13 +184,17 @@ def acknowledged_but_not_released(self: Protocol, message: InstallComplete, now:
 
 
 def window_not_opened(self: Protocol, message: InstallComplete, now: float) -> None:
-    self._commit(self._outbox.acknowledged(Input.INSTALL, message.txid))
+    batch = self._outbox.acknowledged(Input.INSTALL, message.txid)
+    assert batch is not None
+    self._commit(batch.held)
 
 
-def compare_whatever_happened_since(self: Protocol, at: Position, buckets: Buckets, now: float) -> None:
+def compare_whatever_happened_since(
+    self: Protocol, at: Position, buckets: Buckets, count: int, now: float
+) -> None:
     if self._peer_digest:
         self._peer_digest = self._position, self._peer_digest[1]
-    Protocol._digest_taken(self, self._position, buckets, now)
+    Protocol._digest_taken(self, self._position, buckets, count, now)
 
 
 def openings_first(self: Outbox, changes: Changes, *, hold: bool) -> None:
@@ -211,7 +215,7 @@ def nothing_held(self: Outbox) -> Records:
 def own_what_comes(self: Protocol, answer: Input, txid: int, records: Records) -> None:
     ours = records.copy()
     ours["flags"] &= 0xFF ^ FLAG_FOREIGN
-    self._out.append(Install(self._operation(answer, txid), ours))
+    self._out.append(Install(self._operation(answer, txid, ours), ours))
 
 
 def nobody_elses(records: Records) -> Ids:
@@ -258,7 +262,7 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         lambda self, message, now: self._out.append(PeerCarries()),
     ),
     "what comes is owned": method(Protocol, "_install_at_plane", own_what_comes),
-    "what comes is foreign": method(protocol, "instances", nobody_elses),
+    "what comes is foreign": method(machine, "instances", nobody_elses),
     "late answers end the exchange": instead(
         State.EXCHANGING,
         Input.PLANE_DONE,

@@ -18,13 +18,24 @@ import numpy as np
 from nat_control.dataplane import NO_IDS, Records, changes
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Limits, Mode, State
-from nat_control.sync.codec import HEADER, MAX_PAYLOAD, CodecError, Decoder, PoolRange, encode
-from nat_control.sync.digest import Summary
+from nat_control.sync.codec import (
+    HEADER,
+    MAX_PAYLOAD,
+    CodecError,
+    Decoder,
+    DeleteEntries,
+    InstallEntries,
+    PoolRange,
+    encode,
+)
+from nat_control.sync.digest import Summary, within
 from nat_control.sync.protocol import Protocol
 from nat_fastpath.engine import FLAG_FOREIGN, FLAG_PENDING, NEIGHBOUR
 from tests.memory_plane import UDP, Endpoint, MemoryPlane, inside, key_of, together
 
-FAULTS = ("none", "crash", "loss", "split")
+FAULTS = ("none", "crash", "loss", "split", "full", "forgetful", "gaps", "early", "mute")
+# What a peer or a plane must not do; both sides must agree in the end all the same.
+BROKEN = ("forgetful", "gaps", "early")
 ADDRESS = 0xC6336410
 PORTS = 12  # of each side
 CLIENTS: list[Endpoint] = [(UDP, 0x0A000001 + i, 5000) for i in range(6)]
@@ -110,6 +121,7 @@ class Node:
             [(ADDRESS, first + i) for i in range(PORTS)],
             epoch=self.incarnation,
             synchronous=world.mode is Mode.SYNCHRONOUS,
+            max_sessions=world.room if self.index else 1 << 20,
             rng=world.rng,
         )
         self.protocol = Protocol(
@@ -232,7 +244,9 @@ class Node:
 
     def drain(self) -> None:
         events = self.plane.events()
-        if len(events):
+        if len(events) and self.world.strikes("forgetful", 0.1):
+            self.world.note(f"{self.index} loses {len(events)} events of its plane")
+        elif len(events):
             self.run(self.protocol.events(changes(events), self.world.now))
 
     def run(self, actions: list[do.Action]) -> None:
@@ -250,7 +264,10 @@ class Node:
     def carry_out(self, action: do.Action) -> None:
         match action:
             case do.Send(epoch, message):
-                if self.link is not None:
+                change = isinstance(message, InstallEntries | DeleteEntries)
+                if change and self.world.strikes("gaps", 0.05):
+                    self.world.note(f"{self.index} loses {type(message).__name__} {message.txid}")
+                elif self.link is not None:
                     self.link.send(1 - self.index, encode(message, epoch))
             case do.Close(reason):
                 self.world.note(f"{self.index} closes: {reason}")
@@ -265,9 +282,12 @@ class Node:
             case do.DigestCompared(buckets):
                 self.compared = buckets
                 self.world.must(
-                    not buckets or bool(self.world.conflicting), "digests differ without a reason"
+                    not buckets or bool(self.world.conflicting) or self.world.faults in BROKEN,
+                    "digests differ without a reason",
                 )
                 self.world.failed_back(not buckets)
+            case do.Mended() | do.Gap():
+                self.world.note(f"{self.index}: {action}")
             case do.Carry():
                 self.world.primary = self.index
                 if self.peer.protocol.busy or self.peer.plane.has_events or self.operations:
@@ -286,7 +306,7 @@ class Node:
             held = self.plane.held.get(key_of(record))
             if held is None or held["id"] != record["id"] or not held["flags"] & FLAG_PENDING:
                 continue
-            if self.protocol.state is State.OPERATIONAL:
+            if self.protocol.state is State.OPERATIONAL and self.world.faults not in BROKEN:
                 assert self.link is not None
                 guard = self.link.incarnations[self.peer.index]
                 if self.peer.alive and self.peer.incarnation == guard:
@@ -311,6 +331,18 @@ class Node:
     def operate(self, action: do.Action) -> None:
         plane, protocol, world = self.plane, self.protocol, self.world
         match action:
+            case do.Install(op, records) if world.strikes("early", 0.1):
+                self.report(lambda: protocol.plane_done(op, world.now))
+                epoch = protocol.epoch
+
+                def late() -> None:
+                    """Or never, if the connection has ended meanwhile."""
+                    if protocol.state is State.OPERATIONAL and protocol.epoch == epoch:
+                        plane.install(records)
+
+                self.does(world.rng.choice([0.01, 2.0]), late)
+            case do.Install() | do.Delete() if world.strikes("mute", 0.02):
+                world.note(f"{self.index} never hears from its plane")
             case do.Install(op, records):
                 installed = plane.install(records)
                 refused = records["id"][~plane.holds(records)] if installed < len(records) else NO_IDS
@@ -328,10 +360,18 @@ class Node:
                 plane.cede(instance, besides)
             case do.SendState(txid):
                 self.page(txid, set())
-            case do.TakeDigest(at):
-                summary = Summary()
-                summary.add(plane.records())
-                self.report(lambda: protocol.digest_taken(at, summary.buckets, world.now))
+            case do.TakeDigest(at, besides):
+                summary, records = Summary(), plane.records()
+                summary.add(records[~np.isin(records["id"], besides)])
+                self.report(lambda: protocol.digest_taken(at, summary.buckets, summary.count, world.now))
+            case do.TakeBuckets(at, buckets, besides):
+                records = plane.records()
+                found = within(records[~np.isin(records["id"], besides)], buckets)
+                self.report(lambda: protocol.buckets_taken(at, buckets, found, world.now))
+            case do.Fetch(op, ids):
+                records = plane.records()
+                found = records[np.isin(records["id"], ids)]
+                self.report(lambda: protocol.fetched(op, found, world.now))
             case _:
                 raise Violation(f"unknown action {action}")
 
@@ -376,8 +416,10 @@ class World:
             window=self.rng.choice([1, 2, 8]),
             waiting=self.rng.choice([20, 400]),
             digest=3.0,
+            offer=5.0,
         )
         self.crash_rate = self.rng.choice([0.0, 0.005, 0.02]) if self.faults != "none" else 0.0
+        self.room = 8 if self.faults == "full" else 1 << 20  # sessions at one side
         self.conflicting: set[int] = set()
         self.macs = dict.fromkeys(ROUTERS, 1)  # of the routers, as they are
         self.primary = 0
@@ -421,6 +463,9 @@ class World:
         self.must(
             known or number in self.conflicting or number in node.plane.ended, f"session {number:x} {what}"
         )
+
+    def strikes(self, fault: str, rate: float) -> bool:
+        return self.faults == fault and not self.healed and self.rng.random() < rate
 
     def renumber(self, router: int) -> None:
         self.macs[router] += 1
@@ -536,10 +581,13 @@ class World:
         self.must(self.until(BUSY + PATIENCE, self.at_rest), "something waits forever")
         for node in self.nodes:
             node.compared = None
-        agreed = self.until(BUSY + 2 * PATIENCE, lambda: all(n.compared is not None for n in self.nodes))
-        self.must(agreed, "no digest is compared")
+        self.must(self.until(BUSY + 2 * PATIENCE, self.merged), "the sides never become equal")
         self.must(self.until(BUSY + 3 * PATIENCE, self.same_next_hops), "next hops differ")
         self.check_agreement()
+
+    def merged(self) -> bool:
+        """What was refused may be offered now and again, and then differs for a moment."""
+        return self.at_rest() and all(node.compared == () for node in self.nodes)
 
     def same_next_hops(self) -> bool:
         one, other = ({router: mac for router, (mac, _) in node.macs.items()} for node in self.nodes)
@@ -549,6 +597,10 @@ class World:
         a, b = ({int(held["id"]): held for held in node.plane.held.values()} for node in self.nodes)
         different = set(a) ^ set(b)
         self.must(different <= self.conflicting, f"at rest one side lacks {different - self.conflicting}")
+        named = {number for node in self.nodes for number in node.protocol.refused_there.tolist()}
+        self.must(different == named, f"{named ^ different} are named or differ, and not both")
+        heard = {number for node in self.nodes for number in node.protocol.refused_here["id"].tolist()}
+        self.must(heard == named, f"{heard ^ named} are known as refused at one side alone")
         if self.faults in ("none", "crash") and not self.overlapped:
             self.must(not different, f"without a split, at rest one side lacks {different}")
         for number in set(a) & set(b):
@@ -556,11 +608,15 @@ class World:
             self.must(len(owners) == 1, f"session {number:x} has {len(owners)} owners")
             self.must(key_of(a[number]) == key_of(b[number]), "one id, two sessions")
         for held in (*a.values(), *b.values()):
-            self.must(not held["flags"] & FLAG_PENDING, f"the packets of {int(held['id']):x} wait forever")
+            # A plane that loses the event of its opening gives its packets up in its own time.
+            waits = held["flags"] & FLAG_PENDING and self.faults != "forgetful"
+            self.must(not waits, f"the packets of {int(held['id']):x} wait forever")
         for number in different:
             self.must(not (a | b)[number]["flags"] & FLAG_FOREIGN, f"nobody owns {number:x}")
         for node in self.nodes:
-            self.must(bool(node.compared) == bool(different), "the digest does not tell the truth")
+            ours = len(node.plane.held) - len(node.protocol.refused_there)
+            told = node.protocol.comparison
+            self.must(told is not None and told.ours == told.theirs == ours, "the digest counts wrong")
             used = {inside(held) for held in node.plane.held.values()}
             self.must(used == set(node.plane.mapping), "a port is never given back")
 
