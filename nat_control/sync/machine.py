@@ -120,6 +120,11 @@ class Machine:
         """Batches sent and not acknowledged."""
         return self._outbox.unacknowledged
 
+    @property
+    def apart(self) -> bool:
+        """Whether a session is refused at one side."""
+        return len(self.refused_here) + len(self.refused_there) > 0
+
     # -- steps
 
     def _txid(self) -> int:
@@ -161,6 +166,7 @@ class Machine:
     # -- our changes, to the peer
 
     def _tell(self, changes: Changes, now: float) -> None:
+        """Sent in order, in batches; in synchronous mode their packets wait for the acknowledgement."""
         hold = self.mode is Mode.SYNCHRONOUS
         if not hold:
             self._commit(pending(changes.opened))

@@ -44,6 +44,7 @@ class Merging(Machine):
         self._out.append(TakeDigest(self._position, self.refused_there))
 
     def _tick_operational(self, now: float) -> None:
+        """An acknowledgement that is overdue ends it; from time to time a digest, if nothing is under way."""
         if self._outbox.overdue(now):
             self._fail(ErrorCode.TIMEOUT, "a batch is not acknowledged")
         elif now >= self._next_digest and not self.busy:
@@ -55,11 +56,13 @@ class Merging(Machine):
             self._take_digest()
 
     def _digest(self, message: Digest, now: float) -> None:
+        """Comparable only at the same position: then our own is taken."""
         if self._quiet(message.position):
             self._peer_digest = self._position, message
             self._take_digest()
 
     def _digest_taken(self, at: Position, buckets: Buckets, count: int, now: float) -> None:
+        """Compared with the peer's, or sent; dropped when anything has happened since."""
         if at != self._position or self.busy:
             return
         if self._peer_digest is None or self._peer_digest[0] != at:
@@ -85,6 +88,7 @@ class Merging(Machine):
     # -- buckets that differ
 
     def _bucket_entries(self, message: BucketEntries, now: float) -> None:
+        """The answer to our digest: equal, or our own sessions of these buckets are gathered."""
         if not self._quiet(message.position) or self._own_digest is None:
             return
         at, count = self._own_digest
@@ -99,6 +103,7 @@ class Merging(Machine):
             self._compared(Comparison(now, (), count, count))
 
     def _buckets_taken(self, at: Position, buckets: tuple[int, ...], records: Records, now: float) -> None:
+        """Listed for the peer, or compared with its list, and mended."""
         if at != self._position or self.busy:
             return
         entries = entries_of(records)
@@ -127,6 +132,7 @@ class Merging(Machine):
             self._tell(Changes(opened=told), now)
 
     def _want_entries(self, message: WantEntries, now: float) -> None:
+        """These sessions are looked for."""
         if self._room_at_plane():
             self._out.append(Fetch(self._operation(Input.WANT_ENTRIES, 0, NO_RECORDS), message.ids))
 
@@ -138,6 +144,7 @@ class Merging(Machine):
         return True
 
     def _fetched(self, op: int, records: Records, now: float) -> None:
+        """Told again by their owner, ended where their owner has ended them."""
         operation = self._plane.pop(op, None)
         if operation is None:
             return
@@ -166,6 +173,7 @@ class Merging(Machine):
         return self._room_at_plane()
 
     def _resync(self, message: Resync, now: float) -> None:
+        """These changes of ours never came: what still holds of them is told again."""
         lost = self._outbox.lost(message.first, message.last)
         if lost is None:
             self._fail(ErrorCode.PROTOCOL, f"changes {message.first}-{message.last} are not outstanding")

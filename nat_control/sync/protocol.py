@@ -8,7 +8,7 @@ row for is answered with Error and the end of the connection, and our own sessio
 What the shell owes:
 
 - actions in their order. Those on the data plane (Install, Update, Delete, TakeOwnership, Cede, SendState,
-  TakeDigest, TakeBuckets, Fetch) take effect one after the other, over connections too; Commit overtakes them all.
+  TakeDigest, TakeBuckets, Fetch) take effect and are answered one after the other, over connections too; Commit overtakes them all.
 - an event that happened before an operation of the plane was finished is delivered before ``plane_done``,
   ``state_page``, ``digest_taken``, ``buckets_taken`` or ``fetched`` of that operation.
 """
@@ -159,7 +159,16 @@ class Protocol(Merging):
 
     # -- connection
 
+    def _plane_ready(self) -> None:
+        """Connections are taken from here on."""
+        self._become(State.ALONE, "the data plane is ready")
+
+    def _too_early(self, now: float) -> None:
+        """Closed: the data plane is not ready."""
+        self._out.append(Close("the data plane is not ready"))
+
     def _connected(self, now: float) -> None:
+        """A new epoch, and our Hello; with mode off it is closed."""
         if self.mode is Mode.OFF:
             self._out.append(Close("synchronisation is off"))
             return
@@ -174,24 +183,29 @@ class Protocol(Merging):
         return Hello(self.instance, self.epoch, self.term, self.pools, heartbeat_key=key, slices=slices)
 
     def _disconnected(self, why: str) -> None:
+        """What waits is released, the peer's sessions are ours."""
         self._release(State.ALONE, why)
 
     def _stop(self, now: float) -> None:
+        """Goodbye; what waits is released, the peer's sessions are ours."""
         self._send(Bye())
         self._give_up("we leave")
 
     def _error(self, message: Error, now: float) -> None:
+        """The peer gives up, and so do we."""
         self._give_up(f"the peer reports error {message.code}: {message.text}")
 
     def _bye(self, message: Bye, now: float) -> None:
+        """The peer leaves; what waits is released, its sessions are ours."""
         self._give_up("the peer leaves")
 
     def _nothing(self, *arguments: object) -> None:
-        """Comes too late to matter."""
+        """Nothing: it comes too early or too late to matter."""
 
     # -- Hello and the exchange of all sessions
 
     def _hello(self, message: Hello, now: float) -> None:
+        """Both are compared; the exchange begins."""
         if misfit := misfit_of(self._own_hello(), message):
             self._fail(*misfit)
         else:
@@ -202,6 +216,7 @@ class Protocol(Merging):
             self._out.append(SendState(self._exchange.txid))
 
     def _state_page(self, txid: int, records: Records, last: bool, now: float) -> None:
+        """Sent as InitState; of an earlier exchange: left out."""
         exchange = self._exchange
         if txid != exchange.txid or exchange.state_sent:
             return
@@ -215,6 +230,7 @@ class Protocol(Merging):
         exchange.state_sent = last
 
     def _init_state(self, message: InitState, now: float) -> None:
+        """Installed here; with the last one done, Ready."""
         exchange = self._exchange
         if exchange.peer_txid is None:
             exchange.peer_txid = message.txid
@@ -245,6 +261,7 @@ class Protocol(Merging):
         self._operational_if_both(now)
 
     def _ready(self, message: Ready, now: float) -> None:
+        """What the peer refused stays ours, the rest of its own is its again."""
         exchange = self._exchange
         if message.txid != exchange.txid or not exchange.state_sent or exchange.ready_received:
             self._fail(ErrorCode.PROTOCOL, f"Ready {message.txid} answers nothing")
@@ -270,6 +287,7 @@ class Protocol(Merging):
     # -- our changes, to the peer
 
     def _events_alone(self, changes: Changes, now: float) -> None:
+        """New sessions' packets leave."""
         self._commit(pending(changes.opened))
 
     def _events_buffer(self, changes: Changes, now: float) -> None:
@@ -293,12 +311,14 @@ class Protocol(Merging):
         return batch.records
 
     def _install_complete(self, message: InstallComplete, now: float) -> None:
+        """Its packets leave; refused sessions are noted."""
         # A session that contradicts one of the peer's is released too: it cannot be protected, but works.
         records = self._acknowledged(Input.INSTALL, message.txid, now)
         if records is not None:
             self._answered_there(records, message.refused)
 
     def _delete_complete(self, message: DeleteComplete, now: float) -> None:
+        """No longer waited for."""
         records = self._acknowledged(Input.DELETE, message.txid, now)
         if records is not None:
             self._ended(records)
@@ -306,18 +326,21 @@ class Protocol(Merging):
     # -- the peer's changes, to our plane
 
     def _install(self, message: InstallEntries, now: float) -> None:
+        """Installed here, then acknowledged; a gap before it is told."""
         if self._changed(message.txid):
             self._install_at_plane(Input.INSTALL, message.txid, message.records)
 
     def _update(self, message: UpdateEntries, now: float) -> None:
-        # Not counted: a digest does not depend on it.
+        """Passed on to the plane. Not counted: a digest does not depend on it."""
         self._out.append(Update(message.records))
 
     def _delete(self, message: DeleteEntries, now: float) -> None:
+        """Deleted here, then acknowledged; a gap before it is told."""
         if self._changed(message.txid):
             self._delete_at_plane(Input.DELETE, message.txid, message.records)
 
     def _plane_done(self, op: int, refused: Ids, now: float) -> None:
+        """What the operation was for is answered; an earlier connection's is left out."""
         operation = self._plane.pop(op, None)
         if operation is None:
             return
@@ -335,18 +358,39 @@ class Protocol(Merging):
             self._ended(operation.records)
             self._send(DeleteComplete(txid))
 
+    # -- who carries
+
+    def _hand_over(self) -> None:
+        """The peer is asked to carry."""
+        self._send(HandOver())
+
+    def _handed_over(self) -> None:
+        """The peer hears that we carry."""
+        self._send(HandOverComplete())
+
+    def _peer_hands_over(self, message: HandOver, now: float) -> None:
+        """We shall carry."""
+        self._out.append(Carry())
+
+    def _hand_over_complete(self, message: HandOverComplete, now: float) -> None:
+        """The peer carries."""
+        self._out.append(PeerCarries())
+
     # -- next hops
 
     def _next_hops(self, next_hops: NextHops) -> None:
+        """Told to the peer."""
         for start in range(0, len(next_hops), codec.MAX_NEXT_HOPS):
             self._send(NextHopsKnown(next_hops[start : start + codec.MAX_NEXT_HOPS]))
 
     def _next_hops_known(self, message: NextHopsKnown, now: float) -> None:
+        """Learned."""
         self._out.append(Learn(message.next_hops))
 
     # -- time
 
     def _tick_exchange(self, now: float) -> None:
+        """Given up when nothing has moved for too long."""
         if now >= self._deadline:
             self._fail(ErrorCode.TIMEOUT, f"no progress in state {self.state.value}")
 
@@ -405,8 +449,8 @@ _ROWS: Mapping[State, Mapping[Input, Handler]] = {
     State.STARTING: {
         **_IDLE,
         **_UNCONNECTED,
-        Input.PLANE_READY: lambda protocol: protocol._become(State.ALONE, "the data plane is ready"),
-        Input.CONNECTED: lambda protocol, now: protocol._out.append(Close("the data plane is not ready")),
+        Input.PLANE_READY: _P._plane_ready,
+        Input.CONNECTED: _P._too_early,
     },
     State.ALONE: {**_IDLE, **_UNCONNECTED, **_LATE, Input.CONNECTED: _P._connected},
     State.HANDSHAKE: {
@@ -442,10 +486,10 @@ _ROWS: Mapping[State, Mapping[Input, Handler]] = {
         Input.DELETE_COMPLETE: _P._delete_complete,
         Input.NEXT_HOPS: _P._next_hops,
         Input.NEXT_HOPS_KNOWN: _P._next_hops_known,
-        Input.HAND_OVER: lambda protocol: protocol._send(HandOver()),
-        Input.HANDED_OVER: lambda protocol: protocol._send(HandOverComplete()),
-        Input.PEER_HANDS_OVER: lambda protocol, message, now: protocol._out.append(Carry()),
-        Input.HAND_OVER_COMPLETE: lambda protocol, message, now: protocol._out.append(PeerCarries()),
+        Input.HAND_OVER: _P._hand_over,
+        Input.HANDED_OVER: _P._handed_over,
+        Input.PEER_HANDS_OVER: _P._peer_hands_over,
+        Input.HAND_OVER_COMPLETE: _P._hand_over_complete,
         Input.DIGEST: _P._digest,
         Input.DIGEST_TAKEN: _P._digest_taken,
         Input.BUCKET_ENTRIES: _P._bucket_entries,
