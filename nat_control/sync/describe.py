@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from nat_control.sync import codec
-from nat_control.sync.actions import ErrorCode, State
+from nat_control.sync.actions import ErrorCode, Input, State
 from nat_control.sync.codec import BUCKETS, ENTRY, LAYOUTS
 from nat_control.sync.machine import Machine
 from nat_control.sync.merge import Merging
