@@ -229,7 +229,10 @@ def row_bug(row: tuple[State, Input]) -> Plant:
     if TABLE[row] is not Protocol._nothing:
         return instead(state, kind, Protocol._nothing)
     usual = TABLE.get((State.OPERATIONAL, kind), Protocol._nothing)
-    if usual is Protocol._nothing:
+    if usual is Protocol._nothing or kind in (
+        Input.PLANE_DONE,
+        Input.FETCHED,
+    ):  # of an unknown operation: nothing
         return lambda patch: patch.delitem(TABLE, row)
     return instead(state, kind, usual)
 
