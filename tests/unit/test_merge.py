@@ -9,6 +9,7 @@ import pytest
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Records
 from nat_control.sync.actions import (
     Action,
+    Carry,
     Cede,
     Commit,
     Conflicts,
@@ -19,8 +20,10 @@ from nat_control.sync.actions import (
     Gap,
     Input,
     Install,
+    Learn,
     Mended,
     Mode,
+    PeerCarries,
     State,
     TakeBuckets,
     TakeDigest,
@@ -30,15 +33,18 @@ from nat_control.sync.codec import (
     DeleteComplete,
     DeleteEntries,
     Digest,
+    HandOver,
+    HandOverComplete,
     InstallComplete,
     InstallEntries,
+    NextHopsKnown,
     Ready,
     Resync,
     WantEntries,
 )
 from nat_control.sync.digest import Summary, entries_of
 from nat_control.sync.protocol import Protocol
-from nat_fastpath.engine import FLAG_FOREIGN, FLAG_PENDING
+from nat_fastpath.engine import FLAG_FOREIGN, FLAG_PENDING, NEIGHBOUR
 from tests.unit.test_protocol import EPOCH, machine, only, refused, sent, sessions
 
 OURS, THEIRS = sessions(3), sessions(3, instance=2, flags=FLAG_FOREIGN)
@@ -295,3 +301,25 @@ def test_nothing_comes_of_it(state: State, kind: Input) -> None:
 def test_nothing_is_asked_of_nobody() -> None:
     assert machine(State.ALONE).verify(1.0) == []
     assert list(NO_IDS) == list(NO_RECORDS["id"])
+
+
+@pytest.mark.parametrize("state", [State.EXCHANGING, State.OPERATIONAL])
+def test_next_hops_are_told_and_learned(state: State) -> None:
+    p, hops = machine(state), np.zeros(2, NEIGHBOUR)
+    (told,) = sent(p.next_hops(hops, 1.0))
+    assert isinstance(told, NextHopsKnown)
+    assert len(told.next_hops) == 2
+    (learn,) = p.received(EPOCH, NextHopsKnown(hops), 1.0)
+    assert isinstance(learn, Learn)
+
+
+def test_the_traffic_is_handed_over_and_taken() -> None:
+    p = machine(State.OPERATIONAL)
+    assert sent(p.hand_over(1.0)) == [HandOver()]
+    assert sent(p.handed_over(1.0)) == [HandOverComplete()]
+    assert p.received(EPOCH, HandOver(), 1.0) == [Carry()]
+    assert p.received(EPOCH, HandOverComplete(), 1.0) == [PeerCarries()]
+
+
+def test_a_page_of_an_exchange_that_is_over_is_left_out() -> None:
+    assert machine(State.OPERATIONAL).state_page(0, OURS, True, 1.0) == []
