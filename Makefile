@@ -6,12 +6,14 @@ BIN := .venv/bin
 C_FILES = $(shell git ls-files '*.c' '*.h')
 PY_TYPED = nat_control nat_fastpath switch_agent
 
-.PHONY: help build test lint bench bench-failover fuzz demo clean packages root
+.PHONY: help build test test-sim test-mutants lint bench bench-failover fuzz demo clean packages root
 
 help:
 	@echo "make build   .venv with the extensions compiled"
 	@echo "make demo    a client, the pair and an outside in namespaces, real traffic, one kill"
 	@echo "make test    all tests (root)"
+	@echo "make test-sim      the sync protocol between two instances, simulated: 10000 seeds (SEEDS=N)"
+	@echo "make test-mutants  bugs planted in the sync protocol, all of which the tests must find"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   measurements, with the floor beside them; bench-failover: what a failover costs (root)"
 	@echo "make fuzz    fuzzers on packets and on messages of peers and switches (FUZZ_SECONDS=60)"
@@ -39,6 +41,13 @@ APART := $(addprefix tests/,dpdk host netns planes switch watch)
 test: root build
 	tools/as-root.sh $(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(APART))
 	tools/as-root.sh $(BIN)/python -m pytest $(APART)
+
+SEEDS ?= 10000
+test-sim: build
+	$(BIN)/python -m tests.sim 1 $(SEEDS)
+
+test-mutants: build
+	$(BIN)/python -m tests.sim.mutants
 
 lint: build
 	$(BIN)/ruff check .

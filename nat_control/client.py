@@ -331,6 +331,12 @@ class Client:
             answer: dict[str, Any] = opened.line()["reload"]
         return answer
 
+    def peer(self, *, verify: bool = True) -> dict[str, Any]:
+        """State of the pair, both counts, what differs. ``verify``: compares now, some seconds at most; ``verified`` tells
+        whether both were proven to hold the same."""
+        answer: dict[str, Any] = self._ask({"peer": {"verify": verify}})["peer"]
+        return answer
+
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with contextlib.closing(_Connection(self.path, request, self.timeout)) as opened:
             return opened.line()

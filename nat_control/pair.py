@@ -15,6 +15,7 @@ import numpy as np
 
 from nat_control.config import Config
 from nat_control.dataplane import NO_RECORDS, Changes, DataPlane, Events, changes
+from nat_control.peer import PeerView
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Limits, Mode, State
 from nat_control.sync.codec import PoolRange
@@ -124,6 +125,7 @@ class Pair:
             connect=peer.connect,
             tls=tls,
         )
+        self.view = PeerView(self.protocol, self.transport, plane, clock)
         key = heartbeat_key(config)
         if peer.tls:
             self.protocol.heartbeat_key = key
@@ -202,6 +204,7 @@ class Pair:
             self.differing = len(action.differing)
         elif isinstance(action, do.PeerCarries):
             self._peer_carries.set()
+        self.view.notice(action)
         self._notice(action)
 
     async def listen(self) -> None:

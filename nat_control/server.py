@@ -24,6 +24,7 @@ from nat_control.live import Live
 from nat_control.loop import ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
 from nat_control.memory import buffer_mtu, buffers, packet_memory_mb
 from nat_control.pair import Pair, PairError
+from nat_control.peer import line_of, no_peer
 from nat_control.reload import Reload
 from nat_control.sync import actions as do
 from nat_fastpath import cores, engine
@@ -51,12 +52,11 @@ def _say_notice(action: do.Action) -> None:
             say(f"peer: {before.value} -> {after.value}: {why}")
         case do.Unreachable(why):
             say(f"peer: not reached: {why}")
-        case do.Conflicts(ids, here):
-            say(f"peer: {len(ids)} sessions contradict others {'here' if here else 'there'}")
-        case do.DigestCompared(differing) if differing:
-            say(f"peer: {len(differing)} of 256 digests differ")
         case do.Carry():
             say("peer: it does not carry the traffic any more")
+        case _:
+            if line := line_of(action):
+                say(line)
 
 
 def serve(config: Config, path: Path, *, force: bool = False) -> None:
@@ -233,7 +233,8 @@ class Server:
     async def _run(self) -> None:
         asyncio.get_running_loop().set_exception_handler(self.health.unhandled)
         answers = {"status": self.status, "stats": self.stats, "pool": self.pool_use, "ports": self.port_list}
-        verbs = {**self.live.verbs, "reload": self.reload.verb}
+        peer = self.pair.view.verb if self.pair else no_peer
+        verbs = {**self.live.verbs, "reload": self.reload.verb, "peer": peer}
         api = Api({**answers, "hosts": self.live.hosts}, self.core.sessions, verbs)
         await api.start(self.config.control.socket)
         pair = asyncio.ensure_future(self.pair.run()) if self.pair else None

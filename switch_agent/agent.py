@@ -37,6 +37,7 @@ from nat_control.loop import (
     start_epoch,
 )
 from nat_control.pair import ACTIVITY_PERIOD, Pair, PairError, unusable
+from nat_control.peer import line_of, no_peer
 from nat_control.reload import Reload
 from nat_control.sync import actions as do
 from nat_control.sync.actions import State
@@ -202,7 +203,8 @@ class Agent:
         assert self.config.switch
         answers = {"status": self.status, "stats": self.stats, "hosts": self.live.hosts}
         # no threads: the core is this one's
-        verbs = {**self.live.verbs, "reload": self.reload.verb}
+        peer = self.pair.view.verb if self.pair else no_peer
+        verbs = {**self.live.verbs, "reload": self.reload.verb, "peer": peer}
         api = Api(answers, self.core.sessions, verbs, threads=False)
         asyncio.get_running_loop().set_exception_handler(self.health.unhandled)
         await api.start(self.config.control.socket)
@@ -472,16 +474,15 @@ class Agent:
                     self._reconciled = self._kept = False
                     self._work.put_nowait(partial(self._carry, why))
             case do.DigestCompared(differing):
-                self._differ = bool(differing)
-                if differing:
-                    say(f"peer: {len(differing)} of 256 digests differ")
-                elif not self._returning and not (self.forwarding and self._reconciled):
+                assert self.pair is not None
+                self._differ = bool(differing) or self.pair.protocol.apart
+                if not self._differ and not self._returning and not (self.forwarding and self._reconciled):
                     self._returning = True
                     self._work.put_nowait(self._give_back)
-            case do.Conflicts(ids, here):
-                say(f"peer: {len(ids)} sessions contradict others {'here' if here else 'there'}")
             case do.Carry():
                 self._work.put_nowait(self._take)
+        if line := line_of(action):
+            say(line)
 
     def _return_uncompared(self) -> None:
         """Under steady new sessions no two digests are of the same moment; both sides have acknowledged everything."""

@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nat_control.dataplane import changes
+from nat_control.peer import PeerView
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Limits, Mode, State
 from nat_control.sync.codec import PoolRange
@@ -30,6 +32,13 @@ from tests.memory_plane import UDP, AsyncMemoryPlane, MemoryPlane, key_of
 ADDRESS = 0xC6336410
 SESSIONS = 5000
 PATIENCE = 20.0
+
+
+class Told:
+    """Hears an answer, as the operator's socket would."""
+
+    async def send(self, answer: dict[str, Any]) -> None:
+        self.answer = answer["peer"]
 
 
 class Side:
@@ -57,12 +66,17 @@ class Side:
             AsyncMemoryPlane(self.plane, page=500),
             clock=time.monotonic,
             drain=self.drain,
-            notice=self.told.append,
+            notice=self.notice,
             listen=None if listen is None else ("127.0.0.1", listen),
             connect=None if connect is None else ("127.0.0.1", connect),
             tls=tls,
         )
+        self.view = PeerView(self.protocol, self.transport, AsyncMemoryPlane(self.plane), time.monotonic)
         self.task = asyncio.create_task(self.transport.run())
+
+    def notice(self, action: do.Action) -> None:
+        self.told.append(action)
+        self.view.notice(action)
 
     def drain(self) -> None:
         events = self.plane.events()
@@ -135,6 +149,19 @@ async def main() -> None:
     await until(lambda: a.held + b.held == 0)
     found["followed"] = a.ids == b.ids and len(a.ids) == SESSIONS + 3999
     await until(lambda: a.equal_digests and b.equal_digests)
+
+    # One side loses a session of the other's, and the event of an end of its own: the digest finds both.
+    lost, ended = ([held for held in a.plane.held.values() if int(held["id"]) >> 52 & 0xFF == 1])[:2]
+    for side, record in ((b, lost), (a, ended)):
+        side.plane.close(key_of(record))
+        side.plane.events()
+    told = Told()
+    await a.view.verb({}, told)  # type: ignore[arg-type]
+    found["proven"] = [told.answer["verified"], a.ids == b.ids, told.answer["digest"]["equal"]]
+    found["differed"] = sorted(
+        (int(row["id"], 16) - int(lost["id"]), row["held"]) for row in told.answer["differed"]
+    )
+    found["ended"] = int(ended["id"]) not in b.ids
 
     # The connecting side dies without a word, and comes back empty.
     await b.end()

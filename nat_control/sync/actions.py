@@ -50,6 +50,8 @@ class Input(Enum):
     STATE_PAGE = "state page"
     PLANE_DONE = "plane done"
     DIGEST_TAKEN = "digest taken"
+    BUCKETS_TAKEN = "buckets taken"
+    FETCHED = "fetched"
     NEXT_HOPS = "next hops"
     HAND_OVER = "hand over"
     HANDED_OVER = "handed over"
@@ -69,6 +71,9 @@ class Input(Enum):
     NEXT_HOPS_KNOWN = "NextHopsKnown"
     PEER_HANDS_OVER = "HandOver"
     HAND_OVER_COMPLETE = "HandOverComplete"
+    BUCKET_ENTRIES = "BucketEntries"
+    WANT_ENTRIES = "WantEntries"
+    RESYNC = "Resync"
 
 
 # -- actions ----------------------------------------------------------------------------------------------
@@ -149,16 +154,52 @@ class Position(NamedTuple):
     """A point in the life of one connection."""
 
     epoch: int
-    sent: int = 0  # messages of changes
+    sent: int = 0  # the last txid of a change
     received: int = 0
     steps: int = 0  # of our own plane, those included that the peer was not told
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TakeDigest:
-    """Sum up all sessions and return ``digest_taken(at, buckets)``."""
+    """Sum up all sessions but those of the ids ``besides``, and return ``digest_taken(at, buckets, count)``."""
 
     at: Position
+    besides: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TakeBuckets:
+    """Gather all sessions in these buckets but those of the ids ``besides``; ``buckets_taken(at, buckets, records)``."""
+
+    at: Position
+    buckets: tuple[int, ...]
+    besides: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fetch:
+    """Look for sessions with these ids, then ``fetched(op, those that are held)``."""
+
+    op: int
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mended:
+    """Sessions that one side alone held: told to the peer, ended here because the peer, their owner, has ended them,
+    and asked for."""
+
+    told: Ids
+    ended: Ids
+    wanted: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Changes of the peer never came, from one txid to another; it was asked to tell them again."""
+
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +251,11 @@ Action = (
     | TakeOwnership
     | Cede
     | TakeDigest
+    | TakeBuckets
+    | Fetch
     | DigestCompared
+    | Mended
+    | Gap
     | Conflicts
     | Close
     | StateChanged
@@ -229,6 +274,7 @@ class Limits:
     exchange: float = 30.0  # without any progress of the exchange
     acknowledge: float = 10.0
     digest: float = 60.0  # between two digests; taken only when nothing is under way
+    offer: float = 60.0  # between two offers of what the peer has refused
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= codec.MAX_RECORDS or not 1 <= self.window <= MAX_OUTSTANDING:

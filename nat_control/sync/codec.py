@@ -23,7 +23,7 @@ import numpy as np
 from nat_control.dataplane import NO_IDS, Ids, NextHops, Records
 from nat_fastpath.engine import NEIGHBOUR, RECORD
 
-VERSION = 1
+VERSION = 2
 MAGIC = 0x4E54  # "TN"
 HEADER = struct.Struct("<HBBII")
 MAX_PAYLOAD = 1 << 20
@@ -32,10 +32,14 @@ MAX_TEXT = 1024
 BUCKETS = 256  # of a digest
 MAX_RECORDS = (MAX_PAYLOAD - 16) // RECORD.itemsize  # in one message
 MAX_NEXT_HOPS = MAX_PAYLOAD // NEIGHBOUR.itemsize
+ENTRY = np.dtype([("id", "<u8"), ("hash", "<u8")])  # a session, and the digest's hash of it
+_BUCKET_BYTES = BUCKETS // 8
+MAX_ENTRIES = (MAX_PAYLOAD - 8 - _BUCKET_BYTES) // ENTRY.itemsize
 
 NO_KEY = bytes(16)
 
 Buckets = np.ndarray[Any, np.dtype[np.uint64]]
+Entries = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype ENTRY
 
 
 class CodecError(Exception):
@@ -136,10 +140,36 @@ class DeleteComplete:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Digest:
-    """Sums over all sessions of the sender when it had received ``position`` changes; shape (BUCKETS,) uint64."""
+    """Sums over the sender's sessions, ``count`` of them, when the last change that it had received was ``position``;
+    shape (BUCKETS,) uint64. Those that the receiver refused are left out."""
 
     position: int
     buckets: Buckets
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BucketEntries:
+    """The answer to a Digest: all sessions of the sender in these buckets, which differ; no bucket: all are equal."""
+
+    position: int
+    buckets: tuple[int, ...] = ()
+    entries: Entries = field(default_factory=lambda: np.empty(0, ENTRY))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WantEntries:
+    """The sender lacks these sessions: whoever owns them tells them again, or ends them where the sender does."""
+
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """Changes of the txids from ``first`` to ``last`` never came."""
+
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +215,9 @@ Message = (
     | NextHopsKnown
     | HandOver
     | HandOverComplete
+    | BucketEntries
+    | WantEntries
+    | Resync
 )
 
 _HELLO = struct.Struct(
@@ -193,13 +226,14 @@ _HELLO = struct.Struct(
 _RANGE = struct.Struct("<IIHH")
 _INIT = struct.Struct("<QIB3x")  # txid, chunk, last
 _U64 = struct.Struct("<Q")
+_TWO = struct.Struct("<QQ")
 _CODE = struct.Struct("<H")
 
 
 # -- fields -----------------------------------------------------------------------------------------------
 
 
-def _bytes_of(records: Records | NextHops, layout: np.dtype[np.void] = RECORD) -> bytes:
+def _bytes_of(records: Records | NextHops | Entries, layout: np.dtype[np.void] = RECORD) -> bytes:
     if records.dtype != layout:
         raise CodecError(f"records of {records.dtype.itemsize} bytes are not those of this version")
     return records.tobytes()
@@ -263,9 +297,30 @@ def _read_delete_complete(payload: memoryview, epoch: int) -> DeleteComplete:
 
 
 def _read_digest(payload: memoryview, epoch: int) -> Digest:
-    _exactly(payload, _U64.size * (1 + BUCKETS))
-    (position,) = _U64.unpack_from(payload)
-    return Digest(position, _ids(payload[_U64.size :]))
+    _exactly(payload, _TWO.size + _U64.size * BUCKETS)
+    position, count = _TWO.unpack_from(payload)
+    return Digest(position, _ids(payload[_TWO.size :]), count)
+
+
+def _write_buckets(m: BucketEntries) -> bytes:
+    chosen = sum(1 << bucket for bucket in m.buckets)
+    return _U64.pack(m.position) + chosen.to_bytes(_BUCKET_BYTES, "little") + _bytes_of(m.entries, ENTRY)
+
+
+def _read_buckets(payload: memoryview, epoch: int) -> BucketEntries:
+    (position,) = _head(_U64, payload)
+    if len(payload) < _U64.size + _BUCKET_BYTES:
+        raise CodecError(
+            f"the payload has {len(payload)} bytes and needs {_U64.size + _BUCKET_BYTES} at least"
+        )
+    chosen = int.from_bytes(payload[_U64.size : _U64.size + _BUCKET_BYTES], "little")
+    buckets = tuple(bucket for bucket in range(BUCKETS) if chosen >> bucket & 1)
+    return BucketEntries(position, buckets, _records(payload[_U64.size + _BUCKET_BYTES :], ENTRY))
+
+
+def _read_resync(payload: memoryview, epoch: int) -> Resync:
+    _exactly(payload, _TWO.size)
+    return Resync(*_TWO.unpack(payload))
 
 
 def _write_error(m: Error) -> bytes:
@@ -321,7 +376,9 @@ LAYOUTS: Mapping[type, _Layout] = {
     DeleteEntries: _Layout(6, _write_txid_records, _txid_records(DeleteEntries)),
     InstallComplete: _Layout(7, _write_txid_ids, _txid_ids(InstallComplete)),
     DeleteComplete: _Layout(8, lambda m: _U64.pack(m.txid), _read_delete_complete),
-    Digest: _Layout(9, lambda m: _U64.pack(m.position) + m.buckets.astype("<u8").tobytes(), _read_digest),
+    Digest: _Layout(
+        9, lambda m: _TWO.pack(m.position, m.count) + m.buckets.astype("<u8").tobytes(), _read_digest
+    ),
     Error: _Layout(10, _write_error, _read_error),
     Bye: _Layout(11, lambda m: b"", _nothing(Bye)),
     NextHopsKnown: _Layout(
@@ -331,6 +388,11 @@ LAYOUTS: Mapping[type, _Layout] = {
     ),
     HandOver: _Layout(13, lambda m: b"", _nothing(HandOver)),
     HandOverComplete: _Layout(14, lambda m: b"", _nothing(HandOverComplete)),
+    BucketEntries: _Layout(15, _write_buckets, _read_buckets),
+    WantEntries: _Layout(
+        16, lambda m: m.ids.astype("<u8").tobytes(), lambda payload, epoch: WantEntries(_ids(payload))
+    ),
+    Resync: _Layout(17, lambda m: _TWO.pack(m.first, m.last), _read_resync),
 }
 _BY_NUMBER = {layout.number: layout for layout in LAYOUTS.values()}
 

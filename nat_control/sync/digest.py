@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nat_control.dataplane import Records
-from nat_control.sync.codec import BUCKETS, Buckets
+from nat_control.sync.codec import BUCKETS, ENTRY, Buckets, Entries
 
 _U64 = np.ndarray[Any, np.dtype[np.uint64]]
 _ROUND = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64
@@ -43,22 +43,41 @@ def hashes(records: Records, key: int) -> _U64:
     return mixed
 
 
+def _bucket(of: _U64) -> np.ndarray[Any, np.dtype[np.intp]]:
+    return (of >> np.uint64(56)).astype(np.intp)
+
+
+def entries_of(records: Records, key: int = 0) -> Entries:
+    """Shape (n,), dtype ENTRY."""
+    made = np.empty(len(records), ENTRY)
+    made["id"], made["hash"] = records["id"], hashes(records, key)
+    return made
+
+
+def within(records: Records, buckets: tuple[int, ...], key: int = 0) -> Records:
+    """Those in one of these buckets."""
+    return np.asarray(records[np.isin(_bucket(hashes(records, key)), buckets)])
+
+
 class Summary:
-    """``buckets``: shape (BUCKETS,) uint64, sums modulo 2^64."""
+    """``buckets``: shape (BUCKETS,) uint64, sums modulo 2^64, over ``count`` sessions."""
 
     def __init__(self, key: int = 0) -> None:
         self._key = key
+        self.count = 0
         self.buckets: Buckets = np.zeros(BUCKETS, np.uint64)
 
     def add(self, records: Records) -> None:
         of = hashes(records, self._key)
         # The top bits choose the bucket, and the rest of the hash still differs within it.
-        np.add.at(self.buckets, (of >> np.uint64(56)).astype(np.intp), of)
+        np.add.at(self.buckets, _bucket(of), of)
+        self.count += len(records)
 
     def remove(self, records: Records) -> None:
         """Undoes ``add``."""
         of = hashes(records, self._key)
-        np.subtract.at(self.buckets, (of >> np.uint64(56)).astype(np.intp), of)
+        np.subtract.at(self.buckets, _bucket(of), of)
+        self.count -= len(records)
 
 
 def differing(one: Buckets, other: Buckets) -> list[int]:

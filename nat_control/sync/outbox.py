@@ -28,7 +28,7 @@ def on_the_wire(records: Records) -> Records:
 
 
 @dataclass(slots=True)
-class _Batch:
+class Batch:
     kind: Input  # INSTALL, UPDATE or DELETE
     records: Records
     held: Records  # of these, sessions whose packets wait for the acknowledgement
@@ -40,9 +40,9 @@ class Outbox:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._queue: deque[_Batch] = deque()
-        self._sent: dict[int, _Batch] = {}
-        self._txid = 0
+        self._queue: deque[Batch] = deque()
+        self._sent: dict[int, Batch] = {}
+        self.txid = 0  # of the last batch
         self.waiting = 0  # records not yet sent
 
     def __bool__(self) -> bool:
@@ -71,7 +71,7 @@ class Outbox:
         self.waiting += len(records)
         while len(records):
             if not self._queue or self._queue[-1].kind is not kind or self._room(self._queue[-1]) <= 0:
-                self._queue.append(_Batch(kind, NO_RECORDS, NO_RECORDS))
+                self._queue.append(Batch(kind, NO_RECORDS, NO_RECORDS))
             batch = self._queue[-1]
             room = self._room(batch)
             part, records = records[:room], records[room:]
@@ -79,7 +79,7 @@ class Outbox:
             if hold:
                 batch.held = np.concatenate([batch.held, pending(part)])
 
-    def _room(self, batch: _Batch) -> int:
+    def _room(self, batch: Batch) -> int:
         return self._limits.batch - len(batch.records)
 
     def flush(self, now: float) -> Iterator[InstallEntries | UpdateEntries | DeleteEntries]:
@@ -91,19 +91,27 @@ class Outbox:
             if batch.kind is Input.UPDATE:
                 yield UpdateEntries(records)
                 continue
-            self._txid += 1
+            self.txid += 1
             batch.deadline = now + self._limits.acknowledge
-            self._sent[self._txid] = batch
+            self._sent[self.txid] = batch
             kind = InstallEntries if batch.kind is Input.INSTALL else DeleteEntries
-            yield kind(self._txid, records)
+            yield kind(self.txid, records)
 
-    def acknowledged(self, kind: Input, txid: int) -> Records | None:
-        """The sessions of this batch that were held; None when no such batch is unacknowledged."""
+    def acknowledged(self, kind: Input, txid: int) -> Batch | None:
+        """This batch; None when no such one is unacknowledged."""
         batch = self._sent.get(txid)
         if batch is None or batch.kind is not kind:
             return None
         del self._sent[txid]
-        return batch.held
+        return batch
+
+    def lost(self, first: int, last: int) -> list[Batch] | None:
+        """Batches that never arrived, no longer waited for; None unless all of them are unacknowledged."""
+        if not 0 <= last - first < len(self._sent) or any(
+            t not in self._sent for t in range(first, last + 1)
+        ):
+            return None
+        return [self._sent.pop(txid) for txid in range(first, last + 1)]
 
     def overdue(self, now: float) -> bool:
         return any(now >= batch.deadline for batch in self._sent.values())

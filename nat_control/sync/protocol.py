@@ -8,9 +8,9 @@ row for is answered with Error and the end of the connection, and our own sessio
 What the shell owes:
 
 - actions in their order. Those on the data plane (Install, Update, Delete, TakeOwnership, Cede, SendState,
-  TakeDigest) take effect one after the other, over connections too; Commit overtakes them all.
+  TakeDigest, TakeBuckets, Fetch) take effect and are answered one after the other, over connections too; Commit overtakes them all.
 - an event that happened before an operation of the plane was finished is delivered before ``plane_done``,
-  ``state_page`` or ``digest_taken`` of that operation.
+  ``state_page``, ``digest_taken``, ``buckets_taken`` or ``fetched`` of that operation.
 """
 
 from __future__ import annotations
@@ -19,35 +19,25 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from nat_control.dataplane import NO_IDS, Changes, Ids, NextHops, Records
+from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Ids, NextHops, Records
 from nat_control.sync import codec
 from nat_control.sync.actions import (
-    MAX_OUTSTANDING,
     Action,
     Carry,
     Cede,
     Close,
-    Commit,
-    Conflicts,
-    Delete,
-    DigestCompared,
     ErrorCode,
     Input,
-    Install,
     Learn,
-    Limits,
     Mode,
     PeerCarries,
     Position,
-    Send,
     SendState,
     State,
-    StateChanged,
-    TakeDigest,
-    TakeOwnership,
     Update,
 )
 from nat_control.sync.codec import (
+    BucketEntries,
     Buckets,
     Bye,
     DeleteComplete,
@@ -62,59 +52,22 @@ from nat_control.sync.codec import (
     InstallEntries,
     Message,
     NextHopsKnown,
-    PoolRange,
     Ready,
+    Resync,
     UpdateEntries,
+    WantEntries,
 )
-from nat_control.sync.digest import differing
-from nat_control.sync.exchange import Exchange, instances, misfit_of
-from nat_control.sync.outbox import Outbox, on_the_wire, pending
-from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND
+from nat_control.sync.exchange import Exchange, misfit_of
+from nat_control.sync.merge import Merging
+from nat_control.sync.outbox import on_the_wire, pending
 
 MAX_REFUSED = (codec.MAX_PAYLOAD - 8) // 8
 
 
-class Protocol:
+class Protocol(Merging):
     """One side. Every input returns the actions to carry out, in order. ``heartbeat_key`` is what Hello tells.
 
     ``epoch``: the number of the last connection of an earlier start, or anything that differs from it."""
-
-    def __init__(
-        self,
-        instance: int,
-        pools: tuple[PoolRange, ...],
-        mode: Mode,
-        *,
-        epoch: int = 0,
-        term: int = 0,
-        slices: int = 1,
-        limits: Limits | None = None,
-    ) -> None:
-        self.instance = instance
-        self.pools = pools
-        self.mode = mode
-        self.epoch = epoch
-        self.term = term
-        self.slices = slices
-        self.limits = limits or Limits()
-        self.state = State.STARTING
-        self.heartbeat_key = codec.NO_KEY
-        self.peer: Hello | None = None
-        self.conflicts = 0  # sessions refused, here or at the peer, since the start
-        self.last_error = ""
-        self._out: list[Action] = []
-        self._last_txid = 0
-        self._forget()
-
-    def _forget(self) -> None:
-        """All that belongs to one connection."""
-        self._exchange = Exchange(0)
-        self._outbox = Outbox(self.limits)
-        self._plane: dict[int, tuple[Input, int]] = {}  # op -> what it answers: message, txid
-        self._position = Position(self.epoch)
-        self._peer_digest: tuple[Position, Buckets] | None = None
-        self._deadline = 0.0
-        self._next_digest = 0.0
 
     # -- inputs
 
@@ -137,8 +90,21 @@ class Protocol:
     def plane_done(self, op: int, now: float, refused: Ids = NO_IDS) -> list[Action]:
         return self._step(Input.PLANE_DONE, op, refused, now)
 
-    def digest_taken(self, at: Position, buckets: Buckets, now: float) -> list[Action]:
-        return self._step(Input.DIGEST_TAKEN, at, buckets, now)
+    def digest_taken(self, at: Position, buckets: Buckets, count: int, now: float) -> list[Action]:
+        return self._step(Input.DIGEST_TAKEN, at, buckets, count, now)
+
+    def buckets_taken(
+        self, at: Position, buckets: tuple[int, ...], records: Records, now: float
+    ) -> list[Action]:
+        return self._step(Input.BUCKETS_TAKEN, at, buckets, records, now)
+
+    def fetched(self, op: int, records: Records, now: float) -> list[Action]:
+        return self._step(Input.FETCHED, op, records, now)
+
+    def verify(self, now: float) -> list[Action]:
+        """A digest as soon as nothing is under way."""
+        self._next_digest = now
+        return self.tick(now)
 
     def next_hops(self, next_hops: NextHops, now: float) -> list[Action]:
         """What our own plane knows of them, all or the news; told to a peer that is there."""
@@ -171,6 +137,7 @@ class Protocol:
         if self.state not in CONNECTED:
             return []
         kind = INPUT_OF[type(message)]
+        self.messages["received"][kind.value] += 1
         if kind is not Input.HELLO and self.peer is not None and epoch != self.peer.epoch:
             self._fail(ErrorCode.EPOCH, f"{kind.value} of epoch {epoch}, this is {self.peer.epoch}")
         elif handler := TABLE.get((self.state, kind)):
@@ -190,61 +157,18 @@ class Protocol:
         out, self._out = self._out, []
         return out
 
-    # -- helpers
-
-    @property
-    def busy(self) -> bool:
-        """Whether a change is under way, to the peer or from it."""
-        return bool(self._outbox or self._plane)
-
-    @property
-    def waiting(self) -> int:
-        """Records that wait for the peer's acknowledgement of earlier ones."""
-        return self._outbox.waiting
-
-    @property
-    def outstanding(self) -> int:
-        """Batches sent and not acknowledged."""
-        return self._outbox.unacknowledged
-
-    def _txid(self) -> int:
-        self._last_txid += 1
-        return self._last_txid
-
-    def _become(self, state: State, why: str) -> None:
-        self._out.append(StateChanged(self.state, state, why))
-        self.state = state
-
-    def _send(self, message: Message) -> None:
-        self._out.append(Send(self.epoch, message))
-
-    def _commit(self, records: Records) -> None:
-        if len(records):
-            self._out.append(Commit(records))
-
-    def _fail(self, code: ErrorCode, text: str) -> None:
-        self._send(Error(code, text))
-        self._give_up(text)
-
-    def _give_up(self, why: str) -> None:
-        self.last_error = why
-        self._out.append(Close(why))
-        self._release(State.FAILED, why)
-
-    def _release(self, state: State, why: str) -> None:
-        """Nobody acknowledges any more: what waits for it goes, and the peer's sessions are ours."""
-        self._commit(self._outbox.held())
-        if self.state is State.OPERATIONAL:
-            self.term = max(self.term, self.peer.term if self.peer else 0) + 1
-        if self.state in (State.EXCHANGING, State.OPERATIONAL):
-            self._out.append(TakeOwnership())
-        self.peer = None
-        self._forget()
-        self._become(state, why)
-
     # -- connection
 
+    def _plane_ready(self) -> None:
+        """Connections are taken from here on."""
+        self._become(State.ALONE, "the data plane is ready")
+
+    def _too_early(self, now: float) -> None:
+        """Closed: the data plane is not ready."""
+        self._out.append(Close("the data plane is not ready"))
+
     def _connected(self, now: float) -> None:
+        """A new epoch, and our Hello; with mode off it is closed."""
         if self.mode is Mode.OFF:
             self._out.append(Close("synchronisation is off"))
             return
@@ -259,24 +183,29 @@ class Protocol:
         return Hello(self.instance, self.epoch, self.term, self.pools, heartbeat_key=key, slices=slices)
 
     def _disconnected(self, why: str) -> None:
+        """What waits is released, the peer's sessions are ours."""
         self._release(State.ALONE, why)
 
     def _stop(self, now: float) -> None:
+        """Goodbye; what waits is released, the peer's sessions are ours."""
         self._send(Bye())
         self._give_up("we leave")
 
     def _error(self, message: Error, now: float) -> None:
+        """The peer gives up, and so do we."""
         self._give_up(f"the peer reports error {message.code}: {message.text}")
 
     def _bye(self, message: Bye, now: float) -> None:
+        """The peer leaves; what waits is released, its sessions are ours."""
         self._give_up("the peer leaves")
 
     def _nothing(self, *arguments: object) -> None:
-        """Comes too late to matter."""
+        """Nothing: it comes too early or too late to matter."""
 
     # -- Hello and the exchange of all sessions
 
     def _hello(self, message: Hello, now: float) -> None:
+        """Both are compared; the exchange begins."""
         if misfit := misfit_of(self._own_hello(), message):
             self._fail(*misfit)
         else:
@@ -287,6 +216,7 @@ class Protocol:
             self._out.append(SendState(self._exchange.txid))
 
     def _state_page(self, txid: int, records: Records, last: bool, now: float) -> None:
+        """Sent as InitState; of an earlier exchange: left out."""
         exchange = self._exchange
         if txid != exchange.txid or exchange.state_sent:
             return
@@ -300,6 +230,7 @@ class Protocol:
         exchange.state_sent = last
 
     def _init_state(self, message: InitState, now: float) -> None:
+        """Installed here; with the last one done, Ready."""
         exchange = self._exchange
         if exchange.peer_txid is None:
             exchange.peer_txid = message.txid
@@ -330,13 +261,14 @@ class Protocol:
         self._operational_if_both(now)
 
     def _ready(self, message: Ready, now: float) -> None:
+        """What the peer refused stays ours, the rest of its own is its again."""
         exchange = self._exchange
         if message.txid != exchange.txid or not exchange.state_sent or exchange.ready_received:
             self._fail(ErrorCode.PROTOCOL, f"Ready {message.txid} answers nothing")
             return
         assert self.peer is not None
         exchange.ready_received = True
-        self._count(message.refused, here=False)
+        self._answered_there(NO_RECORDS, message.refused)
         # What the peer could not take stays ours: nobody else would ever end it.
         self._out.append(Cede(self.peer.instance, message.refused))
         self._operational_if_both(now)
@@ -355,6 +287,7 @@ class Protocol:
     # -- our changes, to the peer
 
     def _events_alone(self, changes: Changes, now: float) -> None:
+        """New sessions' packets leave."""
         self._commit(pending(changes.opened))
 
     def _events_buffer(self, changes: Changes, now: float) -> None:
@@ -367,84 +300,53 @@ class Protocol:
         self._enqueue(changes, hold=False)
         self._bound()
 
-    def _events_send(self, changes: Changes, now: float) -> None:
-        hold = self.mode is Mode.SYNCHRONOUS
-        if not hold:
-            self._commit(pending(changes.opened))
-        self._enqueue(changes, hold=hold)
-        self._flush(now)
-        self._bound()
-
-    def _enqueue(self, changes: Changes, *, hold: bool) -> None:
-        self._outbox.add(changes, hold=hold)
-        self._position = self._position._replace(steps=self._position.steps + 1)
-
-    def _bound(self) -> None:
-        waiting = max(self._outbox.waiting, self._exchange.n_closed)
-        if waiting > self.limits.waiting:
-            self._fail(ErrorCode.SLOW, f"{waiting} changes wait for the peer")
-
-    def _flush(self, now: float) -> None:
-        for message in self._outbox.flush(now):
-            self._position = self._position._replace(sent=self._position.sent + 1)
-            self._send(message)
-
-    def _acknowledged(self, kind: Input, txid: int, now: float) -> bool:
-        held = self._outbox.acknowledged(kind, txid)
-        if held is None:
+    def _acknowledged(self, kind: Input, txid: int, now: float) -> Records | None:
+        """The batch's records; None when there is none, which ends the connection."""
+        batch = self._outbox.acknowledged(kind, txid)
+        if batch is None:
             self._fail(ErrorCode.PROTOCOL, f"an acknowledgement of {txid}, which is not outstanding")
-            return False
-        self._commit(held)
+            return None
+        self._commit(batch.held)
         self._flush(now)
-        return True
+        return batch.records
 
     def _install_complete(self, message: InstallComplete, now: float) -> None:
+        """Its packets leave; refused sessions are noted."""
         # A session that contradicts one of the peer's is released too: it cannot be protected, but works.
-        if self._acknowledged(Input.INSTALL, message.txid, now):
-            self._count(message.refused, here=False)
+        records = self._acknowledged(Input.INSTALL, message.txid, now)
+        if records is not None:
+            self._answered_there(records, message.refused)
 
     def _delete_complete(self, message: DeleteComplete, now: float) -> None:
-        self._acknowledged(Input.DELETE, message.txid, now)
+        """No longer waited for."""
+        records = self._acknowledged(Input.DELETE, message.txid, now)
+        if records is not None:
+            self._ended(records)
 
     # -- the peer's changes, to our plane
 
-    def _changed(self) -> bool:
-        """Counts one change of the peer; false when it does not wait for our acknowledgements."""
-        self._position = self._position._replace(received=self._position.received + 1)
-        if len(self._plane) > 2 * MAX_OUTSTANDING:
-            self._fail(ErrorCode.PROTOCOL, f"more than {MAX_OUTSTANDING} batches at once")
-            return False
-        return True
-
     def _install(self, message: InstallEntries, now: float) -> None:
-        if self._changed():
+        """Installed here, then acknowledged; a gap before it is told."""
+        if self._changed(message.txid):
             self._install_at_plane(Input.INSTALL, message.txid, message.records)
 
     def _update(self, message: UpdateEntries, now: float) -> None:
-        if self._changed():
-            self._out.append(Update(message.records))
+        """Passed on to the plane. Not counted: a digest does not depend on it."""
+        self._out.append(Update(message.records))
 
     def _delete(self, message: DeleteEntries, now: float) -> None:
-        if self._changed():
+        """Deleted here, then acknowledged; a gap before it is told."""
+        if self._changed(message.txid):
             self._delete_at_plane(Input.DELETE, message.txid, message.records)
 
-    def _install_at_plane(self, answer: Input, txid: int, records: Records) -> None:
-        ours = records.copy()
-        ours["flags"] &= FLAG_INBOUND
-        ours["flags"][instances(ours) != self.instance] |= FLAG_FOREIGN
-        self._out.append(Install(self._operation(answer, txid), ours))
-
-    def _delete_at_plane(self, answer: Input, txid: int, records: Records) -> None:
-        self._out.append(Delete(self._operation(answer, txid), records))
-
-    def _operation(self, answer: Input, txid: int) -> int:
-        op = self._txid()
-        self._plane[op] = answer, txid
-        return op
-
     def _plane_done(self, op: int, refused: Ids, now: float) -> None:
-        answer, txid = self._plane.pop(op, (Input.PLANE_DONE, 0))
-        self._count(refused, here=True)
+        """What the operation was for is answered; an earlier connection's is left out."""
+        operation = self._plane.pop(op, None)
+        if operation is None:
+            return
+        answer, txid = operation.answer, operation.txid
+        if answer in (Input.INIT_STATE, Input.INSTALL):
+            self._answered_here(operation.records, refused)
         if answer is Input.INIT_STATE:
             self._deadline = now + self.limits.exchange
             self._exchange.installing -= 1
@@ -453,49 +355,44 @@ class Protocol:
         elif answer is Input.INSTALL:
             self._send(InstallComplete(txid, refused))
         elif answer is Input.DELETE:
+            self._ended(operation.records)
             self._send(DeleteComplete(txid))
 
-    def _count(self, refused: Ids, *, here: bool) -> None:
-        if len(refused):
-            self.conflicts += len(refused)
-            self._out.append(Conflicts(refused, here))
+    # -- who carries
+
+    def _hand_over(self) -> None:
+        """The peer is asked to carry."""
+        self._send(HandOver())
+
+    def _handed_over(self) -> None:
+        """The peer hears that we carry."""
+        self._send(HandOverComplete())
+
+    def _peer_hands_over(self, message: HandOver, now: float) -> None:
+        """We shall carry."""
+        self._out.append(Carry())
+
+    def _hand_over_complete(self, message: HandOverComplete, now: float) -> None:
+        """The peer carries."""
+        self._out.append(PeerCarries())
 
     # -- next hops
 
     def _next_hops(self, next_hops: NextHops) -> None:
+        """Told to the peer."""
         for start in range(0, len(next_hops), codec.MAX_NEXT_HOPS):
             self._send(NextHopsKnown(next_hops[start : start + codec.MAX_NEXT_HOPS]))
 
     def _next_hops_known(self, message: NextHopsKnown, now: float) -> None:
+        """Learned."""
         self._out.append(Learn(message.next_hops))
 
-    # -- digest and time
-
-    def _digest(self, message: Digest, now: float) -> None:
-        """Comparable only if the peer had all our changes, and we have all of its, as the stream's order says."""
-        if not self.busy and message.position == self._position.sent:
-            self._peer_digest = self._position, message.buckets
-            self._out.append(TakeDigest(self._position))
-
-    def _digest_taken(self, at: Position, buckets: Buckets, now: float) -> None:
-        if at != self._position or self.busy:
-            return
-        if self._peer_digest and self._peer_digest[0] == at:
-            self._out.append(DigestCompared(tuple(differing(self._peer_digest[1], buckets))))
-            self._peer_digest = None
-        else:
-            self._send(Digest(at.received, buckets))
+    # -- time
 
     def _tick_exchange(self, now: float) -> None:
+        """Given up when nothing has moved for too long."""
         if now >= self._deadline:
             self._fail(ErrorCode.TIMEOUT, f"no progress in state {self.state.value}")
-
-    def _tick_operational(self, now: float) -> None:
-        if self._outbox.overdue(now):
-            self._fail(ErrorCode.TIMEOUT, "a batch is not acknowledged")
-        elif now >= self._next_digest and not self.busy:
-            self._next_digest = now + self.limits.digest
-            self._out.append(TakeDigest(self._position))
 
 
 CONNECTED = (State.HANDSHAKE, State.EXCHANGING, State.OPERATIONAL)
@@ -515,6 +412,9 @@ INPUT_OF: Mapping[type, Input] = {
     NextHopsKnown: Input.NEXT_HOPS_KNOWN,
     HandOver: Input.PEER_HANDS_OVER,
     HandOverComplete: Input.HAND_OVER_COMPLETE,
+    BucketEntries: Input.BUCKET_ENTRIES,
+    WantEntries: Input.WANT_ENTRIES,
+    Resync: Input.RESYNC,
 }
 
 _P = Protocol
@@ -536,6 +436,8 @@ _LATE: Mapping[Input, Handler] = {
     Input.STATE_PAGE: _P._nothing,
     Input.PLANE_DONE: _P._nothing,
     Input.DIGEST_TAKEN: _P._nothing,
+    Input.BUCKETS_TAKEN: _P._nothing,
+    Input.FETCHED: _P._nothing,
 }
 _ENDS: Mapping[Input, Handler] = {
     Input.DISCONNECTED: _P._disconnected,
@@ -547,8 +449,8 @@ _ROWS: Mapping[State, Mapping[Input, Handler]] = {
     State.STARTING: {
         **_IDLE,
         **_UNCONNECTED,
-        Input.PLANE_READY: lambda protocol: protocol._become(State.ALONE, "the data plane is ready"),
-        Input.CONNECTED: lambda protocol, now: protocol._out.append(Close("the data plane is not ready")),
+        Input.PLANE_READY: _P._plane_ready,
+        Input.CONNECTED: _P._too_early,
     },
     State.ALONE: {**_IDLE, **_UNCONNECTED, **_LATE, Input.CONNECTED: _P._connected},
     State.HANDSHAKE: {
@@ -575,7 +477,7 @@ _ROWS: Mapping[State, Mapping[Input, Handler]] = {
     State.OPERATIONAL: {
         **_LATE,
         **_ENDS,
-        Input.EVENTS: _P._events_send,
+        Input.EVENTS: _P._tell,
         Input.INSTALL: _P._install,
         Input.UPDATE: _P._update,
         Input.DELETE: _P._delete,
@@ -584,12 +486,17 @@ _ROWS: Mapping[State, Mapping[Input, Handler]] = {
         Input.DELETE_COMPLETE: _P._delete_complete,
         Input.NEXT_HOPS: _P._next_hops,
         Input.NEXT_HOPS_KNOWN: _P._next_hops_known,
-        Input.HAND_OVER: lambda protocol: protocol._send(HandOver()),
-        Input.HANDED_OVER: lambda protocol: protocol._send(HandOverComplete()),
-        Input.PEER_HANDS_OVER: lambda protocol, message, now: protocol._out.append(Carry()),
-        Input.HAND_OVER_COMPLETE: lambda protocol, message, now: protocol._out.append(PeerCarries()),
+        Input.HAND_OVER: _P._hand_over,
+        Input.HANDED_OVER: _P._handed_over,
+        Input.PEER_HANDS_OVER: _P._peer_hands_over,
+        Input.HAND_OVER_COMPLETE: _P._hand_over_complete,
         Input.DIGEST: _P._digest,
         Input.DIGEST_TAKEN: _P._digest_taken,
+        Input.BUCKET_ENTRIES: _P._bucket_entries,
+        Input.BUCKETS_TAKEN: _P._buckets_taken,
+        Input.WANT_ENTRIES: _P._want_entries,
+        Input.FETCHED: _P._fetched,
+        Input.RESYNC: _P._resync,
         Input.TICK: _P._tick_operational,
     },
     State.FAILED: {**_IDLE, **_UNCONNECTED, **_LATE, Input.DISCONNECTED: _P._disconnected},

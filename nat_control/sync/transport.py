@@ -16,10 +16,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+import numpy as np
+
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Ids, NextHops, Records
 from nat_control.sync import actions as do
 from nat_control.sync.codec import CodecError, Decoder, Error, Hello, encode
-from nat_control.sync.digest import Summary
+from nat_control.sync.digest import Summary, within
 from nat_control.sync.protocol import Protocol
 from nat_control.tls import reason
 
@@ -44,7 +46,7 @@ class Transport:
 
     ``clock``: seconds, monotonic. ``drain``: takes the plane's events and passes them to ``events``; called
     before the machine is told that an operation is done. ``notice``: every StateChanged, Conflicts,
-    DigestCompared, Carry and PeerCarries, for logs, metrics and takeover.
+    DigestCompared, Mended, Gap, Carry and PeerCarries, for logs, metrics and takeover.
     """
 
     def __init__(
@@ -103,6 +105,11 @@ class Transport:
     def handed_over(self) -> None:
         """We carry, after ``notice`` got Carry."""
         self._carry_out(self.protocol.handed_over(self._clock()))
+
+    def verify(self) -> None:
+        """A digest soon, if there is a peer; ``notice`` gets DigestCompared."""
+        if self.protocol.state is do.State.OPERATIONAL:
+            self._carry_out(self.protocol.verify(self._clock()))
 
     def ready(self) -> None:
         """The plane is ready; connections are accepted from here on."""
@@ -268,7 +275,15 @@ class Transport:
                 self._close()
             case do.Commit(records):
                 self._commits.put_nowait(records)
-            case do.StateChanged() | do.Conflicts() | do.DigestCompared() | do.Carry() | do.PeerCarries():
+            case (
+                do.StateChanged()
+                | do.Conflicts()
+                | do.DigestCompared()
+                | do.Mended()
+                | do.Gap()
+                | do.Carry()
+                | do.PeerCarries()
+            ):
                 self._notice(action)
             case do.Learn(next_hops):
                 self._queue(partial(self._plane.learn, next_hops), len(next_hops))
@@ -284,8 +299,12 @@ class Transport:
                 self._queue(partial(self._plane.cede, instance, besides))
             case do.SendState(txid):
                 self._queue(partial(self._begin_paging, txid))
-            case do.TakeDigest(at):
-                self._queue(partial(self._sum_up, at))
+            case do.TakeDigest(at, besides):
+                self._queue(partial(self._sum_up, at, besides))
+            case do.TakeBuckets(at, buckets, besides):
+                self._queue(partial(self._gather_buckets, at, buckets, besides))
+            case do.Fetch(op, ids):
+                self._queue(partial(self._fetch, op, ids), len(ids))
 
     def _send(self, data: bytes, *, last: bool) -> None:
         writer = self._writer
@@ -363,11 +382,24 @@ class Transport:
     def _state_page(self, txid: int, records: Records, last: bool, now: float) -> list[do.Action]:
         return self.protocol.state_page(txid, records, last, now)
 
-    async def _sum_up(self, at: do.Position) -> None:
+    async def _sum_up(self, at: do.Position, besides: Ids) -> None:
         summary = Summary()
         async for page in self._plane.sessions():
-            summary.add(page)
-        self._done(lambda now: self.protocol.digest_taken(at, summary.buckets, now))
+            summary.add(page[~np.isin(page["id"], besides)] if len(besides) else page)
+        self._done(lambda now: self.protocol.digest_taken(at, summary.buckets, summary.count, now))
+
+    async def _gather(self, chosen: Callable[[Records], Records]) -> Records:
+        return np.concatenate([NO_RECORDS, *[chosen(page) async for page in self._plane.sessions()]])
+
+    async def _gather_buckets(self, at: do.Position, buckets: tuple[int, ...], besides: Ids) -> None:
+        found = await self._gather(
+            lambda page: within(page[~np.isin(page["id"], besides)] if len(besides) else page, buckets)
+        )
+        self._done(lambda now: self.protocol.buckets_taken(at, buckets, found, now))
+
+    async def _fetch(self, op: int, ids: Ids) -> None:
+        found = await self._gather(lambda page: page[np.isin(page["id"], ids)])
+        self._done(lambda now: self.protocol.fetched(op, found, now))
 
     def _done(self, answer: Answer) -> None:
         self._drain()

@@ -4,14 +4,14 @@
 The input is a script. Each step is a byte ``kind | flags``, and for a message 2 bytes of length and its payload:
 
     0       bytes as they are (length, bytes)
-    1..14   a message of this type (length, payload); flags: FOREIGN of another epoch, LYING with a length that is a
+    1..17   a message of this type (length, payload); flags: FOREIGN of another epoch, LYING with a length that is a
             power of two too large, HALVED in two parts with a step of the plane between them
-    15      time passes: 1 byte, in quarters of a second
-    16      the plane carries out the next operation
-    17      an inside host opens a session (1 byte names it)
-    18      one of our sessions ends
-    19      the connection ends, and a new one begins
-    20      the pair hands over, or we leave on purpose (1 byte chooses)
+    18      time passes: 1 byte, in quarters of a second
+    19      the plane carries out the next operation
+    20      an inside host opens a session (1 byte names it)
+    21      one of our sessions ends
+    22      the connection ends, and a new one begins
+    23      the pair hands over, or we leave on purpose (1 byte chooses)
 
 Whatever comes: nothing is raised, what is sent can be sent, an Error ends the connection, nobody's packets stay
 held, and our own sessions go on but for those that the peer was told of and deleted.
@@ -24,7 +24,7 @@ from functools import partial
 
 import numpy as np
 
-from nat_control.dataplane import NO_IDS, NO_RECORDS, Records, changes
+from nat_control.dataplane import NO_IDS, NO_RECORDS, Ids, Records, changes
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Limits, Mode, State
 from nat_control.sync.codec import (
@@ -32,6 +32,7 @@ from nat_control.sync.codec import (
     MAGIC,
     MAX_PAYLOAD,
     VERSION,
+    BucketEntries,
     CodecError,
     Decoder,
     DeleteComplete,
@@ -47,15 +48,17 @@ from nat_control.sync.codec import (
     NextHopsKnown,
     PoolRange,
     Ready,
+    Resync,
     UpdateEntries,
+    WantEntries,
     encode,
 )
-from nat_control.sync.digest import Summary
+from nat_control.sync.digest import Summary, within
 from nat_control.sync.protocol import Protocol
 from nat_fastpath.engine import FLAG_PENDING, NEIGHBOUR, RECORD, Core
 from tests.packets import CLIENT, INSIDE, POOL, SERVER, START, config, frame, number, small_pool, udp
 
-RAW, LAST_MESSAGE, TIME, PLANE, OPEN, END, RECONNECT, ELSE = 0, 14, 15, 16, 17, 18, 19, 20
+RAW, LAST_MESSAGE, TIME, PLANE, OPEN, END, RECONNECT, ELSE = 0, 17, 18, 19, 20, 21, 22, 23
 KIND, FOREIGN, LYING, HALVED = 0x1F, 0x20, 0x40, 0x80
 EPOCH = 7  # the peer's
 ADDRESS = number(POOL[0])
@@ -164,8 +167,12 @@ class Side:
                     self.work.append(partial(self.core.cede, instance, besides))
                 case do.SendState(txid):
                     self.work.append(partial(self.page, txid))
-                case do.TakeDigest(at_position):
-                    self.work.append(partial(self.sum_up, at_position))
+                case do.TakeDigest(at_position, besides):
+                    self.work.append(partial(self.sum_up, at_position, besides))
+                case do.TakeBuckets(at_position, buckets, besides):
+                    self.work.append(partial(self.gather, at_position, buckets, besides))
+                case do.Fetch(op, ids):
+                    self.work.append(partial(self.fetch, op, ids))
                 case do.Carry():
                     self.carry_out(self.protocol.handed_over(self.now))
 
@@ -185,11 +192,22 @@ class Side:
         self.drain()
         self.carry_out(self.protocol.state_page(txid, self.sessions(), True, self.now))
 
-    def sum_up(self, at: do.Position) -> None:
-        summary = Summary()
-        summary.add(self.sessions())
+    def sum_up(self, at: do.Position, besides: Ids) -> None:
+        summary, found = Summary(), self.sessions()
+        summary.add(found[~np.isin(found["id"], besides)])
         self.drain()
-        self.carry_out(self.protocol.digest_taken(at, summary.buckets, self.now))
+        self.carry_out(self.protocol.digest_taken(at, summary.buckets, summary.count, self.now))
+
+    def gather(self, at: do.Position, buckets: tuple[int, ...], besides: Ids) -> None:
+        found = self.sessions()
+        found = within(found[~np.isin(found["id"], besides)], buckets)
+        self.drain()
+        self.carry_out(self.protocol.buckets_taken(at, buckets, found, self.now))
+
+    def fetch(self, op: int, ids: Ids) -> None:
+        found = self.sessions()
+        self.drain()
+        self.carry_out(self.protocol.fetched(op, found[np.isin(found["id"], ids)], self.now))
 
     def plane(self) -> None:
         if self.work:
@@ -320,7 +338,10 @@ def seeds() -> list[bytes]:
         [*ready, step(InstallEntries(1, records(4, 8))), plane, step(UpdateEntries(records(2))), plane,
          step(DeleteEntries(2, records(2))), plane],
         [*ready, step(InstallEntries(1, contradicting(3))), plane, step(NextHopsKnown(hops)), plane],
-        [*ready, bytes((TIME, 8)), plane, step(Digest(0, np.zeros(256, np.uint64))), plane, step(HandOver())],
+        [*ready, bytes((TIME, 8)), plane, step(Digest(0, np.zeros(256, np.uint64))), plane * 2, step(HandOver())],
+        [*ready, step(InstallComplete(1)), bytes((TIME, 8)), plane, step(BucketEntries(1, tuple(range(256)))), plane * 3],
+        [*ready, step(InstallEntries(3, records(4, 8))), plane, step(WantEntries(records(9)["id"])), plane * 2,
+         step(Resync(1, 1)), plane],
         [hello, plane, step(InitState(9, 0, False, records(2))), step(InitState(9, 1, True, contradicting(2))),
          plane * 2, step(Ready(1, records(1)["id"])), plane * 2, opened, bytes((RECONNECT,)), *ready],
         [hello, step(Error(2, "no")), bytes((RECONNECT,)), *ready, bytes((ELSE, 0, ELSE, 1))],

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from nat_control.client import Client
 from nat_control.lab import Lab, until
 from nat_control.lab_stream import Record
 from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
@@ -97,6 +98,19 @@ def test_kill_under_traffic_and_return(net: PairLab) -> None:
     passes(net)
     assert net.server.alive
     assert net.agent.alive
+
+
+def test_both_prove_that_they_hold_the_same(net: PairLab) -> None:
+    net.start_server()
+    net.carrier("server")
+    passes(net)
+    for name in ("server", "agent"):
+        peer = Client(net.lab.directory / f"{name}.sock").peer()
+        assert peer["verified"] is True
+        assert peer["digest"]["equal"] is True
+        assert peer["digest"]["ours"] == peer["digest"]["theirs"] >= 1
+        assert (peer["refused"], peer["differed"]) == ([], [])
+        assert peer["messages"]["sent"]["Hello"] == 1
 
 
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGTERM])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nat_control.dataplane import NO_RECORDS, Changes, Records
+from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Records
 from nat_control.sync.actions import (
     MAX_OUTSTANDING,
     Action,
@@ -32,6 +32,7 @@ from nat_control.sync.actions import (
 from nat_control.sync.codec import (
     BUCKETS,
     MAX_RECORDS,
+    BucketEntries,
     Bye,
     DeleteComplete,
     DeleteEntries,
@@ -44,7 +45,9 @@ from nat_control.sync.codec import (
     Message,
     PoolRange,
     Ready,
+    Resync,
     UpdateEntries,
+    WantEntries,
 )
 from nat_control.sync.protocol import CONNECTED, INPUT_OF, TABLE, Protocol
 from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, FLAG_OFFLOAD, FLAG_PENDING, RECORD
@@ -63,6 +66,9 @@ MESSAGES: list[Message] = [
     Digest(0, np.zeros(BUCKETS, np.uint64)),
     Error(1, "no"),
     Bye(),
+    BucketEntries(0),
+    WantEntries(NO_IDS),
+    Resync(1, 1),
 ]
 
 
@@ -147,11 +153,11 @@ def test_ownership_goes_by_the_id() -> None:
             sessions(1, instance=2, first=2, flags=FLAG_PENDING | FLAG_OFFLOAD),
         ]
     )
-    (install,) = only(Install, p.received(EPOCH, InstallEntries(3, both), 1.0))
+    (install,) = only(Install, p.received(EPOCH, InstallEntries(1, both), 1.0))
     assert list(install.records["flags"]) == [FLAG_INBOUND, FLAG_FOREIGN]
     (answer,) = sent(p.plane_done(install.op, 1.0))
     assert isinstance(answer, InstallComplete)
-    assert answer.txid == 3
+    assert answer.txid == 1
 
 
 def test_what_the_peer_refuses_stays_ours() -> None:
@@ -235,8 +241,8 @@ def test_changes_of_the_exchange_follow_it() -> None:
 def test_updates_and_deletes_reach_the_plane() -> None:
     p = machine(State.OPERATIONAL)
     assert only(Update, p.received(EPOCH, UpdateEntries(sessions(1, instance=2)), 1.0))
-    (delete,) = only(Delete, p.received(EPOCH, DeleteEntries(4, sessions(1, instance=2)), 1.0))
-    assert sent(p.plane_done(delete.op, 1.0)) == [DeleteComplete(4)]
+    (delete,) = only(Delete, p.received(EPOCH, DeleteEntries(1, sessions(1, instance=2)), 1.0))
+    assert sent(p.plane_done(delete.op, 1.0)) == [DeleteComplete(1)]
     assert sent(p.plane_done(delete.op, 1.0)) == []
 
 
@@ -335,7 +341,7 @@ def test_ready_answers_a_whole_state() -> None:
 def test_a_peer_that_floods_is_refused() -> None:
     p = machine(State.OPERATIONAL)
     for i in range(3 * MAX_OUTSTANDING):
-        actions = p.received(EPOCH, InstallEntries(i, sessions(1, instance=2, first=i + 1)), 1.0)
+        actions = p.received(EPOCH, InstallEntries(i + 1, sessions(1, instance=2, first=i + 1)), 1.0)
         if p.state is State.FAILED:
             refused(actions, ErrorCode.PROTOCOL)
             return
@@ -416,7 +422,7 @@ def test_answers_for_an_earlier_connection_change_nothing(state: State) -> None:
     at = only(TakeDigest, machine(State.OPERATIONAL).tick(100.0))[0].at
     assert p.state_page(12345, sessions(1), True, 1.0) == []
     assert p.plane_done(12345, 1.0) == []
-    assert p.digest_taken(at, np.zeros(BUCKETS, np.uint64), 1.0) == []
+    assert p.digest_taken(at, np.zeros(BUCKETS, np.uint64), 0, 1.0) == []
 
 
 # -- the digest -------------------------------------------------------------------------------------------
@@ -426,13 +432,13 @@ def test_digests_are_compared_at_rest() -> None:
     p = machine(State.OPERATIONAL)
     (wanted,) = only(TakeDigest, p.tick(100.0))
     buckets = np.arange(BUCKETS, dtype=np.uint64)
-    (mine,) = sent(p.digest_taken(wanted.at, buckets, 100.0))
+    (mine,) = sent(p.digest_taken(wanted.at, buckets, 0, 100.0))
     assert isinstance(mine, Digest)
     assert mine.position == 0
     (wanted,) = only(TakeDigest, p.received(EPOCH, Digest(0, buckets), 101.0))
     other = buckets.copy()
     other[7] += 1
-    assert p.digest_taken(wanted.at, other, 101.0) == [DigestCompared((7,))]
+    assert p.digest_taken(wanted.at, other, 0, 101.0)[:1] == [DigestCompared((7,))]
 
 
 def test_a_digest_that_is_overtaken_is_dropped() -> None:
@@ -440,7 +446,7 @@ def test_a_digest_that_is_overtaken_is_dropped() -> None:
     buckets = np.zeros(BUCKETS, np.uint64)
     (wanted,) = only(TakeDigest, p.received(EPOCH, Digest(0, buckets), 1.0))
     p.events(Changes(opened=sessions(1), closed=sessions(1)), 1.0)
-    assert p.digest_taken(wanted.at, buckets, 1.0) == []
+    assert p.digest_taken(wanted.at, buckets, 0, 1.0) == []
     assert p.received(EPOCH, Digest(5, buckets), 1.0) == []
 
 

@@ -31,10 +31,14 @@ def test_a_pair_over_tcp(tls: bool) -> None:
             timeout=90,
         )
     found = json.loads(printed.splitlines()[-1])
+    assert [0, "here"] in found["differed"]
     assert found == {
         "exchanged": True,
         "held_at_first": 2000,
         "followed": True,
+        "proven": [True, True, True],
+        "differed": found["differed"],
+        "ended": True,
         "survivor_owns_all": True,
         "returned": True,
         "untouched": True,
