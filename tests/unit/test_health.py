@@ -110,6 +110,7 @@ def test_a_pair_says_why_it_does_not_protect() -> None:
     made._takes_key, made._bell, made._notice = False, None, told.append
     made.transport = SimpleNamespace(fileno=lambda: None)  # type: ignore[assignment]
     made.watch = SimpleNamespace(watch_tcp=lambda _: None)  # type: ignore[assignment]
+    made.view = SimpleNamespace(notice=lambda _: None)  # type: ignore[assignment]
 
     def seen(action: do.Action) -> list[str]:
         if isinstance(action, do.StateChanged):
