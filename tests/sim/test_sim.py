@@ -46,7 +46,14 @@ def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         simulate(seed)
     # What comes too late or too early has tests of its own.
     connected = {State.HANDSHAKE, State.EXCHANGING, State.OPERATIONAL}
-    late = {Input.STATE_PAGE, Input.PLANE_DONE, Input.DIGEST_TAKEN, Input.HANDED_OVER}
+    late = {
+        Input.STATE_PAGE,
+        Input.PLANE_DONE,
+        Input.DIGEST_TAKEN,
+        Input.BUCKETS_TAKEN,
+        Input.FETCHED,
+        Input.HANDED_OVER,
+    }
     wanted = {
         row
         for row in TABLE
@@ -63,6 +70,8 @@ def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         (State.FAILED, Input.DISCONNECTED),
         (State.OPERATIONAL, Input.PLANE_DONE),
         (State.OPERATIONAL, Input.DIGEST_TAKEN),
+        (State.OPERATIONAL, Input.BUCKETS_TAKEN),
+        (State.OPERATIONAL, Input.FETCHED),
         (State.OPERATIONAL, Input.HANDED_OVER),
     } <= reached
 
