@@ -72,7 +72,10 @@ def test_what_af_xdps_libraries_say_is_for_the_error(tmp_path: Path) -> None:
 
 def test_a_worker_needs_its_cpu(tmp_path: Path) -> None:
     said = process.run(process.no_such_cpu, str(tmp_path))
-    assert said == "cannot start a worker on CPU 1000: there is no such CPU, or this process may not use it"
+    assert (
+        said
+        == "cannot start a worker on CPU 1000 (workers.cores): there is no such CPU, or this process may not use it"
+    )
 
 
 def test_what_a_device_tells(tmp_path: Path) -> None:
