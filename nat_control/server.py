@@ -29,7 +29,7 @@ from nat_control.reload import Reload
 from nat_control.sync import actions as do
 from nat_fastpath import cores, engine
 from nat_fastpath.core_config import CoreConfig
-from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Workers, repair
+from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Workers, WorkerStuck, repair
 from nat_fastpath.watch import hold_memory
 
 WORKER_TROUBLE = ("outbox_no_buffer", "fragment_no_buffer", "handoff_dropped")
@@ -167,7 +167,7 @@ class Server:
             wake_fd=wake_fd,
         )
         self.workers.start()
-        undo.callback(self.workers.stop)
+        undo.callback(self._stop_workers)
         self.worker_stats = self.workers.stats()
         self.stalled = [False] * len(self.worker_stats)
         self.links = [True] * len(self.ports)
@@ -213,6 +213,14 @@ class Server:
             wake_fd=wake_fd,
             hang_up=self.reload.hang_up,
         )
+
+    def _stop_workers(self) -> None:
+        try:
+            self.workers.stop()
+        except WorkerStuck as error:
+            # nothing under its feet may be closed, so we end as by a kill -9, which the next start is made for
+            say(f"{error}; we end without it, and the next start puts back what was changed on interfaces")
+            os._exit(1)
 
     def run(self) -> None:
         asyncio.run(self._run())

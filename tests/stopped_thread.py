@@ -25,8 +25,11 @@ def stopped_thread(pid: int, name: str) -> Iterator[None]:
         os.waitpid(found[0], WALL)
         yield
     finally:
-        with contextlib.suppress(OSError):  # the process may have ended
+        try:
             _ptrace(PTRACE_DETACH, found[0])
+        except OSError:  # the process has ended, and is not gone before this is taken note of
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(found[0], WALL)
 
 
 def _ptrace(request: int, thread: int) -> None:

@@ -13,7 +13,7 @@ except ImportError as error:
 
 from nat_fastpath.dpdk.binding import DpdkError, Eal, Link, Mempool, Port, PortInfo, ports
 from nat_fastpath.dpdk.kernel_interface import InterfaceError, repair
-from nat_fastpath.dpdk.worker import Worker, Workers
+from nat_fastpath.dpdk.worker import Worker, Workers, WorkerStuck
 
 __all__ = [
     "DpdkError",
@@ -24,6 +24,7 @@ __all__ = [
     "Port",
     "PortInfo",
     "Worker",
+    "WorkerStuck",
     "Workers",
     "ports",
     "repair",

@@ -109,7 +109,7 @@ ffibuilder.cdef(
             fragment_no_buffer, handed_off, handoff_received, handoff_dropped, arp_copies, tx_passed;
         uint64_t tx_dropped[...], checksums_filled[...]; };
     struct workers *workers_start(const struct workers_config *config, char *error, size_t error_size);
-    void workers_stop(struct workers *workers);
+    bool workers_stop(struct workers *workers, unsigned patience_s);
     const uint64_t *worker_loops(const struct workers *workers, unsigned i);
     void worker_read_stats(const struct workers *workers, unsigned i, struct worker_stats *out);
     """

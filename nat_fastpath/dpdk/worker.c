@@ -557,12 +557,17 @@ struct workers *workers_start(const struct workers_config *config, char *error, 
     return NULL;
 }
 
-void workers_stop(struct workers *all)
+bool workers_stop(struct workers *all, unsigned patience_s)
 {
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += patience_s;
     atomic_store(&all->stop, true);
     for (unsigned i = 0; i < all->config.n; i++)
-        pthread_join(all->worker[i].thread, NULL);
+        if (pthread_clockjoin_np(all->worker[i].thread, NULL, CLOCK_MONOTONIC, &until) != 0)
+            return false;
     workers_free(all);
+    return true;
 }
 
 const uint64_t *worker_loops(const struct workers *workers, unsigned i)

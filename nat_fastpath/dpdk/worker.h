@@ -55,8 +55,9 @@ struct workers;
 
 /* Starts the threads. NULL and a line in `error` when that is impossible. */
 struct workers *workers_start(const struct workers_config *config, char *error, size_t error_size);
-/* Ends the threads, gives held packets up, frees the workers. The cores belong to the caller again. */
-void workers_stop(struct workers *workers);
+/* Ends the threads, gives held packets up, frees the workers. The cores belong to the caller again. False:
+ * one has not ended in so long, and nothing is freed; nothing that it uses may be closed then. */
+bool workers_stop(struct workers *workers, unsigned patience_s);
 /* The counter that every turn of one's loop advances; it lives as long as the workers. */
 const uint64_t *worker_loops(const struct workers *workers, unsigned i);
 void worker_read_stats(const struct workers *workers, unsigned i, struct worker_stats *out);

@@ -9,8 +9,13 @@ from nat_fastpath.dpdk._dpdk import ffi, lib
 from nat_fastpath.dpdk.binding import DpdkError, Mempool, Port
 from nat_fastpath.engine import Core
 
+STOP_PATIENCE = 5  # seconds
 IDLE_MODES = ("adaptive", "busy")
 SIDES = {"internal": 0, "external": 1}
+
+
+class WorkerStuck(DpdkError):
+    """A worker's thread does not end."""
 
 
 class Workers:
@@ -91,10 +96,16 @@ class Workers:
                     core.detach()
 
     def stop(self) -> None:
-        """Ends the threads and waits for them; held packets are given up. The cores are the caller's again."""
+        """Ends the threads and waits for them; held packets are given up. The cores are the caller's again.
+
+        Raises WorkerStuck when one does not end: it may go on at any moment, so nothing that it uses may be closed.
+        """
         if self.running:
             workers, self._workers = self._workers, ffi.NULL
-            lib.workers_stop(workers)
+            if not lib.workers_stop(workers, STOP_PATIENCE):
+                raise WorkerStuck(
+                    f"a worker has not ended in {STOP_PATIENCE} seconds: it is stopped, or stuck in a driver"
+                )
             for core in self._cores:
                 core.detach()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from ipaddress import IPv4Address
@@ -274,7 +275,12 @@ def test_one_worker_that_stands_still_is_named(bare: TwoWorkers) -> None:
         assert len(status["degraded"]) == 1
         assert [one["stalled"] for one in status["workers"]] == [False, True]
         assert "STALLED" in bare.show("status")
-    assert bare.server.alive
+        bare.server.signal(signal.SIGTERM)
+        until("it ends without its thread", lambda: "we end without it" in bare.server.output, 20)
+    assert bare.server.wait(10) == 1
+    assert "a worker has not ended in 5 seconds" in bare.server.output
+    bare.begin(bare.write())
+    assert "repaired: " in bare.server.output, "and the next start puts back what this one could not"
 
 
 # -- a pair ------------------------------------------------------------------------------------------------
