@@ -62,7 +62,7 @@ int gettimeofday(struct timeval *restrict t, void *restrict zone)
 @pytest.fixture
 def net() -> Iterator[Changing]:
     with Lab() as lab:
-        yield Changing(lab)
+        yield Changing(lab, 1)
 
 
 def ping(net: Changing, address: str = ROUTER) -> bool:
