@@ -99,6 +99,7 @@ class Eal:
 
     def close(self) -> None:
         """Gives all of DPDK's resources back; nothing of DPDK may be used afterwards."""
+        lib.gate_end()
         lib.rte_eal_cleanup()
 
 

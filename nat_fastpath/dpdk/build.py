@@ -87,6 +87,7 @@ ffibuilder.cdef(
     int spread_fill(uint16_t port_id, int side, unsigned n);
 
     int gate_start(void);
+    void gate_end(void);
     void gate_shut(void);
     void gate_open(void);
 

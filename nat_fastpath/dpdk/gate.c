@@ -14,9 +14,11 @@
 #include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 /* what makes an interrupt of one's own is marked so in DPDK 22.11, and has stayed as it was */
@@ -30,7 +32,8 @@
 
 static pthread_rwlock_t gate =
     PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP; /* a busy worker is no excuse */
-static sem_t first;
+static sem_t first, parked;
+static atomic_bool ending;
 static int recall = -1; /* the eventfd of our interrupt */
 
 bool gate_enter(void)
@@ -83,6 +86,11 @@ static int interrupts(void)
 static void keep_interrupt_thread(void *is_shut)
 {
     eventfd_t value;
+    if (atomic_load(&ending)) {
+        sem_post(&parked);
+        for (;;)
+            pause();
+    }
     eventfd_read(recall, &value);
     if (*(bool *)is_shut)
         gate_open();
@@ -101,6 +109,7 @@ int gate_start(void)
     if (recall >= 0)
         return 0;
     sem_init(&first, 0, 0);
+    sem_init(&parked, 0, 0);
     struct rte_intr_handle *handle = rte_intr_instance_alloc(RTE_INTR_INSTANCE_F_PRIVATE);
     recall = eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK);
     int rc = -ENOMEM;
@@ -116,4 +125,17 @@ int gate_start(void)
         recall = -1;
     }
     return rc;
+}
+
+void gate_end(void)
+{
+    struct timespec until;
+    if (recall < 0)
+        return;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += 1;
+    atomic_store(&ending, true);
+    eventfd_write(recall, 1);
+    while (sem_timedwait(&parked, &until) != 0 && errno == EINTR)
+        ;
 }

@@ -80,6 +80,8 @@ bool thread_start(pthread_t *thread, void *(*run)(void *), void *argument, int c
  */
 /* Once, before the first such device is opened; a negative errno when DPDK does not take it. */
 int gate_start(void);
+/* Keeps the interrupt thread from now on: it would look at memory that rte_eal_cleanup has unmapped. */
+void gate_end(void);
 /* Around a burst on such a device. False, at once, while it is shut. */
 bool gate_enter(void);
 void gate_leave(void);
