@@ -32,9 +32,8 @@ def start_epoch() -> int:
     return int(time.time()) & 0xFFFFF
 
 
-_early: list[
-    int
-] = []  # signals that came before there was somebody to hear them; they are the process's, so is this
+# Signals that came before there was somebody to hear them; they are the process's, so is this.
+_early: list[int] = []
 
 
 @contextlib.contextmanager

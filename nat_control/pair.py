@@ -21,7 +21,7 @@ from nat_control.sync.actions import Limits, Mode, State
 from nat_control.sync.codec import PoolRange
 from nat_control.sync.protocol import Protocol
 from nat_control.sync.transport import Transport
-from nat_control.tls import TlsError, context
+from nat_control.tls import TlsError, context, reason
 from nat_fastpath.engine import FLAG_FOREIGN
 from nat_fastpath.watch import Watch
 
@@ -71,8 +71,7 @@ class PairError(Exception):
 def unusable(where: str, error: OSError, who: str = "another instance") -> str:
     """Why an address cannot be listened at, in one line; ``who`` perhaps does already."""
     hint = f": does {who} listen there?" if error.errno == errno.EADDRINUSE else ""
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return f"{where}: {reason}{hint}"
+    return f"{where}: {reason(error)}{hint}"
 
 
 class Pair:

@@ -6,6 +6,7 @@ Names in certificates mean nothing here, so the authority must be the pair's: ce
 
 from __future__ import annotations
 
+import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,10 @@ def _no_passphrase() -> str:
     raise TlsError
 
 
-def reason(error: ssl.SSLError) -> str:
-    """Why two ends do not come together, without OpenSSL's own words around it."""
+def reason(error: OSError) -> str:
+    """Why two ends do not come together, without OpenSSL's or asyncio's own words around it."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the peer's certificate is refused: {error.verify_message}"
-    return f"TLS: {(error.reason or str(error)).lower().replace('_', ' ')}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or str(error)).lower().replace('_', ' ')}"
+    return os.strerror(error.errno) if error.errno else str(error)

@@ -97,7 +97,7 @@ class Cores:
 
     @property
     def config(self) -> CoreConfig:
-        """Of the whole, in force now."""
+        """Of the whole, in force now; what is divided is as it was at the start."""
         whole = {name: getattr(self._whole, name) for name in DIVIDED}
         return replace(self.cores[0].config, slice=None, **whole)
 

@@ -405,26 +405,24 @@ def memory_for(config):
     return _Configuration(config).memory()
 
 
-def slice_of_hosts(addresses, unsigned n):
-    """The slice of each inside address, of ``n``; shape of ``addresses``, uint8."""
-    found = np.empty(np.shape(addresses), np.uint8)
-    cdef const uint32_t[::1] given = np.ascontiguousarray(addresses, np.uint32).reshape(-1)
+cdef _slices(given, unsigned n, bint of_ports):
+    found = np.empty(np.shape(given), np.uint8)
+    cdef const uint32_t[::1] values = given.astype(np.uint32).reshape(-1)
     cdef uint8_t[::1] out = found.reshape(-1)
     cdef Py_ssize_t i
-    for i in range(given.shape[0]):
-        out[i] = slice_of_host(given[i], n)
+    for i in range(values.shape[0]):
+        out[i] = slice_of_port(<uint16_t>values[i], n) if of_ports else slice_of_host(values[i], n)
     return found
+
+
+def slice_of_hosts(addresses, unsigned n):
+    """The slice of each inside address, of ``n``; shape of ``addresses``, uint8."""
+    return _slices(np.asarray(addresses, np.uint32), n, False)
 
 
 def slice_of_ports(ports, unsigned n):
     """The slice of each external port, of ``n``; shape of ``ports``, uint8."""
-    found = np.empty(np.shape(ports), np.uint8)
-    cdef const uint16_t[::1] given = np.ascontiguousarray(ports, np.uint16).reshape(-1)
-    cdef uint8_t[::1] out = found.reshape(-1)
-    cdef Py_ssize_t i
-    for i in range(given.shape[0]):
-        out[i] = slice_of_port(given[i], n)
-    return found
+    return _slices(np.asarray(ports, np.uint16), n, True)
 
 
 def slice_of(frame, side, n_slices):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import ssl
 from collections import deque
@@ -209,9 +208,7 @@ class Transport:
             pause = min(2 * pause, BACKOFF[1])
 
     def _not_reached(self, error: OSError) -> None:
-        why = reason(error) if isinstance(error, ssl.SSLError) else os.strerror(error.errno or 0)
-        if error.errno is None and not isinstance(error, ssl.SSLError):
-            why = str(error)
+        why = reason(error)
         if why != self._unreachable:
             self._unreachable = why
             self._notice(do.Unreachable(why))
@@ -232,7 +229,7 @@ class Transport:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(writer.wait_closed(), GOODBYE)
         except OSError as error:
-            why = reason(error) if isinstance(error, ssl.SSLError) else error.strerror or str(error)
+            why = reason(error)
         finally:
             writer.transport.abort()
             if self._paging is not None:

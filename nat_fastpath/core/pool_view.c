@@ -117,14 +117,6 @@ static void view_free(struct pool_view *view)
     memset(view, 0, sizeof *view);
 }
 
-static bool is_in(const struct pool_view *view, uint32_t address)
-{
-    for (unsigned i = 0; i < view->n_ranges; i++)
-        if (address >= view->ranges[i].config.first && address <= view->ranges[i].config.last)
-            return true;
-    return false;
-}
-
 /* The block of an address that may have left the pool a moment ago; POOL_NONE: it has none. */
 static uint32_t known_block(const struct port_pool *pool, uint32_t address)
 {
@@ -317,7 +309,7 @@ struct pool_change *port_pool_prepare(const struct port_pool *pool, const struct
     }
     for (uint32_t i = 0; i < before->n_blocks; i++) {
         view->blocks[i] = before->blocks[i];
-        if (view->blocks[i] && !is_in(view, view->blocks[i]->address))
+        if (view->blocks[i] && !pool_range_of(view, view->blocks[i]->address))
             change->leaving[change->n_leaving++] = i;
         else if (view->blocks[i] && view->blocks[i]->gone)
             change->coming[change->n_coming++] = i;

@@ -5,9 +5,8 @@
 
 /* --- where things lie -------------------------------------------------------------------------------- */
 
-static const struct pool_range *range_of(const struct port_pool *pool, uint32_t address)
+const struct pool_range *pool_range_of(const struct pool_view *view, uint32_t address)
 {
-    const struct pool_view *view = &pool->view;
     unsigned low = 0, high = view->n_ranges;
     while (low < high) {
         unsigned middle = (low + high) / 2;
@@ -21,7 +20,7 @@ static const struct pool_range *range_of(const struct port_pool *pool, uint32_t 
 
 uint32_t pool_block_of(const struct port_pool *pool, uint32_t address)
 {
-    const struct pool_range *range = range_of(pool, address);
+    const struct pool_range *range = pool_range_of(&pool->view, address);
     return range ? pool->view.block_at[range->at + (address - range->config.first)] : POOL_NONE;
 }
 
@@ -50,7 +49,7 @@ static uint32_t port_at(const struct port_pool *pool, uint32_t position)
 
 uint32_t pool_slot(const struct port_pool *pool, uint32_t address, uint8_t protocol, uint16_t port)
 {
-    const struct pool_range *range = range_of(pool, address);
+    const struct pool_range *range = pool_range_of(&pool->view, address);
     const struct port_order *order = order_of(pool, slice_of_port(port, pool->n_slices));
     if (!range || !order || port < range->config.port_first || port > range->config.port_last)
         return POOL_NONE;
@@ -91,13 +90,13 @@ static bool hands_out(const struct pool_range *range, uint32_t port)
 
 static bool is_ours(const struct port_pool *pool, const struct place *at)
 {
-    const struct pool_range *range = range_of(pool, at->block->address);
+    const struct pool_range *range = pool_range_of(&pool->view, at->block->address);
     return range && hands_out(range, port_at(pool, at->position));
 }
 
 bool pool_is_open(const struct port_pool *pool, uint32_t block)
 {
-    const struct pool_range *range = range_of(pool, pool_address(pool, block));
+    const struct pool_range *range = pool_range_of(&pool->view, pool_address(pool, block));
     return range && range->n_own;
 }
 
@@ -235,7 +234,7 @@ int pool_take(struct port_pool *pool, uint32_t number, unsigned slice, uint8_t p
 {
     unsigned p = pool_protocol(protocol);
     const struct port_order *order = order_of(pool, slice);
-    const struct pool_range *range = range_of(pool, pool_address(pool, number));
+    const struct pool_range *range = pool_range_of(&pool->view, pool_address(pool, number));
     if (!range || !range->n_own || !order)
         return POOL_EXHAUSTED;
     struct pool_block *block = pool->view.blocks[number];
@@ -299,7 +298,7 @@ uint32_t pool_usable_block(const struct port_pool *pool, uint8_t protocol, uint3
 uint32_t pool_free_ports(const struct port_pool *pool, uint32_t number, unsigned slice, uint8_t protocol)
 {
     const struct port_order *order = order_of(pool, slice);
-    const struct pool_range *range = range_of(pool, pool_address(pool, number));
+    const struct pool_range *range = pool_range_of(&pool->view, pool_address(pool, number));
     uint32_t n = 0, first, last;
     for (unsigned i = 0; range && order && i < range->n_own; i++)
         for (uint32_t odd = 0; odd < 2; odd++)

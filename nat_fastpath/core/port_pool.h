@@ -101,6 +101,8 @@ void port_pool_change_free(struct pool_change *change);
 /* Mappings on an address. */
 uint32_t port_pool_live(const struct port_pool *pool, uint32_t address);
 
+/* NULL: the address is in none. */
+const struct pool_range *pool_range_of(const struct pool_view *view, uint32_t address);
 /* Number of an address's block, POOL_NONE when it is not in the pool. */
 uint32_t pool_block_of(const struct port_pool *pool, uint32_t address);
 /* That of the one with this place in the order of addresses. */
