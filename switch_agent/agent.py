@@ -37,22 +37,17 @@ from nat_control.loop import (
     start_epoch,
 )
 from nat_control.pair import ACTIVITY_PERIOD, Pair, PairError, unusable
-from nat_control.peer import line_of, no_peer
+from nat_control.peer import no_peer
 from nat_control.reload import Reload
-from nat_control.sync import actions as do
-from nat_control.sync.actions import State
 from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result
-from switch_agent import ovs_control
+from switch_agent.carrier import Carrier
 from switch_agent.channel import Channel, ChannelLost
-from switch_agent.codec import Lost, PacketIn, PortDescription, PortStatus, Ready
+from switch_agent.codec import Lost, PacketIn, PortStatus, Ready
 from switch_agent.nexthops import NextHops, Route, key
-from switch_agent.pipeline import Kind, Pipeline, Side
+from switch_agent.pipeline import Pipeline, Side
 from switch_agent.plane import OpenFlowDataPlane, SwitchError
 
 STEP = 0.005  # seconds between two looks at the core: ARP, ageing, events
-DRAIN = 0.03  # seconds that the server has to send what it has, at a planned hand-over
-GRACE = 0.25  # seconds at least that the server of an earlier agent has to show that it lives
-BUSY = 10.0  # seconds after which a return no longer waits for a moment without new sessions, to compare digests in
 EARLY = 1024  # frames that wait until what an earlier agent has left is known
 GONE = 1  # OFPPR_DELETE
 
@@ -150,16 +145,30 @@ class Agent:
             max_flows=config.switch.max_flows,
             report=say,
         )
+        self.counts: Counter[str] = Counter()
+        self._macs: dict[int, int] = {}
+        self._early: list[tuple[int, bytes]] = []  # frames from before all sessions were known
+        self._work: asyncio.Queue[Callable[[], Awaitable[object]]] = asyncio.Queue()
+        self.carrier = Carrier(
+            config,
+            self.plane,
+            self.takeover_channel,
+            later=self._work.put_nowait,
+            announce=self.core.announce,
+            prepared=self._macs.clear,
+            known=self._all_known,
+            say=say,
+        )
         self.live = Live(self.core, [port.name for port in config.ports])
         self.pair: Pair | None = None
         if config.peer and config.peer.mode != "off":
-            self.pair = Pair(
+            self.pair = self.carrier.pair = Pair(
                 config,
                 self.plane,
                 epoch=self.epoch,
                 clock=monotonic,
                 drain=self._drain,
-                notice=self._notice,
+                notice=self.carrier.notice,
             )
         self.reload = Reload(
             config,
@@ -179,22 +188,6 @@ class Agent:
             step=STEP,
             hang_up=self.reload.hang_up,
         )
-        self.ready = False  # the switch is connected and prepared
-        self.forwarding = False  # the server carries
-        self.counts: Counter[str] = Counter()
-        self.last_takeover: dict[str, Any] = {}
-        self._macs: dict[int, int] = {}
-        self._work: asyncio.Queue[Callable[[], Awaitable[object]]] = asyncio.Queue()
-        self._returning = False
-        self._kept = False  # the peer has handed the traffic over, and does not want it back
-        self._reconciled = False  # rules and sessions were compared since the peer came
-        self._down: dict[int, str] = {}  # ports to the server without a link, and their names
-        self._settled = asyncio.Event()  # the switch was prepared once
-        # Which sessions an earlier agent has left: its rules were read, or the peer has told us of all there are. Until
-        # then no packet opens a session, and no rule is taken for a stranger's.
-        self._known = False
-        self._differ = False  # the last digests did
-        self._early: list[tuple[int, bytes]] = []
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -217,10 +210,15 @@ class Agent:
                 f"tandem-nat {version('tandem-nat')}: instance {self.config.instance}, waiting for switch "
                 f"{self.config.switch.datapath_id:016x} at {self.config.switch.openflow}"
             )
-            tasks = [self._switch_events(), self._takeover_events(), self._packets(), self._operations()]
+            tasks = [
+                self._switch_events(),
+                self.carrier.takeover_events(),
+                self._packets(),
+                self._operations(),
+            ]
             tasks.append(self._activity())
             if self.pair is not None:
-                asyncio.get_running_loop().add_reader(self.pair.watch.eventfd, self._fired)
+                asyncio.get_running_loop().add_reader(self.pair.watch.eventfd, self.carrier.fired)
                 tasks.append(self._pair(self.pair))
             running = [asyncio.ensure_future(task) for task in tasks]
             loop = asyncio.ensure_future(self.loop.run(ready=lambda: say("ready")))
@@ -243,7 +241,7 @@ class Agent:
 
     async def _pair(self, pair: Pair) -> None:
         """Not before the switch is known: a peer that heard of no sessions would open others on their ports."""
-        await self._settled.wait()
+        await self.carrier.settled.wait()
         await pair.run()
 
     def _reloaded(self, config: Config) -> None:
@@ -251,7 +249,7 @@ class Agent:
 
     def _every_second(self) -> None:
         states = states_of(self.core) | state_of(self.pair)
-        if not self.ready:
+        if not self.carrier.ready:
             states["switch"] = "the switch is not connected, or not prepared"
         refused = {
             f"refused_{name}": n for name, n in self.plane.refused.items() if f"refused_{name}" in RISING
@@ -289,7 +287,9 @@ class Agent:
     def _send_held(self) -> None:
         for result in self.core.take():
             self._send(result)
-        if not self.forwarding:  # what we asked while the server carries would be dropped, and answered to it
+        if (
+            not self.carrier.forwarding
+        ):  # what we asked while the server carries would be dropped, and answered to it
             for port, frame in self.core.outbox():
                 self.plane.packet_out(frame, port)
 
@@ -302,7 +302,7 @@ class Agent:
                     break
             self._send_held()
             turn += 1
-            if self.ready and turn % 20 == 0:
+            if self.carrier.ready and turn % 20 == 0:
                 await self._tell_next_hops()
             await asyncio.sleep(STEP)
 
@@ -328,7 +328,7 @@ class Agent:
         """While the switch carries, only its counters tell which sessions live."""
         while True:
             await (self.pair.activity_pause() if self.pair else asyncio.sleep(ACTIVITY_PERIOD))
-            if self.ready and not self.forwarding:
+            if self.carrier.ready and not self.carrier.forwarding:
                 self._work.put_nowait(self._refresh)
 
     async def _refresh(self) -> None:
@@ -348,19 +348,21 @@ class Agent:
                         frames.append(arrived)
                 elif isinstance(event, Ready):
                     say(f"switch {event.datapath_id:016x} is connected")
-                    self._down.clear()
-                    for port in event.ports:
-                        self._link(port, port.up)
-                    self._work.put_nowait(self._prepare)
+                    self.carrier.connected(event)
                 elif isinstance(event, PortStatus):
-                    self._link(event.port, event.port.up and event.reason != GONE)
+                    self.carrier.link(event.port, event.port.up and event.reason != GONE)
                 elif isinstance(event, Lost):
                     say(f"the switch is lost: {event.reason}")
-                    self.ready = False
-            if not self._known:
+                    self.carrier.lost()
+            if not self.carrier.known:
                 self._early += frames[: EARLY - len(self._early)]
             elif frames:
                 self._arrived(frames)
+
+    def _all_known(self) -> None:
+        early, self._early = self._early, []
+        if early:
+            self._arrived(early)
 
     def _arrived(self, frames: list[tuple[int, bytes]]) -> None:
         self.counts["packet_ins"] += len(frames)
@@ -368,188 +370,6 @@ class Agent:
             self._send(result)
         self._send_held()
         self.loop.drain()
-
-    async def _prepare(self) -> None:
-        try:
-            await self.plane.prepare()
-            self._macs.clear()
-            self.forwarding = await self.plane.forwards()
-            if not self.forwarding:
-                await self._recover()
-            if self._known:
-                await self._reconcile()
-        except (ChannelLost, SwitchError) as error:
-            say(f"the switch cannot be prepared: {error}")
-            return
-        self.ready = True
-        self._settled.set()
-        say("the switch is ready")
-        self.core.announce()
-        self._arm()
-        self._look_at_links()
-        if self.forwarding:
-            beat = self.config.heartbeat
-            grace = max(GRACE, 2 * beat.interval_ms * beat.misses / 1000) if beat else GRACE
-            asyncio.get_running_loop().call_later(grace, self._is_anybody_there)
-
-    def _is_anybody_there(self) -> None:
-        """The switch forwards to the server as an earlier agent, or connection, has left it: is it alive?"""
-        if self.pair is None or not self.pair.watch.stats()["alive"]:
-            self._work.put_nowait(partial(self._carry, "the switch forwards to a server that is not there"))
-
-    async def _recover(self) -> None:
-        """Sessions of an earlier agent, from its rules. Raises ChannelLost."""
-        if not self._known and (found := await self.plane.recover()):
-            say(f"{found} sessions are known by the rules that an earlier agent has left")
-        self._all_known()
-
-    def _all_known(self) -> None:
-        self._known = True
-        if self._early:
-            early, self._early = self._early, []
-            self._arrived(early)
-
-    def _link(self, port: PortDescription, up: bool) -> None:
-        """A server behind a port without a link carries nothing."""
-        assert self.config.switch
-        ports = self.config.switch.ports
-        if port.number not in (ports.server_internal, ports.server_external):
-            return
-        if up:
-            self._down.pop(port.number, None)
-        elif port.number not in self._down:
-            self._down[port.number] = port.name
-            self._look_at_links()
-
-    def _look_at_links(self) -> None:
-        if self.forwarding and self._down:
-            ports = ", ".join(f"{number} ({name})" for number, name in sorted(self._down.items()))
-            self._work.put_nowait(partial(self._carry, f"port {ports} is down"))
-
-    async def _reconcile(self) -> None:
-        found = await self.plane.reconcile()
-        say(f"rules: {found.right} right, {found.restored} restored, {found.deleted} deleted")
-
-    async def _takeover_events(self) -> None:
-        """The connection that only the watch writes on."""
-        while True:
-            for event in await self.takeover_channel.events():
-                if isinstance(event, Ready):
-                    self._arm()
-                elif isinstance(event, Lost) and self.pair is not None:
-                    self.pair.watch.disarm()  # its descriptor will be another one's
-
-    # -- the pair ------------------------------------------------------------------------------------------
-
-    def _arm(self) -> None:
-        """The watch may take over once the server carries and both connections stand."""
-        if self.pair is None or not (self.forwarding and self.ready and self.takeover_channel.connected):
-            return
-        self.pair.watch.arm(self.plane.prepared_takeover(), self.takeover_channel.fileno())
-
-    def _fired(self) -> None:
-        assert self.pair is not None
-        os.read(self.pair.watch.eventfd, 8)
-        reason = self.pair.watch.fired
-        if reason is None:
-            return
-        times = self.pair.watch.times
-        self.last_takeover = {"reason": reason, **times}
-        if times["written"] is not None and self.forwarding:
-            say(
-                f"the server is dead ({reason}); written {(times['written'] - (times['detected'] or 0)) / 1e3:.0f} µs later"
-            )
-        self.pair.transport.lose()
-        self._work.put_nowait(partial(self._carry, reason))  # also if the peer was not operational yet
-
-    def _notice(self, action: do.Action) -> None:
-        match action:
-            case do.StateChanged(before, after, why):
-                say(f"peer: {before.value} -> {after.value}: {why}")
-                if after is State.OPERATIONAL:
-                    self._all_known()
-                    self._differ = False
-                    asyncio.get_running_loop().call_later(BUSY, self._return_uncompared)
-                if before is State.OPERATIONAL:
-                    self._reconciled = self._kept = False
-                    self._work.put_nowait(partial(self._carry, why))
-            case do.DigestCompared(differing):
-                assert self.pair is not None
-                self._differ = bool(differing) or self.pair.protocol.apart
-                if not self._differ and not self._returning and not (self.forwarding and self._reconciled):
-                    self._returning = True
-                    self._work.put_nowait(self._give_back)
-            case do.Carry():
-                self._work.put_nowait(self._take)
-        if line := line_of(action):
-            say(line)
-
-    def _return_uncompared(self) -> None:
-        """Under steady new sessions no two digests are of the same moment; both sides have acknowledged everything."""
-        if not (self.forwarding or self._returning or self._differ):
-            self._returning = True
-            self._work.put_nowait(self._give_back)
-
-    async def _take(self) -> None:
-        """The server hands over: it goes on with what it has been sent, and hears when no more comes."""
-        assert self.pair is not None
-        if not self.ready:
-            return
-        self._kept = True
-        await self._carry("the server hands over", drain=True)
-        self.pair.transport.handed_over()
-
-    async def _carry(self, why: str, *, drain: bool = False) -> None:
-        """The switch carries. The watch may have seen to that already; then this changes nothing on it."""
-        self._returning = False
-        if not self.forwarding:
-            return
-        self.forwarding = False
-        if self.pair is not None:
-            self.pair.watch.disarm()
-        try:
-            if drain:
-                await self.plane.delete_static_peer_rules(Kind.TO_SERVER)
-                await asyncio.sleep(DRAIN)
-            await self.plane.delete_static_peer_rules()
-            await self._recover()
-        except (ChannelLost, SwitchError) as error:
-            say(f"takeover: {error}")
-        self.counts["takeovers"] += 1
-        say(f"the switch carries: {why}")
-        self.core.announce()
-
-    async def _give_back(self) -> None:
-        """Both hold the same sessions: the server carries again."""
-        assert self.pair is not None
-        self._returning = False
-        if self.pair.state is not State.OPERATIONAL or not self.ready or self._kept or self._down:
-            return
-        try:
-            await self.plane.refresh()
-            await self._reconcile()
-            self._reconciled = True
-            if self.forwarding:
-                return
-            await self.plane.install_static_peer_rules()
-        except (ChannelLost, SwitchError) as error:
-            say(f"return: {error}")
-            return
-        self.forwarding = True
-        self._arm()
-        self._look_at_links()
-        await self._purge()
-        say("the server carries")
-
-    async def _purge(self) -> None:
-        """Of an Open vSwitch that we may manage: see ovs_control."""
-        assert self.config.switch
-        if self.config.switch.ovs is None:
-            return
-        try:
-            await ovs_control.purge(self.config.switch.ovs)
-        except ovs_control.OvsError as error:
-            say(f"the switch's cache stays as it is: {error}")
 
     # -- show ----------------------------------------------------------------------------------------------
 
@@ -561,13 +381,13 @@ class Agent:
             "pid": os.getpid(),
             "uptime": round(self.loop.uptime, 3),
             "degraded": self.health.lines,
-            "switch": "ready" if self.ready else "not connected",
-            "carrier": "server" if self.forwarding else "switch",
+            "switch": "ready" if self.carrier.ready else "not connected",
+            "carrier": "server" if self.carrier.forwarding else "switch",
             "peer": self.pair.state.value if self.pair else "none",
             "offloaded": self.plane.offloaded,
             **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
-            "takeover": self.last_takeover,
-            "counts": dict(self.counts),
+            "takeover": self.carrier.last_takeover,
+            "counts": {**self.counts, "takeovers": self.carrier.takeovers},
             "refused": dict(self.plane.refused),
             "watch": self.pair.watch.stats() if self.pair else {},
         }
