@@ -69,12 +69,17 @@ class Trial:
     gaps: list[str] = field(default_factory=list)  # runs of lost packets: how many, and when (ms)
 
 
+def stream_program() -> str:
+    """The path of stream.c's program, compiled where it is not yet."""
+    return str(core.compiled("bench-stream", [SOURCE], [], FLAGS))
+
+
 class Pair:
     """The network of one case, up and with the server in front."""
 
     def __init__(self, lab: Lab, case: Case) -> None:
         self.case = case
-        self.program = str(core.compiled("bench-stream", [SOURCE], [], FLAGS))
+        self.program = stream_program()
         sessions = max(20_000, 2 * (case.flows + case.known))
         self.net = PairLab(
             lab,

@@ -8,6 +8,9 @@
  *   echo ADDRESS PORT                                      until SIGTERM: sends back what comes
  *   ask DESTINATION PORT FLOWS GAP_US FILE                 for each new flow two questions, one after the
  *                                                          other; FILE gets both round-trip times in ns
+ *   witness ADDRESS PORT                                   until SIGTERM: answers with the endpoint that it
+ * sees churn SOURCE DESTINATION PORT RATE FLOWS FILE          RATE new flows per second; then asks again in
+ * each that was answered; FILE gets a `flow` for each. "again" is said when the first round has ended
  *
  * Times are CLOCK_MONOTONIC in ns, which is one clock for all namespaces of a machine. A flow is a source
  * port; the sender writes IP headers itself, so that 50 000 of them need one socket.
@@ -32,6 +35,8 @@
 #define FIRST_PORT 10000u
 #define PORTS 50000u
 #define ANSWER_MS 2000
+#define TRIES 4               /* of churn's second round: a packet may be lost, a session not */
+#define WAIT_NS 1000000000ull /* for answers, after each of them */
 
 struct payload {
     uint64_t sequence, sent_ns;
@@ -46,6 +51,19 @@ struct packet {
     struct udphdr udp;
     struct payload payload;
 } __attribute__((packed));
+
+struct sighting {
+    uint64_t sequence, sent_ns;
+    uint32_t address; /* host order: what the witness saw as the source */
+    uint16_t port, reserved;
+};
+struct flow {
+    struct {
+        uint64_t asked_ns, answered_ns; /* 0: never */
+        uint32_t address;
+        uint16_t port, tries;
+    } round[2];
+};
 
 static volatile sig_atomic_t ended;
 
@@ -111,6 +129,29 @@ static uint16_t udp_checksum(const struct packet *p)
     return check ? check : 0xffff;
 }
 
+static void fill(struct packet *p, uint64_t sequence, uint64_t now, uint64_t flow)
+{
+    p->payload = (struct payload){sequence, now};
+    p->udp.source = htons((uint16_t)(FIRST_PORT + flow));
+    p->udp.check = 0;
+    p->udp.check = udp_checksum(p);
+}
+
+static struct packet blank(const struct sockaddr_in *from, const struct sockaddr_in *to)
+{
+    return (struct packet){
+        .ip = {.version = 4,
+               .ihl = 5,
+               .ttl = 64,
+               .protocol = IPPROTO_UDP,
+               .saddr = from->sin_addr.s_addr,
+               .daddr = to->sin_addr.s_addr,
+               .tot_len = htons(sizeof(struct packet)),
+               .frag_off = htons(0x4000)},
+        .udp = {.dest = to->sin_port, .len = htons(sizeof(struct udphdr) + sizeof(struct payload))},
+    };
+}
+
 /* What is late goes out at once, and its time says so. */
 static int send_stream(char **a)
 {
@@ -128,17 +169,7 @@ static int send_stream(char **a)
         die("send");
     setsockopt(s, SOL_SOCKET, SO_SNDBUFFORCE, &(int){16 << 20}, sizeof(int));
     for (unsigned i = 0; i < BATCH; i++) {
-        batch[i] = (struct packet){
-            .ip = {.version = 4,
-                   .ihl = 5,
-                   .ttl = 64,
-                   .protocol = IPPROTO_UDP,
-                   .saddr = from.sin_addr.s_addr,
-                   .daddr = to.sin_addr.s_addr,
-                   .tot_len = htons(sizeof *batch),
-                   .frag_off = htons(0x4000)},
-            .udp = {.dest = to.sin_port, .len = htons(sizeof(struct udphdr) + sizeof(struct payload))},
-        };
+        batch[i] = blank(&from, &to);
         vectors[i] = (struct iovec){&batch[i], sizeof *batch};
         messages[i].msg_hdr = (struct msghdr){.msg_name = (void *)(uintptr_t)&to,
                                               .msg_namelen = sizeof to,
@@ -155,11 +186,7 @@ static int send_stream(char **a)
         unsigned n = 0;
         for (; n < BATCH && next + n < packets && begin + (uint64_t)((double)(next + n) * 1e9 / rate) <= now;
              n++) {
-            struct packet *p = &batch[n];
-            p->payload = (struct payload){next + n, now};
-            p->udp.source = htons((uint16_t)(FIRST_PORT + (next + n) % flows));
-            p->udp.check = 0;
-            p->udp.check = udp_checksum(p);
+            fill(&batch[n], next + n, now, (next + n) % flows);
             times[next + n] = now;
         }
         for (unsigned sent = 0; sent < n;) {
@@ -271,14 +298,97 @@ static int ask(char **a)
     return 0;
 }
 
+static int witness(char **a)
+{
+    const int s = listen_at(a[0], a[1]);
+
+    while (!ended) {
+        struct payload asked;
+        struct sockaddr_in from;
+        socklen_t size = sizeof from;
+        if (recvfrom(s, &asked, sizeof asked, 0, (struct sockaddr *)&from, &size) != sizeof asked)
+            continue;
+        const struct sighting seen = {asked.sequence, asked.sent_ns, ntohl(from.sin_addr.s_addr),
+                                      ntohs(from.sin_port), 0};
+        sendto(s, &seen, sizeof seen, 0, (const struct sockaddr *)&from, size);
+    }
+    return 0;
+}
+
+/* Answers that have come; the sequence is the flow, and above it the round. */
+static void hear(int s, uint16_t port, struct flow *table, uint64_t flows)
+{
+    struct {
+        struct iphdr ip;
+        struct udphdr udp;
+        struct sighting seen;
+    } __attribute__((packed)) data;
+
+    for (ssize_t n; (n = recv(s, &data, sizeof data, MSG_DONTWAIT)) >= 0;) {
+        const uint64_t flow = data.seen.sequence & 0xffffffff, round = data.seen.sequence >> 32;
+        if (n != sizeof data || data.udp.source != port || flow >= flows || round > 1)
+            continue;
+        if (table[flow].round[round].answered_ns == 0) {
+            table[flow].round[round].answered_ns = now_ns();
+            table[flow].round[round].address = data.seen.address;
+            table[flow].round[round].port = data.seen.port;
+        }
+    }
+}
+
+static int churn(char **a)
+{
+    const struct sockaddr_in from = place(a[0], 0), to = place(a[1], (unsigned)atoi(a[2]));
+    const double rate = atof(a[3]);
+    const uint64_t flows = strtoull(a[4], NULL, 10);
+    FILE *file = create(a[5]);
+    struct flow *table = calloc(flows, sizeof *table);
+    const int out = socket(AF_INET, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_RAW);
+    const int in = socket(AF_INET, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_UDP);
+    struct packet packet = blank(&from, &to);
+
+    if (table == NULL || out < 0 || in < 0 || flows == 0 || flows > PORTS || rate <= 0)
+        die("churn");
+    setsockopt(in, SOL_SOCKET, SO_RCVBUFFORCE, &(int){64 << 20}, sizeof(int));
+    prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);
+    for (uint64_t round = 0; round < 2 && !ended; round++) {
+        printf(round ? "again\n" : "begin\n");
+        fflush(stdout);
+        for (unsigned tries = 0; tries < (round ? TRIES : 1) && !ended; tries++) {
+            const uint64_t begin = now_ns();
+            uint64_t asked = 0;
+            for (uint64_t flow = 0; flow < flows && !ended; flow++) {
+                if (round && (table[flow].round[0].answered_ns == 0 || table[flow].round[1].answered_ns))
+                    continue;
+                sleep_until(begin + (uint64_t)((double)asked++ * 1e9 / rate));
+                const uint64_t now = now_ns();
+                fill(&packet, round << 32 | flow, now, flow);
+                if (table[flow].round[round].tries++ == 0)
+                    table[flow].round[round].asked_ns = now;
+                if (sendto(out, &packet, sizeof packet, 0, (const struct sockaddr *)&to, sizeof to) < 0 &&
+                    errno != EINTR && errno != ENOBUFS)
+                    die("sendto");
+                hear(in, to.sin_port, table, flows);
+            }
+            for (const uint64_t end = now_ns() + WAIT_NS; now_ns() < end && !ended;) {
+                poll(&(struct pollfd){.fd = in, .events = POLLIN}, 1, 10);
+                hear(in, to.sin_port, table, flows);
+            }
+        }
+    }
+    if (fwrite(table, sizeof *table, flows, file) != flows || fclose(file))
+        die(a[5]);
+    return 0;
+}
+
 int main(int n, char **a)
 {
     static const struct {
         const char *name;
         int arguments;
         int (*run)(char **);
-    } modes[] = {
-        {"send", 7, send_stream}, {"receive", 3, receive_stream}, {"echo", 2, echo}, {"ask", 5, ask}};
+    } modes[] = {{"send", 7, send_stream}, {"receive", 3, receive_stream}, {"echo", 2, echo},
+                 {"ask", 5, ask},          {"witness", 2, witness},        {"churn", 6, churn}};
 
     const struct sigaction action = {.sa_handler = end};
     sigaction(SIGTERM, &action, NULL);
