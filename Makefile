@@ -6,7 +6,7 @@ BIN := .venv/bin
 C_FILES = $(shell git ls-files '*.c' '*.h')
 PY_TYPED = nat_control nat_fastpath switch_agent
 
-.PHONY: help build test test-sim test-mutants lint bench bench-failover fuzz demo clean packages root
+.PHONY: help build test test-sim test-mutants soak lint bench bench-failover fuzz demo clean packages root
 
 help:
 	@echo "make build   .venv with the extensions compiled"
@@ -14,6 +14,7 @@ help:
 	@echo "make test    all tests (root)"
 	@echo "make test-sim      the sync protocol between two instances, simulated: 10000 seeds (SEEDS=N)"
 	@echo "make test-mutants  bugs planted in the sync protocol, all of which the tests must find"
+	@echo "make soak    a pair under traffic, one fault after the other (MINUTES=10 SEED=1; root)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   measurements, with the floor beside them; bench-failover: what a failover costs (root)"
 	@echo "make fuzz    fuzzers on packets and on messages of peers and switches (FUZZ_SECONDS=60)"
@@ -48,6 +49,12 @@ test-sim: build
 
 test-mutants: build
 	$(BIN)/python -m tests.sim.mutants
+
+# One fault after the other under traffic, in random order: a pair of tests/soak
+MINUTES ?= 10
+SEED ?= 1
+soak: root build
+	tools/as-root.sh $(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
 
 lint: build
 	$(BIN)/ruff check .
