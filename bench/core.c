@@ -1,217 +1,100 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Nanoseconds per packet of nat_burst on established sessions, and of the floor: the same loop over the same
- * buffers with parse and MAC swap only. The two take turns, round by round, so that both see the same
- * machine.
+ * Nanoseconds per packet of nat_burst on established sessions, and of two floors: the same loop over the same
+ * buffers with parse and MAC swap, and that with as many random cache lines as a session needs, prefetched a
+ * batch ahead, over as much memory as the tables have. The three take turns, round by round, so that all see
+ * the same machine.
  *
- *   core SESSIONS ROUNDS out|in|both independent|dependent [aes] [parity] [preservation] [quarantine] [vlan]
+ *   core SESSIONS [NAME=VALUE ...]
  *
- * Frames are 64 bytes of UDP, each session with its own endpoints, in random order, in a ring of buffers that
- * is larger than the L2 cache. Prints one JSON object.
+ *   rounds=61      of RING packets each
+ *   direction=both out, in, both
+ *   mapping=independent|dependent
+ *   order=uniform  or zipf, sequential
+ *   batch=32       packets that nat_burst is given at once
+ *   aes=1, parity=1, preservation=1, quarantine=1, vlan=1
+ *
+ * Frames are 64 bytes of UDP, each session with its own endpoints, in a ring of buffers that is larger than
+ * the L2 cache. Prints one JSON object.
  */
-#include <inttypes.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
+#include "known.h"
+#include "memory.h"
 
-#include "nat.h"
-#include "random.h"
-#include "wire.h"
-
-#define RING 16384u /* buffers */
-#define STRIDE 2048u
-#define FRAME 60u /* without the checksum of Ethernet */
-#define SESSIONS_PER_HOST 16u
-#define INSIDE_FIRST 0x0a000100u /* 10.0.1.0 on */
-#define POOL_FIRST 0xc6336500u   /* 198.51.101.0 on */
-#define PORTS_PER_ADDRESS 64000u
-
-static const uint8_t our_mac[2][6] = {{2, 0, 0, 0, 0, 1}, {2, 0, 0, 0, 0, 2}};
-static const uint8_t router_mac[2][6] = {{2, 0, 0, 0, 1, 1}, {2, 0, 0, 0, 1, 2}};
-
-/* The bytes that differ from session to session: addresses and ports of both directions, as on the wire. */
-struct endpoints {
-    uint8_t out[12], in[12];
-};
-
-static uint64_t random_state = 88172645463325252u;
-static uint64_t next_random(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    return random_state ^= random_state << 17;
-}
-
-static double clock_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
-}
-
-static struct {
-    bool aes, parity, preservation, quarantine, vlan;
-} with;
-
-/* Returns the length: FRAME, or four bytes more with a tag. */
-static uint32_t make_frame(uint8_t *f, unsigned port, const uint8_t endpoints[12])
-{
-    memset(f, 0, FRAME);
-    memcpy(f, our_mac[port], 6);
-    memcpy(f + 6, router_mac[port], 6);
-    put16(f + 12, 0x0800);
-    f[14] = 0x45;
-    put16(f + 16, FRAME - 14);
-    f[22] = 64;
-    f[23] = 17;
-    memcpy(f + 26, endpoints, 12);
-    put_raw16(f + 24, checksum(f + 14, IP_BYTES));
-    put16(f + 38, FRAME - 34);
-    /* the pseudo-header's protocol and length stand where the header ends, for the time of the sum */
-    put16(f + 40, 17 + FRAME - 34);
-    put_raw16(f + 40, checksum(f + 26, FRAME - 26));
-    if (!with.vlan)
-        return FRAME;
-    memmove(f + 16, f + 12, FRAME - 12);
-    put16(f + 12, ETHERTYPE_VLAN);
-    put16(f + 14, 100 + port);
-    return FRAME + VLAN_BYTES;
-}
-
-static struct nat_packet packet_in(uint8_t *data, uint16_t capacity, unsigned port,
-                                   const uint8_t endpoints[12])
-{
-    const uint32_t length = make_frame(data, port, endpoints);
-    return (struct nat_packet){.data = data,
-                               .length = length,
-                               .segment = length,
-                               .capacity = capacity,
-                               .headroom = VLAN_BYTES,
-                               .port = (uint8_t)port};
-}
+#define LINES 2u /* of memory that an established packet needs: a bucket of the index, and the session */
 
 /* Parse and MAC swap: what any forwarder must do. */
-static void __attribute__((noinline)) floor_burst(struct nat_packet *packets, unsigned n)
+static inline __attribute__((always_inline)) void swap_one(struct nat_packet *p)
 {
-    for (unsigned i = 0; i < n; i++) {
-        struct nat_packet *p = &packets[i];
-        uint8_t *d = p->data, mac[6];
+    uint8_t *d = p->data, mac[6];
 
-        p->verdict = NAT_DROP_IP_HEADER;
-        const uint8_t *ip = d + ETH_BYTES + (with.vlan ? VLAN_BYTES : 0);
-        if (p->length < ETH_BYTES + IP_BYTES + UDP_BYTES || get16(ip - 2) != ETHERTYPE_IPV4 ||
-            ip[0] != 0x45 || !sums_right(ip, IP_BYTES) || ip[9] != PROTO_UDP)
-            continue;
-        memcpy(mac, d, 6);
-        memcpy(d, d + 6, 6);
-        memcpy(d + 6, mac, 6);
-        p->port ^= 1;
-        p->verdict = NAT_FORWARD;
+    p->verdict = NAT_DROP_IP_HEADER;
+    const uint8_t *ip = d + ETH_BYTES + (with.vlan ? VLAN_BYTES : 0);
+    if (p->length < ETH_BYTES + IP_BYTES + UDP_BYTES || get16(ip - 2) != ETHERTYPE_IPV4 || ip[0] != 0x45 ||
+        !sums_right(ip, IP_BYTES) || ip[9] != PROTO_UDP)
+        return;
+    memcpy(mac, d, 6);
+    memcpy(d, d + 6, 6);
+    memcpy(d + 6, mac, 6);
+    p->port ^= 1;
+    p->verdict = NAT_FORWARD;
+}
+
+/* Memory like that of the tables, and what each packet of the ring needs of it. */
+static struct {
+    uint64_t (*line)[8];
+    uint64_t n, bytes, sum;
+    uint32_t of[RING][LINES];
+} table;
+
+/* The same ones for the same session, as in a table. */
+static void choose_lines(unsigned packet, uint64_t session)
+{
+    for (unsigned k = 0; k < LINES; k++) {
+        uint64_t mixed = (LINES * session + k + 1) * 0x9e3779b97f4a7c15u;
+        mixed = (mixed ^ mixed >> 29) * 0x94d049bb133111ebu;
+        table.of[packet][k] = (uint32_t)((mixed >> 32) * table.n >> 32);
     }
 }
 
-static int compare(const void *a, const void *b)
+static void ask_for_frames(const struct nat_packet *packets, unsigned n)
 {
-    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+    for (unsigned i = 0; i < n; i++)
+        __builtin_prefetch(packets[i].data);
 }
 
-static void report(const char *name, double *ns, unsigned n)
+/* A batch's frames are asked for two batches ahead, its lines one batch ahead: nothing is waited for. */
+static void __attribute__((noinline)) lines_ring(struct nat_packet *packets)
 {
-    qsort(ns, n, sizeof *ns, compare);
-    printf("\"%s\": {\"median\": %.2f, \"min\": %.2f, \"max\": %.2f}, ", name, ns[n / 2], ns[0], ns[n - 1]);
-}
-
-static void die(const char *why)
-{
-    fprintf(stderr, "bench core: %s\n", why);
-    exit(1);
-}
-
-static struct nat_core *make_core(uint32_t sessions, bool dependent, struct nat_memory *memory)
-{
-    static struct nat_config c;
-    char error[256];
-    c.abi = NAT_ABI;
-    c.n_ports = 2;
-    c.mapping = dependent ? NAT_MAPPING_ENDPOINT_DEPENDENT : NAT_MAPPING_ENDPOINT_INDEPENDENT;
-    c.max_sessions = sessions + sessions / 8 + 64;
-    c.max_hosts = sessions / SESSIONS_PER_HOST + 64;
-    c.max_neighbours = 64;
-    c.max_held = 64;
-    c.event_ring = 65536;
-    c.hold_ms = 1000;
-    c.flow_hash = with.aes ? NAT_HASH_AES : NAT_HASH_FNV;
-    c.port_parity = with.parity;
-    c.port_preservation = with.preservation;
-    c.quarantine_ms = with.quarantine ? 120000 : 0;
-    c.timeout_udp_ms = c.timeout_tcp_established_ms = c.timeout_tcp_transitory_ms = c.timeout_icmp_ms =
-        3600000;
-    c.seed = 1;
-    for (unsigned i = 0; i < 2; i++) {
-        c.ports[i] = (struct nat_port_config){.side = (uint8_t)i,
-                                              .address = i ? 0xc6336401u : 0x0a000001u,
-                                              .mtu = 1500,
-                                              .vlan = (uint16_t)(with.vlan ? 100 + i : 0)};
-        memcpy(c.ports[i].mac, our_mac[i], 6);
-        c.routes[i] = (struct nat_route_config){.prefix = i ? 0 : 0x0a000000u,
-                                                .length = i ? 0 : 8,
-                                                .port = (uint8_t)i,
-                                                .gateway = i ? 0xc63364feu : 0x0a0000feu,
-                                                .has_mac = 1};
-        memcpy(c.routes[i].mac, router_mac[i], 6);
-    }
-    c.n_routes = 2;
-    c.pool[0] = (struct nat_pool_range){POOL_FIRST,
-                                        POOL_FIRST + sessions / (PORTS_PER_ADDRESS / 2) + 1,
-                                        65535 - PORTS_PER_ADDRESS,
-                                        65534,
-                                        65535 - PORTS_PER_ADDRESS,
-                                        65534};
-    c.n_pool = 1;
-    struct nat_core *core = nat_create(&c, error, sizeof error);
-    if (core == NULL)
-        die(error);
-    nat_memory_for(&c, memory);
-    return core;
-}
-
-/* Opens all sessions, and learns their outside endpoints from what comes out. Returns ns per new session. */
-static double open_sessions(struct nat_core *core, struct endpoints *all, uint32_t sessions, uint64_t now)
-{
-    static uint8_t frames[NAT_BURST][192];
-    static struct nat_event events[4096];
-    struct nat_packet packets[NAT_BURST];
-    double spent = 0;
-
-    for (uint32_t at = 0; at < sessions; at += NAT_BURST) {
-        const unsigned n = sessions - at < NAT_BURST ? sessions - at : NAT_BURST;
-        for (unsigned i = 0; i < n; i++) {
-            struct endpoints *e = &all[at + i];
-            put32(e->out, INSIDE_FIRST + (at + i) / SESSIONS_PER_HOST);
-            put32(e->out + 4, 0x08080000u + (uint32_t)(next_random() & 0xffff));
-            put16(e->out + 8, 10000 + (at + i) % SESSIONS_PER_HOST);
-            put16(e->out + 10, 53);
-            packets[i] = packet_in(frames[i] + 64, 128, 0, e->out);
+    for (unsigned at = 0; at < RING; at += NAT_BURST) {
+        ask_for_frames(packets + (at + 2 * NAT_BURST) % RING, NAT_BURST);
+        const unsigned next = (at + NAT_BURST) % RING;
+        for (unsigned i = next; i < next + NAT_BURST; i++)
+            for (unsigned k = 0; k < LINES; k++)
+                __builtin_prefetch(table.line[table.of[i][k]], k);
+        for (unsigned i = at; i < at + NAT_BURST; i++) {
+            table.sum += *table.line[table.of[i][0]];
+            ++*table.line[table.of[i][1]];
+            swap_one(&packets[i]);
         }
-        const double start = clock_ns();
-        nat_burst(core, packets, n, now);
-        spent += clock_ns() - start;
-        for (unsigned i = 0; i < n; i++) {
-            struct endpoints *e = &all[at + i];
-            if (packets[i].verdict != NAT_FORWARD)
-                die("a session could not be opened");
-            const uint8_t *ip = packets[i].data + packets[i].length - (FRAME - ETH_BYTES);
-            memcpy(e->in, ip + 16, 4);
-            memcpy(e->in + 4, ip + 12, 4);
-            memcpy(e->in + 8, ip + 22, 2);
-            memcpy(e->in + 10, ip + 20, 2);
-        }
-        if (at % 4096 == 0)
-            while (nat_events(core, events, 4096) == 4096)
-                ;
     }
-    return spent / sessions;
+}
+
+static void __attribute__((noinline)) swap_ring(struct nat_packet *packets)
+{
+    for (unsigned at = 0; at < RING; at += NAT_BURST) {
+        ask_for_frames(packets + (at + NAT_BURST) % RING, NAT_BURST);
+        for (unsigned i = 0; i < NAT_BURST; i++)
+            swap_one(&packets[at + i]);
+    }
+}
+
+/* As a driver does it; the frames of the next burst are in the cache when it comes. */
+static void nat_ring(struct nat_core *core, struct nat_packet *packets, unsigned batch, uint64_t now)
+{
+    for (unsigned at = 0; at < RING; at += batch) {
+        ask_for_frames(packets + (at + batch) % RING, batch);
+        nat_burst(core, packets + at, batch, now + at);
+    }
 }
 
 /* Ends all sessions. Returns ns per session. */
@@ -249,76 +132,133 @@ static double draw_ns(void)
     return sum ? spent / (1u << 20) : 0;
 }
 
+enum way { SWAP, LINES_TOO, NAT, WAYS };
+
+struct asked {
+    uint32_t sessions;
+    unsigned rounds, batch;
+    unsigned direction, dependent;
+    enum order order;
+};
+static const char *const directions[] = {"out", "in", "both", NULL};
+static const char *const mappings[] = {"independent", "dependent", NULL};
+static const char *const orders[] = {"uniform", "zipf", "sequential", NULL};
+
+static unsigned one_of(const char *value, const char *const *names)
+{
+    for (unsigned i = 0; names[i]; i++)
+        if (!strcmp(value, names[i]))
+            return i;
+    die(value);
+    return 0;
+}
+
+static struct asked read_arguments(int argc, char **argv)
+{
+    struct asked asked = {.rounds = 61, .batch = NAT_BURST, .direction = 2};
+    struct {
+        const char *name;
+        bool *flag;
+    } flags[] = {{"aes", &with.aes},
+                 {"parity", &with.parity},
+                 {"preservation", &with.preservation},
+                 {"quarantine", &with.quarantine},
+                 {"vlan", &with.vlan}};
+
+    asked.sessions = argc > 1 ? (uint32_t)strtoul(argv[1], NULL, 10) : 0;
+    for (int i = 2; i < argc; i++) {
+        char *value = strchr(argv[i], '=');
+        if (value == NULL)
+            die(argv[i]);
+        *value++ = 0;
+        bool known = true;
+        if (!strcmp(argv[i], "rounds"))
+            asked.rounds = (unsigned)strtoul(value, NULL, 10);
+        else if (!strcmp(argv[i], "batch"))
+            asked.batch = (unsigned)strtoul(value, NULL, 10);
+        else if (!strcmp(argv[i], "direction"))
+            asked.direction = one_of(value, directions);
+        else if (!strcmp(argv[i], "mapping"))
+            asked.dependent = one_of(value, mappings);
+        else if (!strcmp(argv[i], "order"))
+            asked.order = one_of(value, orders);
+        else
+            known = false;
+        for (unsigned k = 0; !known && k < sizeof flags / sizeof *flags; k++)
+            if (!strcmp(argv[i], flags[k].name)) {
+                *flags[k].flag = *value == '1';
+                known = true;
+            }
+        if (!known)
+            die(argv[i]);
+    }
+    if (asked.sessions == 0 || asked.rounds == 0 || asked.batch == 0 || RING % asked.batch)
+        die("SESSIONS and rounds are at least 1, batch a power of two to 16384");
+    return asked;
+}
+
 int main(int argc, char **argv)
 {
-    if (argc < 5)
-        die("core SESSIONS ROUNDS out|in|both independent|dependent [OPTION ...]");
-    for (int i = 5; i < argc; i++) {
-        bool *option = !strcmp(argv[i], "aes")            ? &with.aes
-                       : !strcmp(argv[i], "parity")       ? &with.parity
-                       : !strcmp(argv[i], "preservation") ? &with.preservation
-                       : !strcmp(argv[i], "quarantine")   ? &with.quarantine
-                       : !strcmp(argv[i], "vlan")         ? &with.vlan
-                                                          : NULL;
-        if (option == NULL)
-            die("an option is aes, parity, preservation, quarantine or vlan");
-        *option = true;
-    }
-    const uint32_t sessions = (uint32_t)strtoul(argv[1], NULL, 10);
-    const unsigned rounds = (unsigned)strtoul(argv[2], NULL, 10);
-    const bool both = !strcmp(argv[3], "both"), inbound = !strcmp(argv[3], "in");
-    const bool dependent = !strcmp(argv[4], "dependent");
-    if (sessions == 0 || rounds == 0)
-        die("SESSIONS and ROUNDS are at least 1");
-
+    const struct asked asked = read_arguments(argc, argv);
     struct nat_memory memory;
-    struct nat_core *core = make_core(sessions, dependent, &memory);
-    struct endpoints *all = malloc(sessions * sizeof *all);
-    uint8_t *ring = aligned_alloc(4096, (size_t)RING * STRIDE);
+    struct nat_core *core = make_core(asked.sessions, asked.dependent, &memory);
+    struct endpoints *all = malloc(asked.sessions * sizeof *all);
+    uint8_t *ring = memory_take((uint64_t)RING * STRIDE);
     struct nat_packet *packets = calloc(RING, sizeof *packets);
-    double *ns[2] = {calloc(rounds, sizeof(double)), calloc(rounds, sizeof(double))};
+    double *ns[WAYS];
     uint64_t now = 1000000000;
-    if (!all || !ring || !packets || !ns[0] || !ns[1])
+    for (unsigned way = 0; way < WAYS; way++)
+        if (!(ns[way] = calloc(asked.rounds, sizeof *ns[way])))
+            die("no memory");
+    table.bytes = 2ull * asked.sessions * 8 * 100 / 85 + 64ull * asked.sessions + 128;
+    table.n = table.bytes / 64;
+    table.line = memory_take(table.bytes);
+    if (!all || !ring || !packets || !table.line)
         die("no memory");
-    const double new_ns = open_sessions(core, all, sessions, now);
+    const double new_ns = open_sessions(core, all, asked.sessions, now);
 
-    for (unsigned round = 0; round < 2 * rounds; round++) {
+    for (unsigned round = 0; round < WAYS * asked.rounds; round++) {
+        const enum way way = round % WAYS;
         for (unsigned i = 0; i < RING; i++) {
-            const struct endpoints *e = &all[next_random() % sessions];
-            const unsigned port = both ? next_random() >> 63 : inbound;
+            const uint32_t session = pick(asked.order, asked.sessions);
+            const struct endpoints *e = &all[session];
+            const unsigned port = asked.direction == 2 ? next_random() >> 63 : asked.direction;
             uint8_t *data = ring + (size_t)i * STRIDE + 128;
             packets[i] = packet_in(data, 1024, port, port ? e->in : e->out);
+            choose_lines(i, session);
         }
         const double start = clock_ns();
-        for (unsigned i = 0; i < RING; i += NAT_BURST) {
-            if (round & 1) {
-                nat_burst(core, packets + i, NAT_BURST, now += 1000);
-            } else {
-                for (unsigned k = 0; k < NAT_BURST; k++)
-                    __builtin_prefetch(packets[i + k].data);
-                floor_burst(packets + i, NAT_BURST);
-            }
-        }
-        ns[round & 1][round / 2] = (clock_ns() - start) / RING;
+        if (way == NAT)
+            nat_ring(core, packets, asked.batch, now += 1000000);
+        else
+            (way == SWAP ? swap_ring : lines_ring)(packets);
+        ns[way][round / WAYS] = (clock_ns() - start) / RING;
         for (unsigned i = 0; i < RING; i++)
             if (packets[i].verdict != NAT_FORWARD)
                 die("a packet of an established session was not forwarded");
     }
 
     const double bytes = (double)(memory.sessions + memory.index + memory.mappings);
-    printf("{\"sessions\": %" PRIu32 ", \"direction\": \"%s\", \"mapping\": \"%s\", ", sessions, argv[3],
-           argv[4]);
-    report("nat_ns", ns[1], rounds);
-    report("floor_ns", ns[0], rounds);
-    printf("\"ratio\": %.2f, \"new_session_ns\": %.1f, \"close_ns\": %.1f, \"draw_ns\": %.2f, "
-           "\"bytes_per_session\": %.1f}\n",
-           ns[1][rounds / 2] / ns[0][rounds / 2], new_ns, close_sessions(core), draw_ns(),
-           bytes / (sessions + sessions / 8 + 64));
+    double *ratios = calloc(asked.rounds, sizeof *ratios);
+    for (unsigned i = 0; ratios && i < asked.rounds; i++)
+        ratios[i] = ns[NAT][i] / ns[LINES_TOO][i];
+    printf("{\"sessions\": %" PRIu32
+           ", \"direction\": \"%s\", \"mapping\": \"%s\", \"order\": \"%s\", \"batch\": %u, ",
+           asked.sessions, directions[asked.direction], mappings[asked.dependent], orders[asked.order],
+           asked.batch);
+    report("ratio", ratios, asked.rounds);
+    report("nat_ns", ns[NAT], asked.rounds);
+    report("floor_ns", ns[LINES_TOO], asked.rounds);
+    report("swap_ns", ns[SWAP], asked.rounds);
+    printf("\"new_session_ns\": %.1f, \"close_ns\": %.1f, \"draw_ns\": %.2f, \"bytes_per_session\": %.1f}\n",
+           new_ns, close_sessions(core), draw_ns(), bytes / (asked.sessions + asked.sessions / 8 + 64));
     nat_destroy(core);
+    memory_give(table.line, table.bytes);
+    memory_give(ring, (uint64_t)RING * STRIDE);
     free(all);
-    free(ring);
     free(packets);
-    free(ns[0]);
-    free(ns[1]);
+    free(ratios);
+    for (unsigned way = 0; way < WAYS; way++)
+        free(ns[way]);
     return 0;
 }

@@ -7,12 +7,12 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 BUILD = ROOT / "build"
 CORE = ROOT / "nat_fastpath" / "core"
 # those of setup.py
@@ -26,30 +26,33 @@ def compiled(name: str, sources: list[Path], headers: list[Path], flags: list[st
     program = BUILD / f"{name}-{digest}"
     program.parent.mkdir(exist_ok=True)
     if not program.exists():
-        subprocess.run(["gcc", *flags, "-o", str(program), *map(str, sources)], check=True)
+        subprocess.run(["gcc", "-o", str(program), *map(str, sources), *flags], check=True)
     return program
 
 
 def build() -> Path:
     """The core and its bench."""
     march = ["-march=x86-64-v2"] if platform.machine() == "x86_64" else []
-    sources = [ROOT / "bench" / "core.c", *sorted(CORE.glob("*.c"))]
-    return compiled("bench-core", sources, sorted(CORE.glob("*.h")), [*CFLAGS, *march, f"-I{CORE}"])
+    sources = [HERE / "core.c", *sorted(CORE.glob("*.c"))]
+    headers = [HERE / "known.h", *sorted(CORE.glob("*.h"))]
+    return compiled("bench-core", sources, headers, [*CFLAGS, *march, f"-I{CORE}", "-lm"])
 
 
-def measure(
-    sessions: int,
-    *,
-    direction: str = "both",
-    mapping: str = "independent",
-    rounds: int = 61,
-    options: Sequence[str] = (),
-) -> Any:
-    """One measurement; the dictionary that core.c prints. Times in ns: median, min and max over the rounds."""
-    command = [str(build()), str(sessions), str(rounds), direction, mapping, *options]
+def measure(sessions: int, *, rounds: int = 61, **choices: object) -> Any:
+    """One measurement; the dictionary that core.c prints. Times in ns: median, min and max over the rounds.
+
+    ``choices`` are core.c's: direction, mapping, order, batch, and options (``aes=1``).
+    """
+    command = [
+        str(build()),
+        str(sessions),
+        f"rounds={rounds}",
+        *(f"{key}={value}" for key, value in choices.items()),
+    ]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+VALUES = {"dependent": "dependent"}  # of what is a choice and no flag
 OPTIONS = ("aes", "parity", "preservation", "quarantine", "vlan", "dependent")
 
 
@@ -57,9 +60,10 @@ def option_cost(option: str, sessions: int, pairs: int) -> dict[str, Any]:
     """What an option costs: runs without and with it in turn; ``pairs`` of them, medians, and ratios of each pair."""
 
     def run(*chosen: str) -> tuple[float, float, float]:
-        mapping = "dependent" if "dependent" in chosen else "independent"
         one = measure(
-            sessions, mapping=mapping, rounds=21, options=[name for name in chosen if name != "dependent"]
+            sessions,
+            rounds=21,
+            **{"mapping" if name == "dependent" else name: VALUES.get(name, 1) for name in chosen},
         )
         return one["nat_ns"]["median"], one["new_session_ns"], one["close_ns"]
 
@@ -77,12 +81,15 @@ def option_cost(option: str, sessions: int, pairs: int) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """The short form: ``ns_per_packet``, ``floor_ns``, ``min`` and ``max``."""
-    nat, floor = result["nat_ns"], result["floor_ns"]
+    """The short form: ``ns_per_packet``, ``floor_ns`` with the spread of the first, and the ratio of the same rounds."""
+    nat = result["nat_ns"]
     return {
-        "sessions": result["sessions"],
+        **{key: result[key] for key in ("sessions", "direction", "mapping", "order", "batch")},
         "ns_per_packet": nat["median"],
-        "floor_ns": floor["median"],
+        "floor_ns": result["floor_ns"]["median"],
         "min": nat["min"],
         "max": nat["max"],
+        "ratio": result["ratio"]["median"],
+        "swap_ns": result["swap_ns"]["median"],
+        "bytes_per_session": result["bytes_per_session"],
     }
