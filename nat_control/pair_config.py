@@ -23,7 +23,7 @@ from nat_control.tls import Tls
 MODES = ("off", "asynchronous", "synchronous")
 PARTITIONS = ("all_peer",)
 ON_LIMIT = ("drop",)
-BARRIERS = ("trusted",)
+BARRIERS = ("trusted", "probe")
 MAX_OPENFLOW_PORT = 65279
 
 Address = tuple[str, int]  # host and port

@@ -46,6 +46,7 @@ from switch_agent.codec import Lost, PacketIn, PortStatus, Ready
 from switch_agent.nexthops import NextHops, Route, key
 from switch_agent.pipeline import Pipeline, Side
 from switch_agent.plane import OpenFlowDataPlane, SwitchError
+from switch_agent.probe import random_mac
 
 STEP = 0.005  # seconds between two looks at the core: ARP, ageing, events
 EARLY = 1024  # frames that wait until what an earlier agent has left is known
@@ -101,6 +102,7 @@ def pipeline_of(config: Config) -> Pipeline:
         internal=Side(ports.internal, ports.server_internal, internal.vlan, own, gateways[0]),
         external=Side(ports.external, ports.server_external, external.vlan, outside, gateways[1]),
         mac=int.from_bytes(config.virtual.mac, "big"),
+        probe_mac=random_mac() if config.switch.barrier == "probe" else 0,
     )
 
 
@@ -134,7 +136,7 @@ class Agent:
         self.epoch = start_epoch()
         self.core = Core(configuration.to_core(config, [], epoch=self.epoch))
         self.store = CorePlane(self.core, "agent", own=True)
-        self.channel = Channel(config.switch.datapath_id)
+        self.channel = Channel(config.switch.datapath_id, prove=config.switch.barrier == "probe")
         self.takeover_channel = Channel(config.switch.datapath_id)
         pipeline = pipeline_of(config)
         self.plane = AgentPlane(
@@ -251,6 +253,8 @@ class Agent:
         states = states_of(self.core) | state_of(self.pair)
         if not self.carrier.ready:
             states["switch"] = "the switch is not connected, or not prepared"
+        if self.carrier.unproved:
+            states["takeover"] = self.carrier.unproved
         refused = {
             f"refused_{name}": n for name, n in self.plane.refused.items() if f"refused_{name}" in RISING
         }

@@ -14,18 +14,20 @@ from functools import partial
 from typing import Any
 
 from nat_control.config import Config
+from nat_control.loop import monotonic_ns
 from nat_control.pair import Pair
 from nat_control.peer import line_of
 from nat_control.sync import actions as do
 from nat_control.sync.actions import State
 from switch_agent import ovs_control
 from switch_agent.channel import Channel, ChannelLost
-from switch_agent.codec import Lost, PortDescription, Ready
+from switch_agent.codec import Lost, PortDescription, Ready, TransactionComplete
 from switch_agent.pipeline import Kind
-from switch_agent.plane import OpenFlowDataPlane, SwitchError
+from switch_agent.plane import TAKEOVER_TXID, OpenFlowDataPlane, SwitchError
 
 DRAIN = 0.03  # seconds that the server has to send what it has, at a planned hand-over
 GRACE = 0.25  # seconds at least that the server of an earlier agent has to show that it lives
+PROOFS = 3  # attempts to have the forward rules gone where that is to be proved
 BUSY = 10.0  # seconds after which a return no longer waits for a moment without new sessions, to compare digests in
 
 
@@ -65,6 +67,8 @@ class Carrier:
         self.forwarding = False  # the server carries
         self.takeovers = 0
         self.last_takeover: dict[str, Any] = {}
+        self.unproved = ""  # why the switch may still forward to the server
+        self._barrier = 0  # when it has acknowledged a takeover last, ns
         # Which sessions an earlier agent has left: its rules were read, or the peer has told us of all there are. Until
         # then no packet opens a session, and no rule is taken for a stranger's.
         self.known = False
@@ -150,6 +154,10 @@ class Carrier:
             for event in await self._takeover_channel.events():
                 if isinstance(event, Ready):
                     self._arm()
+                elif event == TransactionComplete(TAKEOVER_TXID):
+                    self._barrier = monotonic_ns()
+                    if self.last_takeover:
+                        self.last_takeover["barrier"] = self._barrier
                 elif isinstance(event, Lost) and self.pair is not None:
                     self.pair.watch.disarm()  # its descriptor will be another one's
 
@@ -168,7 +176,8 @@ class Carrier:
         if reason is None:
             return
         times = self.pair.watch.times
-        self.last_takeover = {"reason": reason, **times}
+        barrier = self._barrier if self._barrier > (times["detected"] or 0) else None
+        self.last_takeover = {"reason": reason, **times, "barrier": barrier, "proved": None}
         if times["written"] is not None and self.forwarding:
             self._say(
                 f"the server is dead ({reason}); written {(times['written'] - (times['detected'] or 0)) / 1e3:.0f} µs later"
@@ -225,13 +234,35 @@ class Carrier:
             if drain:
                 await self._plane.delete_static_peer_rules(Kind.TO_SERVER)
                 await asyncio.sleep(DRAIN)
-            await self._plane.delete_static_peer_rules()
+            try:
+                await self._plane.delete_static_peer_rules()
+            except SwitchError as error:
+                self._say(f"takeover: {error}")
             await self._recover()
+            await self._prove()
         except (ChannelLost, SwitchError) as error:
             self._say(f"takeover: {error}")
         self.takeovers += 1
         self._say(f"the switch carries: {why}")
         self._announce()
+
+    async def _prove(self) -> None:
+        """The switch forwards no more when frames show it that come back, and not when it says so. Raises ChannelLost."""
+        if self._switch.barrier != "probe":
+            return
+        self.unproved = ""
+        for left in reversed(range(PROOFS)):
+            if await self._plane.forwarded_no_more():
+                if self.last_takeover:
+                    self.last_takeover["proved"] = monotonic_ns()
+                return
+            if left:
+                self._say(
+                    "the switch has acknowledged the takeover and still forwards to the server: told again"
+                )
+                self._plane.repeat_takeover()
+        self.unproved = "the switch has acknowledged the takeover, and still forwards to the server"
+        self._say(self.unproved)
 
     async def _give_back(self) -> None:
         """Both hold the same sessions: the server carries again."""
@@ -250,6 +281,7 @@ class Carrier:
             self._say(f"return: {error}")
             return
         self.forwarding = True
+        self.unproved = ""
         self._arm()
         self._look_at_links()
         await self._purge()

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,14 @@ from os_ken.ofproto import ofproto_v1_3 as ofp
 from os_ken.ofproto import ofproto_v1_3_parser as parser
 from os_ken.ofproto.ofproto_protocol import ProtocolDesc
 
-from switch_agent import codec, pipeline
+from switch_agent import codec, pipeline, probe
 from switch_agent.codec import Error, Event, Lost, ProtocolError, Ready, TransactionComplete
 
 Rows = np.ndarray[Any, np.dtype[np.void]]  # shape (n,)
 Decode = Callable[[bytes], Rows]  # one part of an answer
 _OPENFLOW = ProtocolDesc(ofp.OFP_VERSION)
+_ORDER = 0x8000_0002  # transaction id of the barrier before a probe's rule; nobody waits for its answer
+_RESENT = (0.002, 0.1)  # seconds until a probe is sent again, first and longest
 ADD, DELETE, DELETE_STRICT = ofp.OFPFC_ADD, ofp.OFPFC_DELETE, ofp.OFPFC_DELETE_STRICT
 TABLE_FULL = (ofp.OFPET_FLOW_MOD_FAILED, ofp.OFPFMFC_TABLE_FULL)
 GROUP_EXISTS = (ofp.OFPET_GROUP_MOD_FAILED, ofp.OFPGMFC_GROUP_EXISTS)
@@ -167,6 +169,7 @@ class Limits:
     flows: int = 4_000_000  # of one answer with statistics
     write_buffer: int = 8 << 20  # bytes; above it packet-outs are dropped and counted
     answer: float = 10  # for the greeting, a barrier and each part of statistics
+    proof: float = 2  # after the barrier, until a probe has come back
     idle: float = 5  # of silence until the switch is asked whether it lives, and again until it is given up
 
 
@@ -192,18 +195,23 @@ class _Connection:
         self.writer = writer
         self.decoder = codec.Decoder(_error_name)
         self.pending: dict[int, _Pending] = {}
+        self.probes = probe.Probes(flow_mod)
 
 
 class Channel:
     """One switch. ``datapath_id`` None takes any; another than the given one is turned away.
 
+    With ``prove`` the answer to a barrier counts for nothing until a probe has come back: see probe.py.
     Events are taken in batches by ``events()``; a Ready begins each connection and a Lost ends it. Of two
     connections of the same switch the newer one counts. ``refusals`` has the last lines about connections
     that came to nothing.
     """
 
-    def __init__(self, datapath_id: int | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self, datapath_id: int | None = None, limits: Limits | None = None, *, prove: bool = False
+    ) -> None:
         self.datapath_id = datapath_id
+        self.prove = prove
         self.limits = limits or Limits()
         self.packets_dropped = 0  # packet-ins, for want of room
         self.packet_outs_dropped = 0
@@ -259,10 +267,37 @@ class Channel:
     async def transact(self, data: bytes | bytearray | memoryview, txid: int) -> tuple[Error, ...]:
         """Sends messages that all have ``txid``, then a barrier; returns what the switch refused of them.
 
-        At most ``limits.outstanding`` wait for their barrier at a time, the others here. Raises ChannelLost.
+        What it has acknowledged and not done, where that is to be proved, is an error that names no rule. At most
+        ``limits.outstanding`` wait for their barrier, and their proof, at a time, the others here. Raises ChannelLost.
         """
         async with self._slots:
-            return tuple((await self._ask(data, codec.barrier(txid), txid, 0)).errors)
+            if not self.prove:
+                return tuple((await self._ask(data, codec.barrier(txid), txid, 0)).errors)
+            connection = self._current()
+            version, number = connection.probes.version(txid)
+            end = (codec.barrier(_ORDER), version, codec.barrier(txid), connection.probes.packet_out)
+            returned = connection.probes.numbered(number)
+            try:
+                errors = (await self._ask(data, b"".join(end), txid, 0)).errors
+                if any(probe.refused(error.cookie) for error in errors):
+                    return tuple(replace(e, cookie=None) if probe.refused(e.cookie) else e for e in errors)
+                if await self._returns(connection, returned, connection.probes.packet_out):
+                    return tuple(errors)
+            finally:
+                connection.probes.forget(returned)
+        text = f"acknowledged, but not there {self.limits.proof:g} s later"
+        return (*errors, Error(txid, 0xFFFF, 0, text))
+
+    async def comes_back(self, frame: bytes, in_port: int) -> bool:
+        """Whether a frame that enters the table as if from a port comes back as it is, in time. Raises ChannelLost."""
+        connection = self._current()
+        sent = codec.packet_out(frame, port=codec.TABLE_PORT, in_port=in_port)
+        returned = connection.probes.frame(in_port, frame)
+        try:
+            connection.writer.write(sent)
+            return await self._returns(connection, returned, sent)
+        finally:
+            connection.probes.forget(returned)
 
     async def statistics(self, cookie: int, mask: int, decode: Decode = codec.flow_statistics) -> Rows:
         """The flows with these bits of the cookie, as ``decode`` reads them (codec.FLOW_STAT). Raises ChannelLost."""
@@ -336,6 +371,20 @@ class Channel:
             if pending.done.done() and not pending.done.cancelled():
                 pending.done.exception()  # looked at, so that nobody warns about it
         return pending
+
+    async def _returns(self, connection: _Connection, returned: asyncio.Future[None], sent: bytes) -> bool:
+        """Whether a probe that was sent comes back in time; it is sent again from time to time."""
+        pause, longest = _RESENT
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.limits.proof
+        while not returned.done() and loop.time() < end:
+            await asyncio.wait([returned], timeout=pause)
+            pause = min(2 * pause, longest)
+            if not returned.done() and self._connection is connection:
+                connection.writer.write(sent)
+        if returned.done():
+            returned.result()
+        return returned.done()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -421,6 +470,8 @@ class Channel:
     def _handle(self, connection: _Connection, events: list[Event]) -> None:
         for event in events:
             match event:
+                case codec.PacketIn() if self.prove and connection.probes.returned(event):
+                    pass
                 case codec.PacketIn():
                     if self._packets >= self.limits.packets:
                         self.packets_dropped += 1
@@ -430,6 +481,8 @@ class Channel:
                 case TransactionComplete(txid) if pending := connection.pending.get(txid):
                     if not pending.done.done():
                         pending.done.set_result(None)
+                case TransactionComplete(txid) if txid == _ORDER:
+                    pass
                 case Error(txid) if pending := connection.pending.get(txid):
                     if len(pending.errors) >= self.limits.errors:
                         raise ProtocolError("the switch answers with more errors than it was sent messages")
@@ -466,6 +519,7 @@ class Channel:
         for pending in connection.pending.values():
             if not pending.done.done():
                 pending.done.set_exception(ChannelLost(reason))
+        connection.probes.fail(ChannelLost(reason))
         with contextlib.suppress(RuntimeError):  # the loop may be closed already
             connection.writer.transport.abort()
         if self._connection is connection:

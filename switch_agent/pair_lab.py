@@ -38,6 +38,7 @@ class PairLab:
         nat: dict[str, Any] | None = None,
         max_flows: int = 100_000,
         workers: int = 1,
+        switch: dict[str, Any] | None = None,
     ) -> None:
         self.lab = lab
         self.workers = {"cores": sorted(os.sched_getaffinity(0))[:workers]}
@@ -83,6 +84,7 @@ class PairLab:
                 "max_flows": max_flows,
                 "ovs": str(self.ovs.directory),
                 "ports": {"internal": 1, "external": 2, "server_internal": 3, "server_external": 4},
+                **(switch or {}),
             },
         )
         self.server_config = self._write(

@@ -7,6 +7,7 @@ One table. From the top down (thesis 5.2 and 7.2, partition mode "all peer"):
  400  forward to server    a port's whole traffic to the server and back; there while the server carries
  300  session              two exact rules per session, which translate; they wait below the rules above
  200  agent's business     ARP and ICMP for our addresses, new flows: to the agent, each by its own meter
+ 150  probe                what the agent sends through the table as a proof, and gets back (probe.py)
  100  fence                what comes from the server's ports, once it is not forwarded any more
    0  rest                 dropped
 ====  ===================  ==============================================================================
@@ -24,8 +25,10 @@ from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Network, summarize_address_range
 
 FORWARD_PRIORITY, SESSION_PRIORITY, AGENT_PRIORITY, FENCE_PRIORITY, REST_PRIORITY = 400, 300, 200, 100, 0
+PROBE_PRIORITY = 150  # below what a takeover deletes, above the fence
 
 ARP, IPV4 = 0x0806, 0x0800
+PROBE_TYPE = 0x88B5  # for experiments on a local network (IEEE 802)
 ICMP, TCP, UDP = 1, 6, 17
 PORT_FIELDS = {TCP: ("tcp_src", "tcp_dst"), UDP: ("udp_src", "udp_dst")}
 VLAN_PRESENT = 0x1000  # OFPVID_PRESENT; vlan_vid 0 matches untagged frames only
@@ -49,6 +52,7 @@ class Kind(IntEnum):
     NEW_FLOW = 0x32
     UNSOLICITED = 0x33
     REST = 0x40
+    RETURN = 0x50
 
     @property
     def cookie(self) -> int:
@@ -57,6 +61,8 @@ class Kind(IntEnum):
 
 FORWARD_COOKIE = STATIC_CLASS | 0x10
 FORWARD_MASK = ALL_BITS & ~1  # both directions of forwarding
+PROBE_COOKIE = STATIC_CLASS | 0x51  # of the rule whose version is in the bits between
+PROBE_MASK = INBOUND | CLASS_MASK | 0xFF
 
 
 # -- actions -----------------------------------------------------------------------------------------------
@@ -170,6 +176,7 @@ class Pipeline:
     mac: int
     rates: Mapping[Kind, int] = field(default_factory=lambda: DEFAULT_RATES)
     session_idle_timeout: int = 0
+    probe_mac: int = 0  # whose frames come back to the agent once nothing forwards them; 0: there are none
 
     def meters(self) -> dict[int, int]:
         """Meter id → packets per second; the burst is a tenth of a second's worth."""
@@ -196,6 +203,10 @@ class Pipeline:
         icmp = self._inside(self.internal, eth_type=IPV4, ip_proto=ICMP, **ours)
         rules.append(self._to_agent(Kind.ICMP, icmp, above=1))
         rules.append(self._to_agent(Kind.NEW_FLOW, self._inside(self.internal, eth_type=IPV4, **ours)))
+        if self.probe_mac:
+            for port in sorted({int(str(rule.match["in_port"])) for rule in self.forward()}):
+                match: Match = {"in_port": port, "eth_src": mac_text(self.probe_mac)}
+                rules.append(Rule(PROBE_PRIORITY, match, (ToController(),), Kind.RETURN.cookie))
         return tuple(rules)
 
     def forward(self) -> tuple[Rule, ...]:

@@ -36,6 +36,7 @@ from switch_agent.pipeline import (
     Rule,
     Side,
 )
+from switch_agent.probe import frame_of
 
 CHUNK = 2000  # sessions per transaction
 TAKEOVER_TXID = 0x8000_0001  # beyond those that a channel gives
@@ -164,7 +165,12 @@ class OpenFlowDataPlane:
             )
         for key in list(self._hops.groups):
             await self._write_group(key)
-        await self._rules(self._pipeline.base())
+        txid = self._channel.next_txid()
+        earlier = openflow.delete_by_cookie(
+            Kind.RETURN.cookie, txid=txid
+        )  # of an agent that had another MAC for it
+        base = b"".join(openflow.flow_mod(rule, txid=txid) for rule in self._pipeline.base())
+        self._insist(await self._channel.transact(earlier + base, txid), "static rules")
 
     async def install_static_peer_rules(self) -> None:
         """The server carries from here on: first what comes from it may pass, then all goes to it."""
@@ -191,6 +197,22 @@ class OpenFlowDataPlane:
             for kind in (Kind.TO_SERVER, Kind.FROM_SERVER)
         ]
         return b"".join((*delete, *fence, codec.barrier(TAKEOVER_TXID)))
+
+    async def forwarded_no_more(self) -> bool:
+        """Whether frames that each forward rule would take come back to us instead, in time. Raises ChannelLost.
+
+        Needs a pipeline with a MAC for probes.
+        """
+        source = self._pipeline.probe_mac
+        asked = [
+            self._channel.comes_back(frame_of(rule, source), int(str(rule.match["in_port"])))
+            for rule in self._pipeline.forward()
+        ]
+        return all(await asyncio.gather(*asked))
+
+    def repeat_takeover(self) -> None:
+        """Writes the prepared bytes once more, on this connection. Raises ChannelLost."""
+        self._channel.write(self.prepared_takeover())
 
     async def wipe(self) -> None:
         """Everything off the switch: rules, groups. Sessions stay in the store. Raises ChannelLost."""

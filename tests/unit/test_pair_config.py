@@ -214,7 +214,7 @@ def test_tls_or_plain_and_one_key() -> None:
         ("openflow", "unix:/" + "x" * 100, "switch.takeover", "more than 107 bytes"),
         ("openflow", "tcp:here", "switch.openflow", "ADDRESS:PORT or unix:/PATH"),
         ("datapath_id", 1, "switch.datapath_id", "quotes"),
-        ("barrier", "probe", "switch.barrier", "trusted"),
+        ("barrier", "believed", "switch.barrier", "trusted"),
     ],
 )
 def test_switches_that_do_not_fit(key: str, value: object, where: str, message: str) -> None:
