@@ -35,6 +35,10 @@ def main() -> None:
     of_options.add_argument("--of", nargs="+", choices=core.OPTIONS, default=core.OPTIONS)
     of_options.add_argument("--sessions", type=int, default=1 << 17)
     of_options.add_argument("--pairs", type=int, default=7)
+    of_lookup = what.add_parser("lookup", help="ns per key of a batch look-up, beside DPDK's rte_hash")
+    of_lookup.add_argument("--sessions", type=int, nargs="*", default=[28 * 1024, 1 << 18, 1 << 20, 1 << 22])
+    of_lookup.add_argument("--order", choices=["uniform", "zipf"], default="uniform")
+    of_lookup.add_argument("--rounds", type=int, default=31)
     of_failover = what.add_parser("failover", help="packets and sessions lost when the server ends (root)")
     of_failover.add_argument("--how", choices=failover.HOWS, default="kill")
     of_failover.add_argument("--rate", type=int, default=1000, help="packets per second")
@@ -45,13 +49,13 @@ def main() -> None:
     of_failover.add_argument("--all", action="store_true", help="every case that a release states")
     of_latency = what.add_parser("newflow", help="latency that a new flow's first packet takes more (root)")
     of_latency.add_argument("--flows", type=int, default=500)
-    for one in (of_core, of_options, of_failover, of_latency):
+    for one in (of_core, of_options, of_lookup, of_failover, of_latency):
         one.add_argument("--json", action="store_true")
     arguments = parser.parse_args(sys.argv[1:] or ["core"])
     try:
-        {"core": _core, "options": _options, "failover": _failover, "newflow": _newflow}[arguments.what](
-            arguments
-        )
+        {"core": _core, "options": _options, "lookup": _lookup, "failover": _failover, "newflow": _newflow}[
+            arguments.what
+        ](arguments)
     except LabError as error:
         sys.exit(f"bench: {error}")
 
@@ -121,6 +125,18 @@ def _options(arguments: argparse.Namespace) -> None:
             for result in results
         ]
         _print(f"{arguments.sessions} sessions: ns, and the ratio with an option (median / min / max)", rows)
+
+
+def _lookup(arguments: argparse.Namespace) -> None:
+    results = [
+        core.lookup(sessions, rounds=arguments.rounds, order=arguments.order)
+        for sessions in arguments.sessions
+    ]
+    if arguments.json:
+        for result in results:
+            print(json.dumps(result))
+    else:
+        _print("batch look-up: ns per key, and how much longer rte_hash takes (median / min / max)", results)
 
 
 def _failover(arguments: argparse.Namespace) -> None:

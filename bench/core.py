@@ -52,6 +52,22 @@ def measure(sessions: int, *, rounds: int = 61, **choices: object) -> Any:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def lookup(sessions: int, *, rounds: int = 31, order: str = "uniform") -> Any:
+    """Batch look-up beside rte_hash: what lookup.c prints; ``ratio`` is how much longer rte_hash takes."""
+    flags = subprocess.run(["pkg-config", "--cflags", "libdpdk"], check=True, capture_output=True, text=True)
+    others = [path for path in sorted(CORE.glob("*.c")) if path.name != "pipeline.c"]  # which it includes
+    headers = [HERE / "known.h", CORE / "pipeline.c", *sorted(CORE.glob("*.h"))]
+    dpdk = [flag.replace("-I", "-isystem") for flag in flags.stdout.split()]
+    program = compiled(
+        "bench-lookup",
+        [HERE / "lookup.c", *others],
+        headers,
+        [*CFLAGS, *dpdk, f"-I{CORE}", "-lrte_eal", "-lrte_hash", "-lm"],
+    )
+    command = [str(program), str(sessions), str(rounds), order]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 VALUES = {"dependent": "dependent"}  # of what is a choice and no flag
 OPTIONS = ("aes", "parity", "preservation", "quarantine", "vlan", "dependent")
 

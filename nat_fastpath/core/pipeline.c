@@ -432,7 +432,16 @@ static __attribute__((noinline)) void batch_add_tagged(struct batch *batch, unsi
     batch_add(batch, i, port, ETH_BYTES + VLAN_BYTES);
 }
 
-/* Keys, hashes, and the first line of the index is on its way. */
+/* The first line of the index is on its way. */
+static void batch_hash(struct nat_core *core, struct batch *batch)
+{
+    core->hasher.many(&core->hasher, batch->addrs, batch->ports, batch->protocols, batch->hashes, batch->n);
+    for (unsigned i = 0; i < batch->n; i++)
+        if (batch->common >> i & 1)
+            __builtin_prefetch(&core->flows.buckets[flow_table_first(&core->flows, batch->hashes[i])]);
+}
+
+/* Keys and hashes. */
 static void batch_parse(struct nat_core *core, struct batch *batch, struct nat_packet *packets, unsigned n)
 {
     batch->packets = packets;
@@ -448,12 +457,8 @@ static void batch_parse(struct nat_core *core, struct batch *batch, struct nat_p
         else
             batch_add(batch, i, port, ETH_BYTES);
     }
-    if (!batch->common)
-        return;
-    core->hasher.many(&core->hasher, batch->addrs, batch->ports, batch->protocols, batch->hashes, n);
-    for (unsigned i = 0; i < n; i++)
-        if (batch->common >> i & 1)
-            __builtin_prefetch(&core->flows.buckets[flow_table_first(&core->flows, batch->hashes[i])]);
+    if (batch->common)
+        batch_hash(core, batch);
 }
 
 static inline uint32_t bucket_candidate(const struct flow_bucket *bucket, uint32_t hash)

@@ -42,3 +42,16 @@ def test_options() -> None:
     assert all(
         result[f"{what}_ratio"]["min"] > 0 for result in results for what in ("packet", "open", "close")
     )
+
+
+def test_lookup() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *["bench", "lookup", "--sessions", "500", "--rounds", "3", "--json"]],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    result = json.loads(done.stdout)
+    assert result["sessions"] == 500
+    assert result["ratio"]["min"] > 0
