@@ -525,7 +525,7 @@ def demo(
 cli_host.register(app)
 cli_live.register(app)
 cli_certs.register(app)
-cli_peer.register(show)
+cli_peer.register(app, show)
 
 
 def main() -> None:

@@ -1,19 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `show peer`: whether both halves of a pair hold the same."""
+"""The commands `show peer`, whether both halves of a pair hold the same, and `peer takeover|release`, who carries."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nat_control.cli_live import ConfigOption, SocketOption
-from nat_control.cli_output import FAILED, Json, print_json, table, user_errors
+from nat_control.cli_output import FAILED, Json, complain, print_json, table, user_errors
 from nat_control.client import Client, find_socket
 
 
-def register(show: typer.Typer) -> None:
+def register(app: typer.Typer, show: typer.Typer) -> None:
     show.command("peer")(show_peer)
+    peer = typer.Typer(help="Who of a pair carries the traffic.", no_args_is_help=True)
+    app.add_typer(peer, name="peer")
+    peer.command()(takeover)
+    peer.command()(release)
+
+
+Force = Annotated[
+    bool, typer.Option(help="Also when both do not hold the same sessions: those that differ break.")
+]
+
+
+def takeover(
+    force: Force = False, config: ConfigOption = None, socket: SocketOption = None, as_json: Json = False
+) -> None:
+    """This side takes the traffic from the other, without losing a packet.
+
+    A switch keeps it, whatever happens to the server, until it is released.
+    """
+    _move("takeover", config, socket, as_json, force=force)
+
+
+def release(
+    force: Force = False,
+    later: Annotated[
+        bool, typer.Option(help="Not now: once the other side is there and both hold the same.")
+    ] = False,
+    config: ConfigOption = None,
+    socket: SocketOption = None,
+    as_json: Json = False,
+) -> None:
+    """This side gives the traffic to the other, without losing a packet.
+
+    A switch that gets it so keeps it, whatever happens to the server, until it is taken back.
+    """
+    _move("release", config, socket, as_json, force=force, later=later)
+
+
+def _move(verb: str, config: Path | None, socket: Path | None, as_json: bool, **options: bool) -> None:
+    with user_errors():
+        moved = Client(find_socket(config, socket)).move(verb, **options)
+    if as_json:
+        print_json(moved)
+    elif moved["result"] == "refused":
+        complain(f"peer {verb}: {moved['why']}")
+    else:
+        print(_moved(moved))
+    if moved["result"] == "refused":
+        raise typer.Exit(FAILED)
+
+
+def _moved(moved: dict[str, Any]) -> str:
+    who = "this side" if moved["carrier"] == "here" else "the other side"
+    kept = ", and keeps the traffic until it is taken back or released" if moved["kept"] else ""
+    if moved["result"] == "later":
+        return f"{who} carries; the other side gets the traffic once it is there and both hold the same"
+    if moved["result"] == "unchanged":
+        return f"{who} carries already{kept}"
+    proof = {True: "proven equal", False: "not proven equal", None: "not compared"}[moved["proven"]]
+    return f"{who} carries{kept}: {moved['ms']:.0f} ms, {moved['sessions']} sessions, {proof}"
 
 
 def show_peer(
@@ -40,6 +100,11 @@ def show_peer(
         raise typer.Exit(FAILED)
 
 
+def _carrier(peer: dict[str, Any]) -> str:
+    who = {"here": "this side", "peer": "the peer", None: "not known"}[peer["carrier"]]
+    return f"{who}, and keeps the traffic" if peer["kept"] else who
+
+
 def _digest(digest: dict[str, Any] | None) -> str:
     if digest is None:
         return "none of this connection yet"
@@ -52,6 +117,7 @@ def _print(peer: dict[str, Any]) -> None:
     rows = [
         ("state", f"{peer['state']}, {peer['mode']}"),
         ("peer", f"instance {peer['instance']}" if peer["instance"] is not None else "-"),
+        ("carrier", _carrier(peer)),
         ("digest", _digest(peer["digest"])),
         *([("proven equal", peer["verified"])] if peer["verified"] is not None else []),
         (

@@ -337,6 +337,12 @@ class Client:
         answer: dict[str, Any] = self._ask({"peer": {"verify": verify}})["peer"]
         return answer
 
+    def move(self, verb: str, **options: bool) -> dict[str, Any]:
+        """Of a pair, by "takeover" or "release", with ``force`` or ``later``. ``result`` is "done", "unchanged", "later" or
+        "refused", then with ``why``; docs/cli.md has the rest."""
+        answer: dict[str, Any] = self._ask({verb: options})[verb]
+        return answer
+
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with contextlib.closing(_Connection(self.path, request, self.timeout)) as opened:
             return opened.line()

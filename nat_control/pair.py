@@ -146,7 +146,8 @@ class Pair:
         self.differing = 0  # digests of 256, when they were last compared
         self._takes_key = peer.tls is not None and peer.connect is not None  # that of the side that listens
         self._told = self.protocol.pools  # in our last Hello
-        self._peer_carries = asyncio.Event()
+        self._told_carrier: asyncio.Queue[do.CarrierTold] = asyncio.Queue(16)
+        self._asking = asyncio.Lock()
         # Who has nothing to write at the peer's death must notice it all the same: held packets wait for the peer.
         self._bell = socket.socketpair() if guard else None
 
@@ -187,6 +188,8 @@ class Pair:
         if isinstance(action, do.StateChanged):
             if self._takes_key and (it := self.protocol.peer) is not None:
                 self.watch.rekey(it.heartbeat_key)
+            if action.before is State.OPERATIONAL:
+                self._hear_carrier(do.CarrierTold(0, False, f"the peer is lost: {action.why}"))
             if action.after in (State.FAILED, State.OPERATIONAL):
                 self.refused = action.why if action.after is State.FAILED else ""
             self.differing = 0
@@ -201,10 +204,14 @@ class Pair:
                 self.watch.disarm()
         elif isinstance(action, do.DigestCompared):
             self.differing = len(action.differing)
-        elif isinstance(action, do.PeerCarries):
-            self._peer_carries.set()
+        elif isinstance(action, do.CarrierTold):
+            self._hear_carrier(action)
         self.view.notice(action)
         self._notice(action)
+
+    def _hear_carrier(self, told: do.CarrierTold) -> None:
+        with contextlib.suppress(asyncio.QueueFull):  # nobody waits, or the answer is among them
+            self._told_carrier.put_nowait(told)
 
     async def listen(self) -> None:
         """Takes the address of the sync channel; who runs the pair later shall hear at once that it is taken."""
@@ -236,17 +243,29 @@ class Pair:
         if self.watch.fired is not None:
             self.transport.lose()
 
-    async def hand_over(self) -> bool:
-        """Asks the peer to carry the traffic; whether it does. Packets must be forwarded until this returns."""
-        if self.state is not State.OPERATIONAL:
-            return False
-        self._peer_carries.clear()
-        self.transport.hand_over()
-        try:
-            await asyncio.wait_for(self._peer_carries.wait(), HAND_OVER)
-        except TimeoutError:
-            return False
-        return True
+    async def hand_over(
+        self, *, here: bool = False, lasting: bool = False, timeout: float = HAND_OVER
+    ) -> str:
+        """Asks the peer, who decides, that it, or we, carry the traffic. Returns why it does not come to that; "": done.
+
+        Packets must be forwarded until this returns. ``lasting``: until one side asks for something else.
+        """
+        async with self._asking:
+            peer = self.protocol.peer
+            if self.state is not State.OPERATIONAL or peer is None:
+                return f"the peer is not in step ({self.state.value})"
+            wanted = self.protocol.instance if here else peer.instance
+            while not self._told_carrier.empty():
+                self._told_carrier.get_nowait()
+            self.transport.hand_over(wanted, lasting=lasting)
+            try:
+                async with asyncio.timeout(timeout):
+                    while True:
+                        told = await self._told_carrier.get()
+                        if told.why or (told.carrier == wanted and told.lasting >= (lasting and not here)):
+                            return told.why
+            except TimeoutError:
+                return f"the peer has not answered for {timeout:g} s"
 
     async def stop(self) -> None:
         """We leave on purpose: the peer hears it before anything is closed."""

@@ -59,7 +59,7 @@ class PeerView:
         if isinstance(action, do.DigestCompared):
             self._news.set()
 
-    async def _verify(self) -> bool:
+    async def prove(self) -> bool:
         """Whether a digest that is taken now, or after a mend, is equal."""
         self._here, self._there = NO_RECORDS, NO_IDS
         with contextlib.suppress(TimeoutError):
@@ -86,7 +86,7 @@ class PeerView:
         verify = body.get("verify", True) if isinstance(body, dict) and set(body) <= {"verify"} else None
         if not isinstance(verify, bool):
             raise ApiError('peer: takes nothing but {"verify": true or false}')
-        proven = await self._verify() if verify else None
+        proven = await self.prove() if verify else None
         await conversation.send({"peer": await self._answer(proven)})
 
     async def _answer(self, proven: bool | None) -> dict[str, Any]:
@@ -99,6 +99,12 @@ class PeerView:
             "state": protocol.state.value,
             "mode": protocol.mode.value,
             "instance": protocol.peer.instance if protocol.peer else None,
+            "carrier": None
+            if protocol.carrier is None
+            else "here"
+            if protocol.carrier == protocol.instance
+            else "peer",
+            "kept": protocol.lasting,
             "epoch": protocol.epoch,
             "term": protocol.term,
             "last_error": protocol.last_error,

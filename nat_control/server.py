@@ -27,6 +27,7 @@ from nat_control.pair import Pair, PairError
 from nat_control.peer import line_of, no_peer
 from nat_control.reload import Reload
 from nat_control.sync import actions as do
+from nat_control.traffic import NO_PEER, Traffic
 from nat_fastpath import cores, engine
 from nat_fastpath.core_config import CoreConfig
 from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Workers, WorkerStuck, repair
@@ -52,8 +53,8 @@ def _say_notice(action: do.Action) -> None:
             say(f"peer: {before.value} -> {after.value}: {why}")
         case do.Unreachable(why):
             say(f"peer: not reached: {why}")
-        case do.Carry():
-            say("peer: it does not carry the traffic any more")
+        case do.CarrierTold(carrier, lasting, ""):
+            say(f"peer: instance {carrier} carries{', and keeps the traffic' if lasting else ''}")
         case _:
             if line := line_of(action):
                 say(line)
@@ -241,8 +242,10 @@ class Server:
     async def _run(self) -> None:
         asyncio.get_running_loop().set_exception_handler(self.health.unhandled)
         answers = {"status": self.status, "stats": self.stats, "pool": self.pool_use, "ports": self.port_list}
-        peer = self.pair.view.verb if self.pair else no_peer
-        verbs = {**self.live.verbs, "reload": self.reload.verb, "peer": peer}
+        verbs = {**self.live.verbs, "reload": self.reload.verb, "peer": no_peer, **NO_PEER}
+        if self.pair:
+            traffic = Traffic(self.pair, sessions=lambda: self.core.counters()["sessions"])
+            verbs |= {"peer": self.pair.view.verb, **traffic.verbs}
         api = Api({**answers, "hosts": self.live.hosts}, self.core.sessions, verbs)
         await api.start(self.config.control.socket)
         pair = asyncio.ensure_future(self.pair.run()) if self.pair else None
@@ -266,8 +269,9 @@ class Server:
 
     async def _leave(self) -> None:
         """A planned end: the peer has the traffic before we stop forwarding."""
-        if self.pair is not None and await self.pair.hand_over():
-            say("the peer carries")
+        if self.pair is not None:
+            why = await self.pair.hand_over()
+            say(f"the peer is not asked to carry: {why}" if why else "the peer carries")
 
     def _watch(self) -> None:
         before, self.worker_stats = self.worker_stats, self.workers.stats()

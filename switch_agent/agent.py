@@ -39,6 +39,7 @@ from nat_control.loop import (
 from nat_control.pair import ACTIVITY_PERIOD, Pair, PairError, unusable
 from nat_control.peer import no_peer
 from nat_control.reload import Reload
+from nat_control.traffic import NO_PEER, Traffic
 from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result
 from switch_agent.carrier import Carrier
 from switch_agent.channel import Channel, ChannelLost
@@ -198,8 +199,12 @@ class Agent:
         assert self.config.switch
         answers = {"status": self.status, "stats": self.stats, "hosts": self.live.hosts}
         # no threads: the core is this one's
-        peer = self.pair.view.verb if self.pair else no_peer
-        verbs = {**self.live.verbs, "reload": self.reload.verb, "peer": peer}
+        verbs = {**self.live.verbs, "reload": self.reload.verb, "peer": no_peer, **NO_PEER}
+        if self.pair:
+            traffic = Traffic(
+                self.pair, sessions=lambda: self.core.counters()["sessions"], arbiter=self.carrier
+            )
+            verbs |= {"peer": self.pair.view.verb, **traffic.verbs}
         api = Api(answers, self.core.sessions, verbs, threads=False)
         asyncio.get_running_loop().set_exception_handler(self.health.unhandled)
         await api.start(self.config.control.socket)
@@ -387,6 +392,7 @@ class Agent:
             "degraded": self.health.lines,
             "switch": "ready" if self.carrier.ready else "not connected",
             "carrier": "server" if self.carrier.forwarding else "switch",
+            "kept": self.carrier.kept,
             "peer": self.pair.state.value if self.pair else "none",
             "offloaded": self.plane.offloaded,
             **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},

@@ -18,14 +18,17 @@ from nat_control.loop import monotonic_ns
 from nat_control.pair import Pair
 from nat_control.peer import line_of
 from nat_control.sync import actions as do
-from nat_control.sync.actions import State
+from nat_control.sync.actions import Precedence, State
 from switch_agent import ovs_control
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Lost, PortDescription, Ready, TransactionComplete
+from switch_agent.kept import Kept, file_of
 from switch_agent.pipeline import Kind
 from switch_agent.plane import TAKEOVER_TXID, OpenFlowDataPlane, SwitchError
 
-DRAIN = 0.03  # seconds that the server has to send what it has, at a planned hand-over
+# Seconds between the rules of one direction and those of the other, when the traffic moves on purpose: the server sends what
+# it has, and a switch that goes by its cache for some milliseconds after a barrier (Open vSwitch) forgets the rules before.
+DRAIN = 0.05
 GRACE = 0.25  # seconds at least that the server of an earlier agent has to show that it lives
 PROOFS = 3  # attempts to have the forward rules gone where that is to be proved
 BUSY = 10.0  # seconds after which a return no longer waits for a moment without new sessions, to compare digests in
@@ -53,6 +56,7 @@ class Carrier:
     ) -> None:
         assert config.switch
         self._switch = config.switch
+        self._number = config.number
         self._heartbeat = config.heartbeat
         self._plane = plane
         self._takeover_channel = takeover_channel
@@ -64,7 +68,7 @@ class Carrier:
         self.pair: Pair | None = None
         self.ready = False  # the switch is connected and prepared
         self.settled = asyncio.Event()  # it was so once
-        self.forwarding = False  # the server carries
+        self._forwarding = False  # the server carries
         self.takeovers = 0
         self.last_takeover: dict[str, Any] = {}
         self.unproved = ""  # why the switch may still forward to the server
@@ -73,10 +77,22 @@ class Carrier:
         # then no packet opens a session, and no rule is taken for a stranger's.
         self.known = False
         self._returning = False
-        self._kept = False  # the peer has handed the traffic over, and does not want it back
+        self._leaving = False  # the server has handed the traffic over, and ends
+        self._kept = Kept(file_of(config), say)  # an operator wants the switch to carry
         self._reconciled = False  # rules and sessions were compared since the peer came
         self._down: dict[int, str] = {}  # ports to the server without a link, and their names
         self._differ = False  # the last digests did
+
+    @property
+    def forwarding(self) -> bool:
+        """The server carries."""
+        return self._forwarding
+
+    @forwarding.setter
+    def forwarding(self, server: bool) -> None:
+        self._forwarding = server
+        if self.pair is not None:
+            self.pair.protocol.precedence = Precedence.STANDS_BY if server else Precedence.DECIDES
 
     # -- the switch ----------------------------------------------------------------------------------------
 
@@ -111,6 +127,8 @@ class Carrier:
             beat = self._heartbeat
             grace = max(GRACE, 2 * beat.interval_ms * beat.misses / 1000) if beat else GRACE
             asyncio.get_running_loop().call_later(grace, self._is_anybody_there)
+            if self._kept:
+                self._later(partial(self._carry, "it keeps the traffic", drain=True))
 
     def _is_anybody_there(self) -> None:
         """The switch forwards to the server as an earlier agent, or connection, has left it: is it alive?"""
@@ -141,8 +159,11 @@ class Carrier:
 
     def _look_at_links(self) -> None:
         if self.forwarding and self._down:
-            ports = ", ".join(f"{number} ({name})" for number, name in sorted(self._down.items()))
-            self._later(partial(self._carry, f"port {ports} is down"))
+            self._later(partial(self._carry, f"port {self._ports_down} is down"))
+
+    @property
+    def _ports_down(self) -> str:
+        return ", ".join(f"{number} ({name})" for number, name in sorted(self._down.items()))
 
     async def _reconcile(self) -> None:
         found = await self._plane.reconcile()
@@ -192,9 +213,10 @@ class Carrier:
                 if after is State.OPERATIONAL:
                     self._all_known()
                     self._differ = False
+                    self._tell()
                     asyncio.get_running_loop().call_later(BUSY, self._return_uncompared)
                 if before is State.OPERATIONAL:
-                    self._reconciled = self._kept = False
+                    self._reconciled = self._leaving = False
                     self._later(partial(self._carry, why))
             case do.DigestCompared(differing):
                 assert self.pair is not None
@@ -202,8 +224,8 @@ class Carrier:
                 if not self._differ and not self._returning and not (self.forwarding and self._reconciled):
                     self._returning = True
                     self._later(self._give_back)
-            case do.Carry():
-                self._later(self._take)
+            case do.Carry(carrier, lasting):
+                self._later(partial(self._asked, carrier == self._number, lasting))
         if line := line_of(action):
             self._say(line)
 
@@ -213,38 +235,100 @@ class Carrier:
             self._returning = True
             self._later(self._give_back)
 
-    async def _take(self) -> None:
-        """The server hands over: it goes on with what it has been sent, and hears when no more comes."""
-        assert self.pair is not None
-        if not self.ready:
-            return
-        self._kept = True
-        await self._carry("the server hands over", drain=True)
-        self.pair.transport.handed_over()
+    # -- who carries on purpose; see nat_control.traffic.Arbiter ---------------------------------------------
 
-    async def _carry(self, why: str, *, drain: bool = False) -> None:
-        """The switch carries. The watch may have seen to that already; then this changes nothing on it."""
-        self._returning = False
+    @property
+    def here(self) -> bool:
+        return not self.forwarding
+
+    @property
+    def kept(self) -> bool:
+        return bool(self._kept)
+
+    async def move(self, here: bool, *, lasting: bool) -> str:
+        """Behind what changes the switch already."""
+        done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def moved() -> None:
+            why = await self._move(here, lasting, "asked for by an operator")
+            if not done.cancelled():
+                done.set_result(why)
+
+        self._later(moved)
+        return await done
+
+    def let_go(self) -> None:
+        self._kept.set(False)
+        self._leaving = False
+        self._tell()
+        asyncio.get_running_loop().call_later(BUSY, self._return_uncompared)
+
+    async def _asked(self, here: bool, lasting: bool) -> None:
+        """By the server, which goes on with what it has been sent, and hears when no more comes."""
+        self._tell(
+            await self._move(here, lasting, "the server asks for it" if not here else "the server hands over")
+        )
+
+    def _tell(self, why: str = "") -> None:
+        """The server hears who carries, and why nothing came of what it has asked for."""
+        if self.pair is not None and (peer := self.pair.protocol.peer) is not None:
+            carrier = peer.instance if self.forwarding else self._number
+            self.pair.transport.carries(carrier, lasting=self.kept, why=why)
+
+    async def _move(self, here: bool, lasting: bool, why: str) -> str:
+        """Returns why nothing came of it."""
+        if not self.ready:
+            return "the switch is not connected, or not prepared"
+        if not here:
+            if self.forwarding:
+                return ""
+            self._leaving, before = False, self.kept
+            self._kept.set(False)
+            if failed := await self._return():
+                self._kept.set(before)
+            return failed
+        if failed := await self._carry(why, drain=True):
+            return failed
+        self._leaving = not lasting
+        if lasting:
+            self._kept.set(True)
+            self._tell()
+        return ""
+
+    async def _carry(self, why: str, *, drain: bool = False) -> str:
+        """The switch carries; returns what it said against that. The watch may have seen to it already; then this changes
+        nothing on the switch."""
+        self._returning, failed = False, ""
         if not self.forwarding:
-            return
+            return failed
         self.forwarding = False
         if self.pair is not None:
             self.pair.watch.disarm()
         try:
             if drain:
                 await self._plane.delete_static_peer_rules(Kind.TO_SERVER)
-                await asyncio.sleep(DRAIN)
+                await self._drained()
             try:
                 await self._plane.delete_static_peer_rules()
             except SwitchError as error:
-                self._say(f"takeover: {error}")
+                failed = str(error)
+                self._say(f"takeover: {failed}")
             await self._recover()
             await self._prove()
+            failed = failed or self.unproved
         except (ChannelLost, SwitchError) as error:
-            self._say(f"takeover: {error}")
+            failed = str(error)
+            self._say(f"takeover: {failed}")
         self.takeovers += 1
         self._say(f"the switch carries: {why}")
         self._announce()
+        self._tell()
+        return failed
+
+    async def _drained(self) -> None:
+        """Until the rules before the last barrier count for no packet any more, nor for one that is at the server."""
+        await self._ask_switch("revalidator/wait")
+        await asyncio.sleep(DRAIN)
 
     async def _prove(self) -> None:
         """The switch forwards no more when frames show it that come back, and not when it says so. Raises ChannelLost."""
@@ -265,27 +349,41 @@ class Carrier:
         self._say(self.unproved)
 
     async def _give_back(self) -> None:
-        """Both hold the same sessions: the server carries again."""
-        assert self.pair is not None
+        """Both hold the same sessions: the server carries again, unless the switch keeps the traffic."""
         self._returning = False
-        if self.pair.state is not State.OPERATIONAL or not self.ready or self._kept or self._down:
-            return
+        if not (self._kept or self._leaving):
+            await self._return()
+
+    async def _return(self) -> str:
+        """The server carries; why not."""
+        assert self.pair is not None
+        if self.pair.state is not State.OPERATIONAL:
+            return f"the server is not in step ({self.pair.state.value})"
+        if not self.ready:
+            return "the switch is not connected, or not prepared"
+        if self._down:
+            return f"port {self._ports_down} has no link"
         try:
             await self._plane.refresh()
             await self._reconcile()
             self._reconciled = True
             if self.forwarding:
-                return
-            await self._plane.install_static_peer_rules()
+                return ""
+            # what comes from the server passes before anything goes to it
+            await self._plane.install_static_peer_rules(Kind.FROM_SERVER)
+            await self._drained()
+            await self._plane.install_static_peer_rules(Kind.TO_SERVER)
         except (ChannelLost, SwitchError) as error:
             self._say(f"return: {error}")
-            return
+            return str(error)
         self.forwarding = True
         self.unproved = ""
         self._arm()
         self._look_at_links()
-        await self._purge()
         self._say("the server carries")
+        self._tell()
+        await self._purge()
+        return ""
 
     async def _purge(self) -> None:
         """Of an Open vSwitch that we may manage: see ovs_control."""
@@ -295,3 +393,12 @@ class Carrier:
             await ovs_control.purge(self._switch.ovs)
         except ovs_control.OvsError as error:
             self._say(f"the switch's cache stays as it is: {error}")
+
+    async def _ask_switch(self, command: str) -> None:
+        """The same, by a command of ovs-appctl; another switch is not asked."""
+        if self._switch.ovs is None:
+            return
+        try:
+            await ovs_control.ask(self._switch.ovs, command)
+        except ovs_control.OvsError as error:
+            self._say(str(error))

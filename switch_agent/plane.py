@@ -172,9 +172,9 @@ class OpenFlowDataPlane:
         base = b"".join(openflow.flow_mod(rule, txid=txid) for rule in self._pipeline.base())
         self._insist(await self._channel.transact(earlier + base, txid), "static rules")
 
-    async def install_static_peer_rules(self) -> None:
+    async def install_static_peer_rules(self, *kinds: Kind) -> None:
         """The server carries from here on: first what comes from it may pass, then all goes to it."""
-        for kind in (Kind.FROM_SERVER, Kind.TO_SERVER):
+        for kind in kinds or (Kind.FROM_SERVER, Kind.TO_SERVER):
             await self._rules(tuple(rule for rule in self._pipeline.forward() if rule.cookie == kind.cookie))
 
     async def delete_static_peer_rules(self, *kinds: Kind) -> None:

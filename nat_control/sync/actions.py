@@ -23,6 +23,14 @@ class State(Enum):
     FAILED = "failed"  # the connection is given up, its end not yet seen
 
 
+class Precedence(IntEnum):
+    """Whose sessions stay where both sides have used one endpoint differently: told by Hello, the higher one's."""
+
+    STANDS_BY = 0  # the peer carries
+    CARRIES = 1  # as far as it knows
+    DECIDES = 2  # it carries, and who does is its decision
+
+
 class Mode(Enum):
     OFF = "off"
     ASYNCHRONOUS = "asynchronous"
@@ -40,6 +48,7 @@ class ErrorCode(IntEnum):
     SLOW = 8  # more waits for the peer than may wait
     CONFLICTS = 9  # more contradictions than a message can name
     SLICES = 10  # the peer gives hosts other ports
+    VERSION = 11  # the peer speaks another version of this protocol
 
 
 class Input(Enum):
@@ -54,7 +63,7 @@ class Input(Enum):
     FETCHED = "fetched"
     NEXT_HOPS = "next hops"
     HAND_OVER = "hand over"
-    HANDED_OVER = "handed over"
+    CARRIER = "carrier"
     TICK = "tick"
     STOP = "stop"
     HELLO = "Hello"
@@ -70,7 +79,7 @@ class Input(Enum):
     BYE = "Bye"
     NEXT_HOPS_KNOWN = "NextHopsKnown"
     PEER_HANDS_OVER = "HandOver"
-    HAND_OVER_COMPLETE = "HandOverComplete"
+    CARRIES = "Carries"
     BUCKET_ENTRIES = "BucketEntries"
     WANT_ENTRIES = "WantEntries"
     RESYNC = "Resync"
@@ -129,12 +138,21 @@ class Learn:
 
 @dataclass(frozen=True, slots=True)
 class Carry:
-    """The peer hands the traffic over: carry it, then ``handed_over``."""
+    """The peer wants this instance, we or itself, to carry the traffic, lasting or not: see to it, then say by
+    ``carrier`` who does, or why nothing came of it."""
+
+    carrier: int
+    lasting: bool
 
 
 @dataclass(frozen=True, slots=True)
-class PeerCarries:
-    """What we asked for by ``hand_over`` is done."""
+class CarrierTold:
+    """Who carries, as the peer says. ``why`` nothing came of what we have asked for by ``hand_over``; "": it did, or we
+    have not asked."""
+
+    carrier: int
+    lasting: bool
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +265,7 @@ Action = (
     | Commit
     | Learn
     | Carry
-    | PeerCarries
+    | CarrierTold
     | TakeOwnership
     | Cede
     | TakeDigest

@@ -23,7 +23,7 @@ import numpy as np
 from nat_control.dataplane import NO_IDS, Ids, NextHops, Records
 from nat_fastpath.engine import NEIGHBOUR, RECORD
 
-VERSION = 2
+VERSION = 3
 MAGIC = 0x4E54  # "TN"
 HEADER = struct.Struct("<HBBII")
 MAX_PAYLOAD = 1 << 20
@@ -44,6 +44,10 @@ Entries = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype ENTRY
 
 class CodecError(Exception):
     """These bytes are no message of this protocol, or this message cannot become bytes; one line."""
+
+
+class VersionError(CodecError):
+    """The peer speaks another version of this protocol."""
 
 
 class PoolRange(NamedTuple):
@@ -74,7 +78,8 @@ class PoolRange(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Hello:
     """The first message of both. ``pools`` are the sender's own sets, ``term`` counts takeovers, ``slices`` those of
-    hosts and ports, which say what port a host may get.
+    hosts and ports, which say what port a host may get. ``precedence`` (``actions.Precedence``), then ``term``, then the
+    lower number say whose sessions stay where two contradict each other.
 
     ``heartbeat_key`` (16 bytes) is zeros without TLS; else that of the side that listens is used by both.
     """
@@ -86,6 +91,7 @@ class Hello:
     record_size: int = RECORD.itemsize
     heartbeat_key: bytes = NO_KEY
     slices: int = 1
+    precedence: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,12 +198,21 @@ class NextHopsKnown:
 
 @dataclass(frozen=True, slots=True)
 class HandOver:
-    """The receiver shall carry the traffic from now on."""
+    """``carrier``, one of the two instances, shall carry the traffic from now on; ``lasting``: until one of them is asked
+    for something else, whatever happens to the connection."""
+
+    carrier: int
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class HandOverComplete:
-    """The sender carries the traffic."""
+class Carries:
+    """``carrier`` carries the traffic, and keeps it if ``lasting``; told when that changes, and in answer to HandOver.
+    ``why`` nothing came of what was asked; "": it did."""
+
+    carrier: int
+    lasting: bool = False
+    why: str = ""
 
 
 Message = (
@@ -214,20 +229,20 @@ Message = (
     | Bye
     | NextHopsKnown
     | HandOver
-    | HandOverComplete
+    | Carries
     | BucketEntries
     | WantEntries
     | Resync
 )
 
-_HELLO = struct.Struct(
-    "<HBBIHxx16s"
-)  # record size, instance, slices, term, number of ranges, key of heartbeats
+# record size, instance, slices, term, number of ranges, precedence, key of heartbeats
+_HELLO = struct.Struct("<HBBIHBx16s")
 _RANGE = struct.Struct("<IIHH")
 _INIT = struct.Struct("<QIB3x")  # txid, chunk, last
 _U64 = struct.Struct("<Q")
 _TWO = struct.Struct("<QQ")
 _CODE = struct.Struct("<H")
+_CARRIER = struct.Struct("<BB")  # instance, lasting
 
 
 # -- fields -----------------------------------------------------------------------------------------------
@@ -268,12 +283,12 @@ def _exactly(payload: memoryview, size: int) -> None:
 def _write_hello(m: Hello) -> bytes:
     if len(m.pools) > MAX_POOLS:
         raise CodecError(f"{len(m.pools)} address ranges, and {MAX_POOLS} at most fit a hello")
-    head = _HELLO.pack(m.record_size, m.instance, m.slices, m.term, len(m.pools), m.heartbeat_key)
-    return head + b"".join(_RANGE.pack(*pool) for pool in m.pools)
+    fixed = (m.record_size, m.instance, m.slices, m.term, len(m.pools), m.precedence, m.heartbeat_key)
+    return _HELLO.pack(*fixed) + b"".join(_RANGE.pack(*pool) for pool in m.pools)
 
 
 def _read_hello(payload: memoryview, epoch: int) -> Hello:
-    size, instance, slices, term, count, key = _head(_HELLO, payload)
+    size, instance, slices, term, count, precedence, key = _head(_HELLO, payload)
     if count > MAX_POOLS:
         raise CodecError(f"hello with {count} address ranges, {MAX_POOLS} at most")
     _exactly(payload, _HELLO.size + count * _RANGE.size)
@@ -281,7 +296,7 @@ def _read_hello(payload: memoryview, epoch: int) -> Hello:
     for pool in pools:
         if pool.first > pool.last or pool.port_first > pool.port_last:
             raise CodecError(f"hello with an empty range: {pool}")
-    return Hello(instance, epoch, term, pools, size, key, slices)
+    return Hello(instance, epoch, term, pools, size, key, slices, precedence)
 
 
 def _read_init(payload: memoryview, epoch: int) -> InitState:
@@ -323,16 +338,40 @@ def _read_resync(payload: memoryview, epoch: int) -> Resync:
     return Resync(*_TWO.unpack(payload))
 
 
-def _write_error(m: Error) -> bytes:
+def _write_text(text: str) -> bytes:
     # Cut by bytes, and a character that this halves goes whole.
-    return _CODE.pack(m.code) + m.text.encode()[:MAX_TEXT].decode(errors="ignore").encode()
+    return text.encode()[:MAX_TEXT].decode(errors="ignore").encode()
+
+
+def _read_text(payload: memoryview) -> str:
+    if len(payload) > MAX_TEXT:
+        raise CodecError(f"a text of {len(payload)} bytes, {MAX_TEXT} at most")
+    return bytes(payload).decode(errors="replace")
 
 
 def _read_error(payload: memoryview, epoch: int) -> Error:
     (code,) = _head(_CODE, payload)
-    if len(payload) > _CODE.size + MAX_TEXT:
-        raise CodecError(f"an error text of {len(payload) - _CODE.size} bytes, {MAX_TEXT} at most")
-    return Error(code, bytes(payload[_CODE.size :]).decode(errors="replace"))
+    return Error(code, _read_text(payload[_CODE.size :]))
+
+
+def _write_hand_over(m: HandOver | Carries) -> bytes:
+    return _CARRIER.pack(m.carrier, m.lasting)
+
+
+def _read_carrier(payload: memoryview) -> tuple[int, bool]:
+    carrier, lasting = _head(_CARRIER, payload)
+    if lasting > 1:
+        raise CodecError(f"the lasting flag is {lasting}")
+    return carrier, lasting == 1
+
+
+def _read_hand_over(payload: memoryview, epoch: int) -> HandOver:
+    _exactly(payload, _CARRIER.size)
+    return HandOver(*_read_carrier(payload))
+
+
+def _read_carries(payload: memoryview, epoch: int) -> Carries:
+    return Carries(*_read_carrier(payload), _read_text(payload[_CARRIER.size :]))
 
 
 def _nothing(kind: Callable[[], Any]) -> Callable[[memoryview, int], Any]:
@@ -379,15 +418,15 @@ LAYOUTS: Mapping[type, _Layout] = {
     Digest: _Layout(
         9, lambda m: _TWO.pack(m.position, m.count) + m.buckets.astype("<u8").tobytes(), _read_digest
     ),
-    Error: _Layout(10, _write_error, _read_error),
+    Error: _Layout(10, lambda m: _CODE.pack(m.code) + _write_text(m.text), _read_error),
     Bye: _Layout(11, lambda m: b"", _nothing(Bye)),
     NextHopsKnown: _Layout(
         12,
         lambda m: _bytes_of(m.next_hops, NEIGHBOUR),
         lambda payload, epoch: NextHopsKnown(_records(payload, NEIGHBOUR)),
     ),
-    HandOver: _Layout(13, lambda m: b"", _nothing(HandOver)),
-    HandOverComplete: _Layout(14, lambda m: b"", _nothing(HandOverComplete)),
+    HandOver: _Layout(13, _write_hand_over, _read_hand_over),
+    Carries: _Layout(14, lambda m: _write_hand_over(m) + _write_text(m.why), _read_carries),
     BucketEntries: _Layout(15, _write_buckets, _read_buckets),
     WantEntries: _Layout(
         16, lambda m: m.ids.astype("<u8").tobytes(), lambda payload, epoch: WantEntries(_ids(payload))
@@ -475,7 +514,10 @@ def _header(data: bytearray) -> tuple[_Layout, int, int]:
     if magic != MAGIC:
         raise CodecError(f"magic {magic:#06x}: this is not the sync protocol")
     if version != VERSION:
-        raise CodecError(f"version {version}, and this side speaks {VERSION}")
+        raise VersionError(
+            f"the peer speaks version {version} of the sync protocol and we {VERSION}: sessions are not exchanged until "
+            "both run the same release (docs/upgrade.md)"
+        )
     if length > MAX_PAYLOAD:
         raise CodecError(f"a message of {length} bytes, {MAX_PAYLOAD} at most")
     if number not in _BY_NUMBER:

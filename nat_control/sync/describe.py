@@ -25,7 +25,7 @@ IDS, RECORDS = "ids of sessions, u64 each", f"records of {RECORD.itemsize} bytes
 # The names of each message's fixed fields, the struct that packs them, and what follows.
 FIELDS: Mapping[type, tuple[str, struct.Struct | None, str]] = {
     codec.Hello: (
-        "record size, instance, slices, term, ranges, key of heartbeats",
+        "record size, instance, slices, term, ranges, precedence, key of heartbeats",
         codec._HELLO,
         f"ranges, at most {codec.MAX_POOLS}: first and last address u32, first and last port u16",
     ),
@@ -40,8 +40,12 @@ FIELDS: Mapping[type, tuple[str, struct.Struct | None, str]] = {
     codec.Error: ("code", codec._CODE, f"UTF-8 text of at most {codec.MAX_TEXT} bytes"),
     codec.Bye: ("", None, ""),
     codec.NextHopsKnown: ("", None, f"next hops of {NEIGHBOUR.itemsize} bytes"),
-    codec.HandOver: ("", None, ""),
-    codec.HandOverComplete: ("", None, ""),
+    codec.HandOver: ("instance that shall carry, lasting", codec._CARRIER, ""),
+    codec.Carries: (
+        "instance that carries, lasting",
+        codec._CARRIER,
+        f"why not as asked, UTF-8 text of at most {codec.MAX_TEXT} bytes",
+    ),
     codec.BucketEntries: (
         "txid of the last change received",
         codec._U64,

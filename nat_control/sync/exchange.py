@@ -32,6 +32,11 @@ def misfit_of(own: Hello, other: Hello) -> tuple[ErrorCode, str] | None:
     return None
 
 
+def rank(hello: Hello) -> tuple[int, int, int]:
+    """Of two contradicting sessions the higher rank's stays."""
+    return hello.precedence, hello.term, -hello.instance
+
+
 @dataclass(slots=True)
 class Exchange:
     """How far the two InitStates are."""

@@ -22,6 +22,7 @@ from nat_control.sync.actions import (
     Limits,
     Mode,
     Position,
+    Precedence,
     Send,
     State,
     StateChanged,
@@ -74,6 +75,7 @@ class Machine:
         self.state = State.STARTING
         self.heartbeat_key = codec.NO_KEY
         self.peer: Hello | None = None
+        self.precedence = Precedence.CARRIES  # for the next Hello
         self.conflicts = 0  # sessions refused, here or at the peer, since the start
         self.gaps = 0  # in the peer's changes, since the start
         self.mended = 0  # sessions that one side alone held, since the start
@@ -85,6 +87,9 @@ class Machine:
 
     def _forget(self) -> None:
         """All that belongs to one connection."""
+        self.yields = False  # the peer's sessions stay where they contradict ours
+        self.carrier: int | None = None  # as the peer says, who decides it
+        self.lasting = False
         self._exchange = Exchange(0)
         self._outbox = Outbox(self.limits)
         self._plane: dict[int, _Operation] = {}

@@ -23,6 +23,7 @@ from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Ids, NextHops, Re
 from nat_control.sync import codec
 from nat_control.sync.actions import (
     Action,
+    CarrierTold,
     Carry,
     Cede,
     Close,
@@ -30,7 +31,6 @@ from nat_control.sync.actions import (
     Input,
     Learn,
     Mode,
-    PeerCarries,
     Position,
     SendState,
     State,
@@ -40,12 +40,12 @@ from nat_control.sync.codec import (
     BucketEntries,
     Buckets,
     Bye,
+    Carries,
     DeleteComplete,
     DeleteEntries,
     Digest,
     Error,
     HandOver,
-    HandOverComplete,
     Hello,
     InitState,
     InstallComplete,
@@ -57,7 +57,7 @@ from nat_control.sync.codec import (
     UpdateEntries,
     WantEntries,
 )
-from nat_control.sync.exchange import Exchange, misfit_of
+from nat_control.sync.exchange import Exchange, misfit_of, rank
 from nat_control.sync.merge import Merging
 from nat_control.sync.outbox import on_the_wire, pending
 
@@ -110,13 +110,13 @@ class Protocol(Merging):
         """What our own plane knows of them, all or the news; told to a peer that is there."""
         return self._step(Input.NEXT_HOPS, next_hops)
 
-    def hand_over(self, now: float) -> list[Action]:
-        """The peer shall carry the traffic. Only an operational one can; otherwise nothing comes of it."""
-        return self._step(Input.HAND_OVER)
+    def hand_over(self, carrier: int, now: float, *, lasting: bool = False) -> list[Action]:
+        """This instance shall carry the traffic, which the peer decides. Only an operational one is asked."""
+        return self._step(Input.HAND_OVER, HandOver(carrier, lasting))
 
-    def handed_over(self, now: float) -> list[Action]:
-        """We carry the traffic, as the peer has asked."""
-        return self._step(Input.HANDED_OVER)
+    def carries(self, carrier: int, now: float, *, lasting: bool = False, why: str = "") -> list[Action]:
+        """Who carries the traffic, by our decision; or why nothing came of what the peer has asked for."""
+        return self._step(Input.CARRIER, Carries(carrier, lasting, why))
 
     def tick(self, now: float) -> list[Action]:
         """At least every second."""
@@ -126,10 +126,10 @@ class Protocol(Merging):
         """We leave on purpose."""
         return self._step(Input.STOP, now)
 
-    def broken(self, why: str, now: float) -> list[Action]:
-        """The peer's bytes are no messages."""
+    def broken(self, why: str, now: float, code: ErrorCode = ErrorCode.MALFORMED) -> list[Action]:
+        """The peer's bytes are no messages, or not of our version."""
         if self.state in CONNECTED:
-            self._fail(ErrorCode.MALFORMED, why)
+            self._fail(code, why)
         return self._take()
 
     def received(self, epoch: int, message: Message, now: float) -> list[Action]:
@@ -179,8 +179,15 @@ class Protocol(Merging):
         self._become(State.HANDSHAKE, "connected")
 
     def _own_hello(self) -> Hello:
-        key, slices = self.heartbeat_key, self.slices
-        return Hello(self.instance, self.epoch, self.term, self.pools, heartbeat_key=key, slices=slices)
+        return Hello(
+            self.instance,
+            self.epoch,
+            self.term,
+            self.pools,
+            heartbeat_key=self.heartbeat_key,
+            slices=self.slices,
+            precedence=self.precedence,
+        )
 
     def _disconnected(self, why: str) -> None:
         """What waits is released, the peer's sessions are ours."""
@@ -206,10 +213,12 @@ class Protocol(Merging):
 
     def _hello(self, message: Hello, now: float) -> None:
         """Both are compared; the exchange begins."""
-        if misfit := misfit_of(self._own_hello(), message):
+        own = self._own_hello()
+        if misfit := misfit_of(own, message):
             self._fail(*misfit)
         else:
             self.peer = message
+            self.yields = rank(own) < rank(message)
             self._exchange = Exchange(self._txid())
             self._deadline = now + self.limits.exchange
             self._become(State.EXCHANGING, f"instance {message.instance} answers")
@@ -360,21 +369,32 @@ class Protocol(Merging):
 
     # -- who carries
 
-    def _hand_over(self) -> None:
-        """The peer is asked to carry."""
-        self._send(HandOver())
+    def _hand_over(self, wanted: HandOver) -> None:
+        """The peer is asked that this instance carries."""
+        self._send(HandOver(wanted.carrier, wanted.lasting))
 
-    def _handed_over(self) -> None:
-        """The peer hears that we carry."""
-        self._send(HandOverComplete())
+    def _carrier(self, told: Carries) -> None:
+        """The peer hears who carries."""
+        self.carrier, self.lasting = told.carrier, told.lasting
+        self._send(Carries(told.carrier, told.lasting, told.why))
 
     def _peer_hands_over(self, message: HandOver, now: float) -> None:
-        """We shall carry."""
-        self._out.append(Carry())
+        """We decide who carries, and say so."""
+        if self._one_of_us(message.carrier):
+            self._out.append(Carry(message.carrier, message.lasting))
 
-    def _hand_over_complete(self, message: HandOverComplete, now: float) -> None:
-        """The peer carries."""
-        self._out.append(PeerCarries())
+    def _peer_tells_carrier(self, message: Carries, now: float) -> None:
+        """Noted."""
+        if self._one_of_us(message.carrier):
+            self.carrier, self.lasting = message.carrier, message.lasting
+            self._out.append(CarrierTold(message.carrier, message.lasting, message.why))
+
+    def _one_of_us(self, carrier: int) -> bool:
+        assert self.peer is not None
+        if carrier in (self.instance, self.peer.instance):
+            return True
+        self._fail(ErrorCode.PROTOCOL, f"instance {carrier} shall carry, and is none of this pair")
+        return False
 
     # -- next hops
 
@@ -411,7 +431,7 @@ INPUT_OF: Mapping[type, Input] = {
     Bye: Input.BYE,
     NextHopsKnown: Input.NEXT_HOPS_KNOWN,
     HandOver: Input.PEER_HANDS_OVER,
-    HandOverComplete: Input.HAND_OVER_COMPLETE,
+    Carries: Input.CARRIES,
     BucketEntries: Input.BUCKET_ENTRIES,
     WantEntries: Input.WANT_ENTRIES,
     Resync: Input.RESYNC,
@@ -429,7 +449,7 @@ _UNCONNECTED: Mapping[Input, Handler] = {
 _IDLE: Mapping[Input, Handler] = {
     Input.NEXT_HOPS: _P._nothing,
     Input.HAND_OVER: _P._nothing,
-    Input.HANDED_OVER: _P._nothing,
+    Input.CARRIER: _P._nothing,
 }
 # What an earlier connection asked the data plane for.
 _LATE: Mapping[Input, Handler] = {
@@ -487,9 +507,9 @@ _ROWS: Mapping[State, Mapping[Input, Handler]] = {
         Input.NEXT_HOPS: _P._next_hops,
         Input.NEXT_HOPS_KNOWN: _P._next_hops_known,
         Input.HAND_OVER: _P._hand_over,
-        Input.HANDED_OVER: _P._handed_over,
+        Input.CARRIER: _P._carrier,
         Input.PEER_HANDS_OVER: _P._peer_hands_over,
-        Input.HAND_OVER_COMPLETE: _P._hand_over_complete,
+        Input.CARRIES: _P._peer_tells_carrier,
         Input.DIGEST: _P._digest,
         Input.DIGEST_TAKEN: _P._digest_taken,
         Input.BUCKET_ENTRIES: _P._bucket_entries,

@@ -19,7 +19,7 @@ import numpy as np
 
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Ids, NextHops, Records
 from nat_control.sync import actions as do
-from nat_control.sync.codec import CodecError, Decoder, Error, Hello, encode
+from nat_control.sync.codec import CodecError, Decoder, Error, Hello, VersionError, encode
 from nat_control.sync.digest import Summary, within
 from nat_control.sync.protocol import Protocol
 from nat_control.tls import reason
@@ -45,7 +45,7 @@ class Transport:
 
     ``clock``: seconds, monotonic. ``drain``: takes the plane's events and passes them to ``events``; called
     before the machine is told that an operation is done. ``notice``: every StateChanged, Conflicts,
-    DigestCompared, Mended, Gap, Carry and PeerCarries, for logs, metrics and takeover.
+    DigestCompared, Mended, Gap, Carry and CarrierTold, for logs, metrics and takeover.
     """
 
     def __init__(
@@ -97,13 +97,13 @@ class Transport:
         """What our own plane knows of them."""
         self._carry_out(self.protocol.next_hops(next_hops, self._clock()))
 
-    def hand_over(self) -> None:
-        """The peer shall carry; ``notice`` gets PeerCarries when it does."""
-        self._carry_out(self.protocol.hand_over(self._clock()))
+    def hand_over(self, carrier: int, *, lasting: bool = False) -> None:
+        """This instance shall carry, which the peer decides; ``notice`` gets CarrierTold."""
+        self._carry_out(self.protocol.hand_over(carrier, self._clock(), lasting=lasting))
 
-    def handed_over(self) -> None:
-        """We carry, after ``notice`` got Carry."""
-        self._carry_out(self.protocol.handed_over(self._clock()))
+    def carries(self, carrier: int, *, lasting: bool = False, why: str = "") -> None:
+        """Who carries, by our decision, also after ``notice`` got Carry; ``why`` nothing came of that."""
+        self._carry_out(self.protocol.carries(carrier, self._clock(), lasting=lasting, why=why))
 
     def verify(self) -> None:
         """A digest soon, if there is a peer; ``notice`` gets DigestCompared."""
@@ -248,7 +248,8 @@ class Transport:
             if self._writer is not None:
                 decoder.end()
         except CodecError as error:
-            self._carry_out(self.protocol.broken(str(error), self._clock()))
+            code = do.ErrorCode.VERSION if isinstance(error, VersionError) else do.ErrorCode.MALFORMED
+            self._carry_out(self.protocol.broken(str(error), self._clock(), code))
 
     # -- actions
 
@@ -279,7 +280,7 @@ class Transport:
                 | do.Mended()
                 | do.Gap()
                 | do.Carry()
-                | do.PeerCarries()
+                | do.CarrierTold()
             ):
                 self._notice(action)
             case do.Learn(next_hops):

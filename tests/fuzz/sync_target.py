@@ -174,7 +174,7 @@ class Side:
                 case do.Fetch(op, ids):
                     self.work.append(partial(self.fetch, op, ids))
                 case do.Carry():
-                    self.carry_out(self.protocol.handed_over(self.now))
+                    self.carry_out(self.protocol.carries(1, self.now))
 
     def install(self, op: int, records: Records) -> None:
         held = self.core.install(records)
@@ -260,7 +260,9 @@ class Side:
             self.disconnect()
             self.connect()
         elif kind == ELSE:
-            self.carry_out((self.protocol.hand_over, self.protocol.stop)[script.byte() % 2](self.now))
+            self.carry_out(
+                self.protocol.stop(self.now) if script.byte() % 2 else self.protocol.hand_over(2, self.now)
+            )
 
     def finish(self) -> None:
         """The peer is lost, and everything comes to rest."""
@@ -338,7 +340,7 @@ def seeds() -> list[bytes]:
         [*ready, step(InstallEntries(1, records(4, 8))), plane, step(UpdateEntries(records(2))), plane,
          step(DeleteEntries(2, records(2))), plane],
         [*ready, step(InstallEntries(1, contradicting(3))), plane, step(NextHopsKnown(hops)), plane],
-        [*ready, bytes((TIME, 8)), plane, step(Digest(0, np.zeros(256, np.uint64))), plane * 2, step(HandOver())],
+        [*ready, bytes((TIME, 8)), plane, step(Digest(0, np.zeros(256, np.uint64))), plane * 2, step(HandOver(1))],
         [*ready, step(InstallComplete(1)), bytes((TIME, 8)), plane, step(BucketEntries(1, tuple(range(256)))), plane * 3],
         [*ready, step(InstallEntries(3, records(4, 8))), plane, step(WantEntries(records(9)["id"])), plane * 2,
          step(Resync(1, 1)), plane],

@@ -208,13 +208,15 @@ for i in range(int(sys.argv[2])):
 """
 
 
-def stream(net: PairLab, seconds: float, rate: int = 1000) -> Callable[[], Record]:
+def stream(net: PairLab, seconds: float, rate: int = 1000, flows: int = 1) -> Callable[[], Record]:
     """Numbered datagrams from the client to the outside; what is returned waits for their end."""
     sent, received = (net.lab.directory / name for name in ("sent.npy", "received.npz"))
     module = [sys.executable, "-m", "nat_control.lab_stream"]
-    receiver = net.outside.start(*module, "receive", OUTSIDE, "9000", "--flows", "1", "--out", str(received))
+    receiver = net.outside.start(
+        *module, "receive", OUTSIDE, "9000", "--flows", str(flows), "--out", str(received)
+    )
     until("it listens", lambda: ":9000" in net.outside.run("ss", "-Hlun"))
-    arguments = ["--rate", str(rate), "--flows", "1", "--seconds", str(seconds), "--out", str(sent)]
+    arguments = ["--rate", str(rate), "--flows", str(flows), "--seconds", str(seconds), "--out", str(sent)]
     sender = net.client.start(*module, "send", OUTSIDE, "9000", *arguments)
 
     def record() -> Record:

@@ -20,13 +20,13 @@ import pytest
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Ids, Records
 from nat_control.sync import machine, outbox
 from nat_control.sync.actions import (
+    CarrierTold,
     Cede,
     Commit,
     Delete,
     Input,
     Install,
     Learn,
-    PeerCarries,
     Position,
     SendState,
     State,
@@ -211,7 +211,7 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a request is taken for its answer": instead(
         State.OPERATIONAL,
         Input.PEER_HANDS_OVER,
-        lambda self, message, now: self._out.append(PeerCarries()),
+        lambda self, message, now: self._out.append(CarrierTold(message.carrier, message.lasting, "")),
     ),
     "what comes is owned": method(Protocol, "_install_at_plane", own_what_comes),
     "what comes is foreign": method(machine, "instances", nobody_elses),

@@ -52,7 +52,7 @@ def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         Input.DIGEST_TAKEN,
         Input.BUCKETS_TAKEN,
         Input.FETCHED,
-        Input.HANDED_OVER,
+        Input.CARRIER,
     }
     wanted = {
         row
@@ -72,7 +72,7 @@ def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         (State.OPERATIONAL, Input.DIGEST_TAKEN),
         (State.OPERATIONAL, Input.BUCKETS_TAKEN),
         (State.OPERATIONAL, Input.FETCHED),
-        (State.OPERATIONAL, Input.HANDED_OVER),
+        (State.OPERATIONAL, Input.CARRIER),
     } <= reached
 
 

@@ -176,7 +176,7 @@ class Node:
             self.run(protocol.next_hops(self.next_hops(), world.now))
         if self.alive and world.hands_over and not world.healed and world.rng.random() < 0.05:
             self.asked = protocol.state is State.OPERATIONAL
-            self.run(protocol.hand_over(world.now))
+            self.run(protocol.hand_over(world.rng.choice((1, 2)), world.now))
         if self.alive:
             self.run(protocol.tick(world.now))
             self.does(1.0, self.tick)
@@ -241,13 +241,16 @@ class Node:
                 self.world.failed_back(not buckets)
             case do.Mended() | do.Gap():
                 self.world.note(f"{self.index}: {action}")
-            case do.Carry():
-                self.world.primary = self.index
-                if self.peer.protocol.busy or self.peer.plane.has_events or self.operations:
-                    self.world.overlapped = True
-                self.does(0.01, lambda: self.run(self.protocol.handed_over(self.world.now)))
-            case do.PeerCarries():
-                self.world.must(self.asked, "nobody has asked the peer to carry")
+            case do.Carry(carrier, lasting):
+                self.world.primary = carrier - 1
+                for node in self.world.nodes:
+                    if node.protocol.busy or node.plane.has_events or node.operations:
+                        self.world.overlapped = True
+                self.does(
+                    0.01, lambda: self.run(self.protocol.carries(carrier, self.world.now, lasting=lasting))
+                )
+            case do.CarrierTold():
+                self.world.must(self.asked, "nobody has asked the peer who carries")
                 self.asked = False
             case _:
                 self.operations.append(lambda: self.operate(action))

@@ -217,7 +217,7 @@ BAD = {
     "no whole records": Bad(State.OPERATIONAL, header(100) + bytes(100), ErrorCode.MALFORMED),
     "too long": Bad(State.OPERATIONAL, header(MAX_PAYLOAD + 1), ErrorCode.MALFORMED),
     "4 GiB": Bad(State.HANDSHAKE, header(0xFFFFFFFF) + GARBAGE, ErrorCode.MALFORMED),
-    "another version": Bad(State.HANDSHAKE, header(12, 1, version=VERSION + 1), ErrorCode.MALFORMED),
+    "another version": Bad(State.HANDSHAKE, header(12, 1, version=VERSION + 1), ErrorCode.VERSION),
     "another protocol": Bad(State.HANDSHAKE, b"GET / HTTP/1.1\r\nHost: nat\r\n\r\n", ErrorCode.MALFORMED),
     "garbage": Bad(State.HANDSHAKE, GARBAGE, ErrorCode.MALFORMED),
     "garbage later": Bad(State.OPERATIONAL, INSTALL + GARBAGE, ErrorCode.MALFORMED),

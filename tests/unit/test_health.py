@@ -108,6 +108,7 @@ def test_a_pair_says_why_it_does_not_protect() -> None:
     """Refused by the peer's greeting, or with sessions that contradict the peer's."""
     made, told = pair(), list[do.Action]()
     made._takes_key, made._bell, made._notice = False, None, told.append
+    made._told_carrier = asyncio.Queue()
     made.transport = SimpleNamespace(fileno=lambda: None)  # type: ignore[assignment]
     made.watch = SimpleNamespace(watch_tcp=lambda _: None)  # type: ignore[assignment]
     made.view = SimpleNamespace(notice=lambda _: None)  # type: ignore[assignment]

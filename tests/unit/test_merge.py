@@ -9,6 +9,7 @@ import pytest
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Records
 from nat_control.sync.actions import (
     Action,
+    CarrierTold,
     Carry,
     Cede,
     Commit,
@@ -23,18 +24,17 @@ from nat_control.sync.actions import (
     Learn,
     Mended,
     Mode,
-    PeerCarries,
     State,
     TakeBuckets,
     TakeDigest,
 )
 from nat_control.sync.codec import (
     BucketEntries,
+    Carries,
     DeleteComplete,
     DeleteEntries,
     Digest,
     HandOver,
-    HandOverComplete,
     InstallComplete,
     InstallEntries,
     NextHopsKnown,
@@ -268,22 +268,22 @@ SAY = {
     Input.STOP: lambda p: p.stop(1.0),
     Input.DISCONNECTED: lambda p: p.disconnected(1.0),
     Input.NEXT_HOPS: lambda p: p.next_hops(np.zeros(1, "u1"), 1.0),
-    Input.HAND_OVER: lambda p: p.hand_over(1.0),
-    Input.HANDED_OVER: lambda p: p.handed_over(1.0),
+    Input.HAND_OVER: lambda p: p.hand_over(2, 1.0),
+    Input.CARRIER: lambda p: p.carries(2, 1.0),
     Input.STATE_PAGE: lambda p: p.state_page(0, OURS, True, 1.0),
     Input.PLANE_DONE: lambda p: p.plane_done(0, 1.0),
     Input.DIGEST_TAKEN: lambda p: p.digest_taken(AT._replace(epoch=p.epoch), summary(OURS).buckets, 3, 1.0),
     Input.BUCKETS_TAKEN: lambda p: p.buckets_taken(AT._replace(epoch=p.epoch), (1,), OURS, 1.0),
     Input.FETCHED: lambda p: p.fetched(0, OURS, 1.0),
 }
-IDLE = [Input.NEXT_HOPS, Input.HAND_OVER, Input.HANDED_OVER]
+IDLE = [Input.NEXT_HOPS, Input.HAND_OVER, Input.CARRIER]
 UNCONNECTED = [*IDLE, Input.EVENTS, Input.TICK, Input.STOP]
 LATE = [Input.STATE_PAGE, Input.PLANE_DONE, Input.DIGEST_TAKEN, Input.BUCKETS_TAKEN, Input.FETCHED]
 QUIET = {
     State.STARTING: [*UNCONNECTED, Input.DISCONNECTED],
     State.ALONE: [*UNCONNECTED, Input.DISCONNECTED, *LATE],
     State.HANDSHAKE: [*IDLE, Input.EVENTS, Input.TICK, *LATE],
-    State.EXCHANGING: [Input.HAND_OVER, Input.HANDED_OVER, *LATE],
+    State.EXCHANGING: [Input.HAND_OVER, Input.CARRIER, *LATE],
     State.FAILED: [*UNCONNECTED, *LATE],
 }
 
@@ -315,10 +315,21 @@ def test_next_hops_are_told_and_learned(state: State) -> None:
 
 def test_the_traffic_is_handed_over_and_taken() -> None:
     p = machine(State.OPERATIONAL)
-    assert sent(p.hand_over(1.0)) == [HandOver()]
-    assert sent(p.handed_over(1.0)) == [HandOverComplete()]
-    assert p.received(EPOCH, HandOver(), 1.0) == [Carry()]
-    assert p.received(EPOCH, HandOverComplete(), 1.0) == [PeerCarries()]
+    assert sent(p.hand_over(2, 1.0, lasting=True)) == [HandOver(2, True)]
+    assert p.received(EPOCH, HandOver(2), 1.0) == [Carry(2, False)]
+    assert p.received(EPOCH, HandOver(1, True), 1.0) == [Carry(1, True)]
+    assert sent(p.carries(1, 1.0, why="no link")) == [Carries(1, False, "no link")]
+    assert (p.carrier, p.lasting) == (1, False)
+    assert p.received(EPOCH, Carries(2, True), 1.0) == [CarrierTold(2, True, "")]
+    assert (p.carrier, p.lasting) == (2, True)
+    p.disconnected(2.0)
+    assert p.carrier is None
+
+
+@pytest.mark.parametrize("message", [HandOver(3), Carries(3)])
+def test_somebody_else_cannot_carry(message: HandOver | Carries) -> None:
+    text = refused(machine(State.OPERATIONAL).received(EPOCH, message, 1.0), ErrorCode.PROTOCOL)
+    assert text == "instance 3 shall carry, and is none of this pair"
 
 
 def test_a_page_of_an_exchange_that_is_over_is_left_out() -> None:
