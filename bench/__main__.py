@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench [core | options | failover | newflow]``: measures; the last line is JSON with ``--json``."""
+"""``python -m bench [core | options | failover | newflow | relay]``: measures; the last line is JSON with ``--json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import core, failover
+from bench import core, failover, relay
 from nat_control.lab import LabError
 
 # What `make bench-failover` measures: the figures that a release states.
@@ -49,13 +49,21 @@ def main() -> None:
     of_failover.add_argument("--all", action="store_true", help="every case that a release states")
     of_latency = what.add_parser("newflow", help="latency that a new flow's first packet takes more (root)")
     of_latency.add_argument("--flows", type=int, default=500)
-    for one in (of_core, of_options, of_lookup, of_failover, of_latency):
+    of_relay = what.add_parser("relay", help="what TLS adds to the bytes of a takeover")
+    of_relay.add_argument("--rounds", type=int, default=1000)
+    for one in (of_core, of_options, of_lookup, of_failover, of_latency, of_relay):
         one.add_argument("--json", action="store_true")
     arguments = parser.parse_args(sys.argv[1:] or ["core"])
     try:
-        {"core": _core, "options": _options, "lookup": _lookup, "failover": _failover, "newflow": _newflow}[
-            arguments.what
-        ](arguments)
+        chosen = {
+            "core": _core,
+            "options": _options,
+            "lookup": _lookup,
+            "failover": _failover,
+            "newflow": _newflow,
+            "relay": _relay,
+        }
+        chosen[arguments.what](arguments)
     except LabError as error:
         sys.exit(f"bench: {error}")
 
@@ -74,6 +82,13 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return " / ".join(f"{one:.3g}" for one in value.values())
     return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
+
+
+def _relay(arguments: argparse.Namespace) -> None:
+    found = relay.measure(arguments.rounds)
+    _print("µs until the switch has the takeover", [{"by": name, **row} for name, row in found.items()])
+    if arguments.json:
+        print(json.dumps(found))
 
 
 def _core(arguments: argparse.Namespace) -> None:

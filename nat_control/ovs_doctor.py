@@ -106,11 +106,18 @@ def _bridge(ovs: Ovs, bridge: Bridge, config: Config | None) -> Iterator[Finding
     yield from _controllers(ovs, bridge, config)
 
 
+def _target(place: str) -> str:
+    """Of ``ovs-vsctl set-controller``, for where the agent listens."""
+    if place.startswith("unix:"):
+        return place
+    return f"ssl:{place.removeprefix('tls:')}" if place.startswith("tls:") else f"tcp:{place}"
+
+
 def _controllers(ovs: Ovs, bridge: Bridge, config: Config | None) -> Iterator[Finding]:
     wanted: tuple[str, ...] = ()
     if config and config.switch:
         places = (config.switch.openflow, config.switch.takeover)
-        wanted = tuple(place if place.startswith("unix:") else f"tcp:{place}" for place in places)
+        wanted = tuple(_target(place) for place in places)
     have = {controller.target for controller in bridge.controllers}
     mend = (_vsctl(ovs, "set-controller", bridge.name, *wanted),) if wanted else ()
     missing = [target for target in wanted if target not in have]

@@ -25,6 +25,7 @@ PARTITIONS = ("all_peer",)
 ON_LIMIT = ("drop",)
 BARRIERS = ("trusted", "probe")
 MAX_OPENFLOW_PORT = 65279
+TLS_PLACE = "tls:"
 
 Address = tuple[str, int]  # host and port
 
@@ -74,8 +75,9 @@ class SwitchPorts:
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """``openflow`` and ``takeover`` are where the switch connects to, twice: ADDRESS:PORT or unix:PATH.
+    """``openflow`` and ``takeover`` are where the switch connects to, twice: tls:ADDRESS:PORT, unix:PATH or ADDRESS:PORT.
 
+    ``plain``: the last of these also where the address is not on loopback, over a network that is trusted.
     ``ovs`` is the run directory, or control socket, of an Open vSwitch that the agent may manage.
     """
 
@@ -86,6 +88,8 @@ class Switch:
     barrier: str = BARRIERS[0]
     max_flows: int = 100_000
     ovs: Path | None = None
+    tls: Tls | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,8 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "barrier": False,
         "max_flows": False,
         "ovs": False,
+        "tls": False,
+        "plain": False,
         "ports": True,
     },
     "switch_ports": {
@@ -128,8 +134,8 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
 
 _listener = text_like(r"\d{1,3}(?:\.\d{1,3}){3}:\d{1,5}", "ADDRESS:PORT, such as 127.0.0.1:7000")
 _openflow = text_like(
-    r"\d{1,3}(?:\.\d{1,3}){3}:\d{1,5}|unix:/[!-~]{1,100}",
-    "ADDRESS:PORT or unix:/PATH, such as 127.0.0.1:6653",
+    r"(?:tls:)?\d{1,3}(?:\.\d{1,3}){3}:\d{1,5}|unix:/[!-~]{1,100}",
+    "tls:ADDRESS:PORT, unix:/PATH or ADDRESS:PORT, such as 127.0.0.1:6653",
 )
 _path = text_like(r"/[!-~]{1,100}", "an absolute path, such as /var/run/openvswitch")
 _hexadecimal = text_like(r"[0-9A-Fa-f]{1,16}", "1 to 16 hexadecimal digits")
@@ -145,10 +151,10 @@ def _address(value: object) -> Address:
 
 def _place(value: object) -> str:
     text = _openflow(value)
-    if not text.startswith("unix:"):
-        host, port = _address(text)
-        return f"{host}:{port}"
-    return text
+    if text.startswith("unix:"):
+        return text
+    host, port = _address(text.removeprefix(TLS_PLACE))
+    return f"{TLS_PLACE if text.startswith(TLS_PLACE) else ''}{host}:{port}"
 
 
 def _datapath_id(value: object) -> int:
@@ -229,6 +235,8 @@ def read_switch(section: Section) -> Switch:
         barrier=section.get("barrier", choice(BARRIERS), BARRIERS[0]),
         max_flows=section.get("max_flows", integer(2, 10_000_000), 100_000),
         ovs=section.get("ovs", lambda value: Path(_path(value)), None),
+        tls=_read_tls(section.section("tls", "tls")) if "tls" in section.values else None,
+        plain=section.get("plain", flag, False),
         ports=SwitchPorts(*(ports.get(key, number, 0) for key in KEYS["switch_ports"])),
     )
 
@@ -272,6 +280,32 @@ def check_pair(
         reader.fault(
             "switch.takeover", "must be another place than `openflow`: it is a connection of its own"
         )
+    _check_places(reader, switch, peer)
+
+
+def _check_places(reader: Reader, switch: Switch, peer: Peer | None) -> None:
+    """Who reaches an OpenFlow listener commands the NAT: in plain only where nobody else can, or may."""
+    places = {"switch.openflow": switch.openflow, "switch.takeover": switch.takeover}
+    secret = [path for path, place in places.items() if place.startswith(TLS_PLACE)]
+    if secret and not switch.tls and reader.good("switch.tls"):
+        reader.fault("switch.tls", f"missing: {secret[0]} begins with {TLS_PLACE}")
+    if switch.tls and not secret and reader.good(*places):
+        reader.fault("switch.tls", f"neither `openflow` nor `takeover` begins with {TLS_PLACE}")
+    if switch.tls and peer and peer.tls and switch.tls.ca == peer.tls.ca and reader.good("switch.tls"):
+        reader.fault(
+            "switch.tls.ca",
+            "that of `peer.tls`: the switch could pass for the peer; tandem-nat certs makes another authority in a directory of its own",
+        )
+    for path, place in places.items():
+        host = place.rpartition(":")[0]
+        if not host or place.startswith(("unix:", TLS_PLACE)) or switch.plain or not reader.good(path):
+            continue
+        if not IPv4Address(host).is_loopback:
+            reader.fault(
+                path,
+                f"{host} is not on loopback: {TLS_PLACE}{place} with `tls` is needed (tandem-nat certs makes the files), "
+                "or `plain: true` where the network between is trusted",
+            )
 
 
 def _check_tls(reader: Reader, peer: Peer, heartbeat: Heartbeat | None) -> None:

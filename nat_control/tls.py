@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutual TLS 1.3 on the sync channel: who has a certificate of the pair's own authority is the peer, nobody else.
+"""Mutual TLS: who has a certificate of the pair's own authority is the peer, nobody else; and of another one, the switch.
 
-Names in certificates mean nothing here, so the authority must be the pair's: certificates.py makes one.
+TLS 1.3 on the sync channel, 1.2 at least where a switch has no better. Names in certificates mean nothing here, so the authority
+must be our own: certificates.py makes one.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class Tls:
     key: Path
 
 
-def context(tls: Tls, *, listens: bool) -> ssl.SSLContext:
-    """TLS 1.3 only, both ends prove themselves. Raises TlsError that names the file."""
+def context(tls: Tls, *, listens: bool, minimum: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+    """TLS of ``minimum`` at least, both ends prove themselves. Raises TlsError that names the file."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if listens else ssl.PROTOCOL_TLS_CLIENT)
-    made.minimum_version = ssl.TLSVersion.TLSv1_3
+    made.minimum_version = minimum
     made.check_hostname = False
     made.verify_mode = ssl.CERT_REQUIRED
     for path in (tls.ca, tls.certificate, tls.key):

@@ -39,6 +39,7 @@ from nat_control.loop import (
 from nat_control.pair import ACTIVITY_PERIOD, Pair, PairError, unusable
 from nat_control.peer import no_peer
 from nat_control.reload import Reload
+from nat_control.tls import Tls, TlsError
 from nat_control.traffic import NO_PEER, Traffic
 from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result
 from switch_agent.carrier import Carrier
@@ -80,11 +81,13 @@ def serve(config: Config, path: Path) -> None:
             no_more_signals()
 
 
-async def _listen(channel: Channel, where: str) -> None:
+async def _listen(channel: Channel, where: str, tls: Tls | None, *, urgent: bool) -> None:
     try:
-        await channel.listen(where)
+        await channel.listen(where, tls if where.startswith("tls:") else None, urgent=urgent)
     except OSError as error:
         raise AgentError(unusable(where, error, "another agent, or controller,")) from None
+    except TlsError as error:
+        raise AgentError(f"switch.tls: {error}") from None
 
 
 def pipeline_of(config: Config) -> Pipeline:
@@ -209,8 +212,9 @@ class Agent:
         asyncio.get_running_loop().set_exception_handler(self.health.unhandled)
         await api.start(self.config.control.socket)
         try:
-            await _listen(self.channel, self.config.switch.openflow)
-            await _listen(self.takeover_channel, self.config.switch.takeover)
+            switch = self.config.switch
+            await _listen(self.channel, switch.openflow, switch.tls, urgent=False)
+            await _listen(self.takeover_channel, switch.takeover, switch.tls, urgent=True)
             if self.pair is not None:
                 await self.pair.listen()
             say(
@@ -258,6 +262,8 @@ class Agent:
         states = states_of(self.core) | state_of(self.pair)
         if not self.carrier.ready:
             states["switch"] = "the switch is not connected, or not prepared"
+            if self.channel.refusals:
+                states["switch"] += f"; the last attempt: {self.channel.refusals[-1]}"
         if self.carrier.unproved:
             states["takeover"] = self.carrier.unproved
         refused = {

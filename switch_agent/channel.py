@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,10 @@ from os_ken.ofproto import ofproto_v1_3 as ofp
 from os_ken.ofproto import ofproto_v1_3_parser as parser
 from os_ken.ofproto.ofproto_protocol import ProtocolDesc
 
+from nat_control.tls import Tls
 from switch_agent import codec, pipeline, probe
 from switch_agent.codec import Error, Event, Lost, ProtocolError, Ready, TransactionComplete
+from switch_agent.relay import Relay
 
 Rows = np.ndarray[Any, np.dtype[np.void]]  # shape (n,)
 Decode = Callable[[bytes], Rows]  # one part of an answer
@@ -217,6 +220,7 @@ class Channel:
         self.packet_outs_dropped = 0
         self.refusals: deque[str] = deque(maxlen=16)
         self._server: asyncio.Server | None = None
+        self._relay: Relay | None = None
         self._connection: _Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: deque[Event] = deque()
@@ -225,18 +229,26 @@ class Channel:
         self._slots = asyncio.Semaphore(self.limits.outstanding)
         self._txid = 0
 
-    async def listen(self, where: str) -> str:
-        """Lets the switch connect to ``ADDRESS:PORT`` or ``unix:PATH``; returns where it is. Raises OSError."""
+    async def listen(self, where: str, tls: Tls | None = None, *, urgent: bool = False) -> str:
+        """Lets the switch connect to ``ADDRESS:PORT``, ``unix:PATH`` or, with ``tls``, ``tls:ADDRESS:PORT``; returns where it is.
+
+        ``urgent``: see Relay. Raises OSError, TlsError.
+        """
         if where.startswith("unix:"):
             self._server = await asyncio.start_unix_server(self._accept, where.removeprefix("unix:"))
             return where
-        host, _, port = where.rpartition(":")
+        host, _, port = where.removeprefix("tls:").rpartition(":")
+        if tls:
+            self._relay = Relay(tls, urgent=urgent, taken=self._take, refused=self._refuse)
+            return f"tls:{host}:{await self._relay.start(host, int(port))}"
         self._server = await asyncio.start_server(self._accept, host, int(port))
         return f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
     async def close(self) -> None:
         if self._server:
             self._server.close()
+        if self._relay:
+            await self._relay.stop()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -386,6 +398,20 @@ class Channel:
             returned.result()
         return returned.done()
 
+    def _take(self, connection: socket.socket) -> None:
+        """One that has passed TLS."""
+
+        async def accept() -> None:
+            await self._accept(*await asyncio.open_connection(sock=connection))
+
+        task = asyncio.get_running_loop().create_task(accept())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _refuse(self, reason: str) -> None:
+        if reason not in self.refusals:
+            self.refusals.append(reason)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task
@@ -525,8 +551,8 @@ class Channel:
         if self._connection is connection:
             self._connection = None
             self._emit(Lost(reason))
-        elif reason not in self.refusals:
-            self.refusals.append(reason)
+        else:
+            self._refuse(reason)
 
 
 async def _some(connection: _Connection) -> bytes:

@@ -83,6 +83,10 @@ class OpenVSwitch:
         for uuid in self.vsctl("get", "bridge", self.bridge, "controller").strip("[]\n").split(","):
             self.vsctl("set", "controller", uuid.strip(), "max_backoff=1000", "inactivity_probe=5000")
 
+    def set_ssl(self, key: Path, certificate: Path, ca: Path) -> None:
+        """What it shows controllers at ``ssl:ADDRESS:PORT``, and who may be one."""
+        self.vsctl("set-ssl", *(str(path) for path in (key, certificate, ca)))
+
     @property
     def controller_socket(self) -> Path:
         """The only place where Open vSwitch accepts a unix socket of a controller."""

@@ -31,6 +31,9 @@ SWITCH = {
 }
 
 
+TLS = {"ca": "/o/ca.pem", "certificate": "/o/agent.pem", "key": "/o/agent.key"}
+
+
 def with_sections(sections: dict[str, Any], *, devices: bool) -> dict[str, Any]:
     document = copy.deepcopy({**GOOD, **sections})
     if not devices:
@@ -69,6 +72,26 @@ def test_the_examples_are_one_pair() -> None:
     assert server.nat.pool.ranges == agent.nat.pool.ranges
     assert (server.nat.pool.ports, agent.nat.pool.ports) == ((1024, 32767), (32768, 65535))
     assert [port.address for port in server.ports] == [port.address for port in agent.ports]
+
+
+def test_openflow_by_tls_or_in_plain_where_it_is_trusted() -> None:
+    def switch(**keys: object) -> dict[str, Any]:
+        return with_sections({**SWITCH, "switch": {**SWITCH["switch"], **keys}}, devices=False)
+
+    document = switch(openflow="tls:192.0.2.1:6653", tls=TLS)
+    SCHEMA_CHECK.validate(document)
+    config = c.parse(document)
+    assert config.switch.takeover == "tls:192.0.2.1:6654"
+    assert config.switch.tls.key == Path("/o/agent.key")
+    assert c.parse(
+        switch(openflow="tls:192.0.2.1:6653", takeover="unix:/run/br.controller", tls=TLS)
+    ).switch.tls
+    plain = switch(openflow="192.0.2.1:6653", plain=True)
+    SCHEMA_CHECK.validate(plain)
+    assert c.parse(plain).switch.plain
+    document["peer"]["tls"] = TLS
+    del document["heartbeat"]["key"]
+    assert "the switch could pass for the peer" in problems(document)["switch.tls.ca"]
 
 
 def test_a_switch_without_a_peer() -> None:
@@ -212,7 +235,12 @@ def test_tls_or_plain_and_one_key() -> None:
         ("takeover", "127.0.0.1:6653", "switch.takeover", "another place"),
         ("openflow", "127.0.0.1:65535", "switch.takeover", "no port after"),
         ("openflow", "unix:/" + "x" * 100, "switch.takeover", "more than 107 bytes"),
-        ("openflow", "tcp:here", "switch.openflow", "ADDRESS:PORT or unix:/PATH"),
+        ("openflow", "tcp:here", "switch.openflow", "tls:ADDRESS:PORT, unix:/PATH or ADDRESS:PORT"),
+        ("openflow", "192.0.2.1:6653", "switch.openflow", "192.0.2.1 is not on loopback: tls:192.0.2.1:6653"),
+        ("openflow", "0.0.0.0:6653", "switch.takeover", "`plain: true` where the network between is trusted"),
+        ("openflow", "tls:127.0.0.1:6653", "switch.tls", "missing: switch.openflow begins with tls:"),
+        ("takeover", "tls:127.0.0.1:6653", "switch.tls", "missing: switch.takeover begins with tls:"),
+        ("tls", TLS, "switch.tls", "neither `openflow` nor `takeover` begins with tls:"),
         ("datapath_id", 1, "switch.datapath_id", "quotes"),
         ("barrier", "believed", "switch.barrier", "trusted"),
     ],
