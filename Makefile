@@ -26,7 +26,7 @@ packages:
 build: packages $(BIN)/.built
 
 # The stamp is older than any source that it was built from, so one rule serves a change in C and in Python.
-$(BIN)/.built: setup.py pyproject.toml $(wildcard nat_fastpath/core/*.[ch] nat_fastpath/*.pyx nat_fastpath/*.h nat_fastpath/heartbeat*.c nat_fastpath/memory_holder.c nat_fastpath/dpdk/*.[ch] nat_fastpath/dpdk/build.py)
+$(BIN)/.built: setup.py pyproject.toml $(wildcard nat_fastpath/core/*.[ch] nat_fastpath/*.pyx nat_fastpath/*.h nat_fastpath/heartbeat*.c nat_fastpath/memory_holder.c nat_fastpath/dpdk/*.[ch] nat_fastpath/dpdk/build.py bench/pktgen/*.[ch] bench/pktgen/build.py)
 	@test -x $(BIN)/python || { echo "tandem-nat: making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "tandem-nat: installing into .venv (pip) and compiling"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -79,6 +79,6 @@ demo: root build
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f nat_fastpath/*.so nat_fastpath/engine.c nat_fastpath/watch.c nat_fastpath/dpdk/*.so nat_fastpath/dpdk/_dpdk.c
+	rm -f nat_fastpath/*.so nat_fastpath/engine.c nat_fastpath/watch.c nat_fastpath/dpdk/*.so nat_fastpath/dpdk/_dpdk.c bench/pktgen/_pktgen.c bench/pktgen/*.so
 	$(MAKE) -C tests/fuzz clean
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

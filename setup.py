@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).parent
 CORE = Path("nat_fastpath/core")
 DPDK_AT_LEAST = "22.11"
-GENERATED = ("engine.c", "watch.c", "nat_fastpath.dpdk._dpdk.c")
+GENERATED = ("engine.c", "watch.c", "nat_fastpath.dpdk._dpdk.c", "bench.pktgen._pktgen.c")
 
 
 def header_hash() -> str:
@@ -98,10 +98,10 @@ watch = Extension(
     extra_link_args=[*link_args(), "-pthread"],
 )
 
-BINDING = "nat_fastpath/dpdk/build.py"
+BINDINGS = ("nat_fastpath/dpdk/build.py", "bench/pktgen/build.py")
 
 setup(
     ext_modules=cythonize([engine, watch], language_level=3),
     cmdclass={"build_ext": StrictBuild},
-    **({"cffi_modules": [f"{BINDING}:ffibuilder"]} if Path(BINDING).exists() and has_dpdk() else {}),
+    **({"cffi_modules": [f"{binding}:ffibuilder" for binding in BINDINGS]} if has_dpdk() else {}),
 )

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from nat_control import api, cli_certs, cli_host, cli_live, cli_peer
+from nat_control import api, cli_certs, cli_host, cli_live, cli_peer, cli_pktgen
 from nat_control.cli_output import FAILED, INTERRUPTED, USAGE, Json
 from nat_control.cli_output import cell as _cell
 from nat_control.cli_output import complain as _complain
@@ -525,6 +525,7 @@ def demo(
 cli_host.register(app)
 cli_live.register(app)
 cli_certs.register(app)
+cli_pktgen.register(app)
 cli_peer.register(app, show)
 
 

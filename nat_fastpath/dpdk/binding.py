@@ -126,6 +126,11 @@ class Mempool:
             _check(-1, f"no mempool of {count} buffers ({count * room >> 20} MB)")
 
     @property
+    def address(self) -> int:
+        """Of the struct rte_mempool, for other native code of this process."""
+        return int(ffi.cast("uintptr_t", self._pool))
+
+    @property
     def available(self) -> int:
         return int(lib.rte_mempool_avail_count(self._pool))
 

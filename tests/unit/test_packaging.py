@@ -187,7 +187,7 @@ CLOCKS = {
     "nat_control/lab_stream.py": "sends at a rate, and records when",
 }
 # Who may know DPDK: everything else works without it.
-DPDK = {"nat_control/server.py", "nat_control/cli.py", "nat_control/cli_host.py"}
+DPDK = {"nat_control/server.py", "nat_control/cli.py", "nat_control/cli_host.py", "nat_control/cli_pktgen.py"}
 
 
 def test_clocks_are_read_in_few_places() -> None:

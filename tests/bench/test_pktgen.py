@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generator: what it sends comes through a NAT as it says, and what is wrong is seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.pktgen import Result, upper_bound
+from nat_fastpath.engine import VERDICT_NAMES
+from tests.bench import pktgen_process
+from tests.dpdk.dpdk_process import run
+
+
+def test_around_a_nat(tmp_path: Path) -> None:
+    told = run(pktgen_process.around_a_nat, str(tmp_path))
+    flows, packets = pktgen_process.FLOWS, pktgen_process.PACKETS
+    for phase, sent in (("new", flows), ("both", packets), ("sizes", 600)):
+        result = told[phase]
+        assert (result["sent"], result["lost"], result["not_sent"]) == (sent, 0, 0), phase
+        assert result["checked"] == result["steps"] == sent
+        assert (result["wrong"], result["strange"], result["out_of_order"]) == ({}, 0, 0), phase
+        assert 0 < result["latency_us"]["p50"] <= result["latency_us"]["p99.99"]
+    assert told["new"]["new_mappings"] == told["mappings"] == told["sessions"] == told["events"] == flows
+    assert told["both"]["new_mappings"] == 0
+    assert (told["unsolicited"]["sent"], told["unsolicited"]["received"]) == (1000, 0)
+    verdicts = dict(zip(VERDICT_NAMES, told["verdicts"], strict=True))
+    assert verdicts["forward"] == flows + packets + 600
+    assert verdicts["drop_no_mapping"] + verdicts["drop_filtered"] == 1000
+
+
+def test_faults_are_seen(tmp_path: Path) -> None:
+    told = run(pktgen_process.around_a_cable, str(tmp_path))
+    assert told["received"] == 300
+    assert told["wrong"] == {"pool": 300, "ttl": 300}
+
+
+def test_quantiles() -> None:
+    """A bucket's upper bound, never more than 1/64 above what was measured."""
+    histogram = np.zeros(2304, np.uint64)
+    values = [3, 63, 64, 1000, 123_456, 10**9]
+    for value in values:
+        shift = max(value.bit_length() - 7, 0)
+        histogram[value if value < 64 else (shift + 1) * 64 + (value >> shift) - 64] += 1
+    result = Result(1.0, (6, 0), (6, 0), {}, 0.0, histogram, np.zeros((2, 0), np.uint32))
+    for i, value in enumerate(values):
+        assert value <= result.quantile((i + 1) / len(values)) <= value * 65 / 64
+    assert upper_bound(63) == 63
+    assert np.isnan(Result(1.0, (0, 0), (0, 0), {}, 0.0, histogram * 0, result.steps).quantile(0.5))
+
+
+@pytest.mark.parametrize("bucket", [64, 127, 128, 500])
+def test_buckets_follow_each_other(bucket: int) -> None:
+    assert upper_bound(bucket) > upper_bound(bucket - 1)
