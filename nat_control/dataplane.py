@@ -66,7 +66,11 @@ class DataPlane(Protocol):
         """Which of them are held under this 5-tuple, external endpoint and id; asked after an install fell short."""
 
     async def update(self, records: Records) -> int:
-        """TCP state, times and counters of sessions that are held; others are left out. Returns how many are."""
+        """TCP state, times and counters of sessions that are held; others are left out. Returns how many are.
+
+        With FLAG_OFFLOAD a record says what a switch has carried beside all that the plane knows: its counters are added, its
+        idle time counts if it is the shorter one, and no more than a handshake's last ACK is concluded from it.
+        """
 
     async def delete(self, records: Records) -> int:
         """Ends those of these sessions that are held; returns how many there were. Each end is an event, for

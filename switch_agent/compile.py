@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from switch_agent.pipeline import ALL_BITS, INBOUND, PORT_FIELDS, Pipeline, Rule
+from switch_agent.pipeline import ALL_BITS, INBOUND, PORT_FIELDS, SESSION_PRIORITY, Pipeline, Rule
 
 Records = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype engine.RECORD
 Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]
@@ -25,6 +25,7 @@ PROTOCOLS = tuple(PORT_FIELDS)  # others have no ports to match on; they pass th
 WIDTHS: Mapping[str, int] = {
     "txid": 4,
     "cookie": 8,
+    "priority": 2,
     "source": 4,
     "source_port": 2,
     "destination": 4,
@@ -33,7 +34,7 @@ WIDTHS: Mapping[str, int] = {
     "translated_port": 2,
     "group": 4,
 }
-MATCHED = ("txid", "cookie", "source", "source_port", "destination", "destination_port")
+MATCHED = ("txid", "cookie", "priority", "source", "source_port", "destination", "destination_port")
 # Which fields of the record those are, outbound and inbound.
 OUTWARD: Mapping[str, str] = {
     "source": "internal_addr",
@@ -126,32 +127,45 @@ class Compiler:
                 destination=(values["destination"], values["destination_port"]),
                 translated=(values.get("translated", 0), values.get("translated_port", 0)),
                 group_id=values.get("group", 0),
+                priority=values["priority"],
             )
             return encode(rule, command, values["txid"])
 
         return one
 
-    def install(self, records: Records, groups: NextHopGroups, txid: int) -> bytes:
-        """Two flow-mods for each TCP or UDP record, first all outward ones of a protocol, then the inward ones."""
+    def install(
+        self,
+        records: Records,
+        groups: NextHopGroups,
+        txid: int,
+        priority: Numbers | int = SESSION_PRIORITY,
+    ) -> bytes:
+        """Two flow-mods for each TCP or UDP record, first all outward ones of a protocol, then the inward ones.
+
+        ``priority``: one for all, or shape (n,).
+        """
         parts = []
         for protocol in PROTOCOLS:
             chosen = records["protocol"] == protocol
             some = records[chosen]
+            of = priority if isinstance(priority, int) else priority[chosen]
             if len(some):
-                outward = _values(some, OUTWARD, 0, txid, groups.external[chosen])
-                inward = _values(some, INWARD, INBOUND, txid, groups.internal[chosen])
+                outward = _values(some, OUTWARD, 0, txid, of, groups.external[chosen])
+                inward = _values(some, INWARD, INBOUND, txid, of, groups.internal[chosen])
                 parts.append(self._adds[protocol, False].fill(len(some), outward))
                 parts.append(self._adds[protocol, True].fill(len(some), inward))
         return b"".join(parts)
 
-    def delete(self, records: Records, txid: int) -> bytes:
+    def delete(self, records: Records, txid: int, priority: Numbers | int = SESSION_PRIORITY) -> bytes:
         """Deletes exactly the rules of these records: by match, priority and cookie, which a switch finds fast."""
         parts = []
         for protocol in PROTOCOLS:
-            some = records[records["protocol"] == protocol]
+            chosen = records["protocol"] == protocol
+            some = records[chosen]
+            of = priority if isinstance(priority, int) else priority[chosen]
             if len(some):
-                outward = _values(some, OUTWARD, 0, txid)
-                inward = _values(some, INWARD, INBOUND, txid)
+                outward = _values(some, OUTWARD, 0, txid, of)
+                inward = _values(some, INWARD, INBOUND, txid, of)
                 parts.append(self._deletes[protocol, False].fill(len(some), outward))
                 parts.append(self._deletes[protocol, True].fill(len(some), inward))
         return b"".join(parts)
@@ -164,8 +178,14 @@ class Compiler:
 
 
 def _values(
-    records: Records, fields: Mapping[str, str], direction: int, txid: int, groups: Numbers | int = 0
+    records: Records,
+    fields: Mapping[str, str],
+    direction: int,
+    txid: int,
+    priority: Numbers | int,
+    groups: Numbers | int = 0,
 ) -> dict[str, Numbers | int]:
     found: dict[str, Numbers | int] = {name: records[field] for name, field in fields.items()}
-    found |= {"txid": txid, "cookie": records["id"] | np.uint64(direction), "group": groups}
+    found |= {"txid": txid, "cookie": records["id"] | np.uint64(direction)}
+    found |= {"priority": priority, "group": groups}
     return found

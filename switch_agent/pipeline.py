@@ -1,20 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flow table of the switch as data: which rules there are, at which priority, for which traffic.
 
-One table. From the top down (thesis 5.2 and 7.2, partition mode "all peer"):
+One table. From the top down (thesis 5.2 and 7.2):
 
-====  ===================  ==============================================================================
  400  forward to server    a port's whole traffic to the server and back; there while the server carries
  300  session              two exact rules per session, which translate; they wait below the rules above
  200  agent's business     ARP and ICMP for our addresses, new flows: to the agent, each by its own meter
  150  probe                what the agent sends through the table as a proof, and gets back (probe.py)
+ 150  probe                   what the agent sends through the table as a proof, and gets back (probe.py)
  100  fence                what comes from the server's ports, once it is not forwarded any more
    0  rest                 dropped
 ====  ===================  ==============================================================================
+=======
+====  ======================  ===========================================================================
+ 600  TCP control to server   SYN, FIN, RST; while the server carries and anything is in front
+ 590  TCP control to agent    the same, seen once those above are gone; while anything is in front
+ 500  session in front        two exact rules per session, which translate although the server lives
+ 400  forward to server       a port's traffic to the server and back; there while the server carries
+ 350  TCP control to agent    SYN, FIN, RST, so that its core knows in which state a connection is
+ 300  session behind          as those in front; they wait below the rules above
+ 200  agent's business        ARP and ICMP for our addresses, new flows: to the agent, each by its own meter
+ 150  probe                   what the agent sends through the table as a proof, and gets back (probe.py)
+ 100  fence                   what comes from the server's ports, once it is not forwarded any more
+   0  rest                    dropped
+====  ======================  ===========================================================================
 
-A takeover only deletes the rules at the top; all that is needed then stands already below them. An agent
-without a peer never installs them. Wide rules above narrow ones, in one table, is what a switch with one
-hardware table can do too, and what Open vSwitch turns over fastest.
+A session has rules at one of the two priorities. Which, and what is forwarded, is the partition's choice, while both
+halves live:
+
+=============  =================================  ======================================================
+all_peer       all traffic is forwarded           sessions wait behind; those that are offloaded go in front
+new_at_peer    all traffic is forwarded           settled sessions are in front: UDP at once, TCP once established
+by_protocol    but for the protocols chosen,      those of the chosen protocols are at work where they are, the
+               which never see the server         others wait
+all_local      nothing                            all are at work where they are
+=============  =================================  ======================================================
+
+A takeover only deletes rules (400, 600); all that is needed then stands already below them, whatever the partition. An
+agent without a peer never installs them. Wide rules above narrow ones, in one table, is what a switch with one hardware
+table can do too, and what Open vSwitch turns over fastest. Each field that any rule above a packet's own looks at makes
+its cache entries narrower there: so rules at 500 and above exist only while something is in front.
 """
 
 from __future__ import annotations
@@ -24,7 +49,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Network, summarize_address_range
 
-FORWARD_PRIORITY, SESSION_PRIORITY, AGENT_PRIORITY, FENCE_PRIORITY, REST_PRIORITY = 400, 300, 200, 100, 0
+CONTROL_TO_SERVER_PRIORITY, CONTROL_FRONT_PRIORITY, CONTROL_PRIORITY = 600, 590, 350
+FRONT_PRIORITY, FORWARD_PRIORITY, SESSION_PRIORITY = 500, 400, 300
+AGENT_PRIORITY, FENCE_PRIORITY, REST_PRIORITY = 200, 100, 0
 PROBE_PRIORITY = 150  # below what a takeover deletes, above the fence
 
 ARP, IPV4 = 0x0806, 0x0800
@@ -40,17 +67,24 @@ STATIC_CLASS = 7 << 60
 INBOUND = 1 << 63  # direction bit: external to internal
 ALL_BITS = (1 << 64) - 1
 
+FIN, SYN, RST, ACK = 1, 2, 4, 16
+
 
 class Kind(IntEnum):
     """What a static rule is for: the low bits of its cookie."""
 
     TO_SERVER = 0x10
     FROM_SERVER = 0x11
+    TCP_TO_SERVER = 0x12
     FENCE = 0x20
     ARP = 0x30
     ICMP = 0x31
     NEW_FLOW = 0x32
     UNSOLICITED = 0x33
+    TCP_OUT = 0x34  # SYN, FIN and RST from inside
+    TCP_IN = 0x35  # and from outside, but a SYN only with ACK
+    TCP_OUT_FRONT = 0x36  # the same above the sessions in front
+    TCP_IN_FRONT = 0x37
     REST = 0x40
     RETURN = 0x50
 
@@ -63,6 +97,7 @@ FORWARD_COOKIE = STATIC_CLASS | 0x10
 FORWARD_MASK = ALL_BITS & ~1  # both directions of forwarding
 PROBE_COOKIE = STATIC_CLASS | 0x51  # of the rule whose version is in the bits between
 PROBE_MASK = INBOUND | CLASS_MASK | 0xFF
+TAKEN_OVER = (Kind.TO_SERVER, Kind.FROM_SERVER, Kind.TCP_TO_SERVER)  # what a takeover deletes
 
 
 # -- actions -----------------------------------------------------------------------------------------------
@@ -107,7 +142,7 @@ class PopVlan:
 
 
 Action = Output | ToController | Group | SetField | DecTtl | PushVlan | PopVlan
-Match = Mapping[str, int | str | tuple[str, str]]
+Match = Mapping[str, int | str | tuple[str, str] | tuple[int, int]]  # a pair: value and mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +199,39 @@ DEFAULT_RATES: Mapping[Kind, int] = {
     Kind.ICMP: 1000,
     Kind.NEW_FLOW: 5000,
     Kind.UNSOLICITED: 1000,
+    Kind.TCP_OUT: 5000,
+    Kind.TCP_IN: 5000,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Who carries what while both halves live: the protocols that the server gets, and whether settled sessions
+    are put in front of it."""
+
+    forwarded: frozenset[int]
+    settled_in_front: bool = False
+
+    @property
+    def forwards(self) -> bool:
+        return bool(self.forwarded)
+
+    @property
+    def forwards_all(self) -> bool:
+        return self.forwarded == EVERYTHING
+
+
+# Rules of one meter: their packets come by one of the two.
+METER_OF = {Kind.TCP_OUT_FRONT: Kind.TCP_OUT, Kind.TCP_IN_FRONT: Kind.TCP_IN}
+EVERYTHING = frozenset((ICMP, TCP, UDP))
+ALL_PEER = Partition(EVERYTHING)
+NEW_AT_PEER = Partition(EVERYTHING, settled_in_front=True)
+ALL_LOCAL = Partition(frozenset())
+
+
+def by_protocol(local: frozenset[int]) -> Partition:
+    """``local``: the IP protocols that the server never sees."""
+    return Partition(EVERYTHING - local)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +244,7 @@ class Pipeline:
     rates: Mapping[Kind, int] = field(default_factory=lambda: DEFAULT_RATES)
     session_idle_timeout: int = 0
     probe_mac: int = 0  # whose frames come back to the agent once nothing forwards them; 0: there are none
+    partition: Partition = ALL_PEER
 
     def meters(self) -> dict[int, int]:
         """Meter id → packets per second; the burst is a tenth of a second's worth."""
@@ -199,7 +267,7 @@ class Pipeline:
                 news = self._inside(side, eth_type=ARP, arp_spa=str(gateway))
                 rules.append(self._to_agent(Kind.ARP, news, above=1))
         # What inside hosts send goes anywhere; only what is sent to our MAC is ours.
-        ours = {"eth_dst": mac_text(self.mac)}
+        ours = self._ours
         icmp = self._inside(self.internal, eth_type=IPV4, ip_proto=ICMP, **ours)
         rules.append(self._to_agent(Kind.ICMP, icmp, above=1))
         rules.append(self._to_agent(Kind.NEW_FLOW, self._inside(self.internal, eth_type=IPV4, **ours)))
@@ -222,10 +290,56 @@ class Pipeline:
             for side in sides
         ]
         there = [
-            Rule(FORWARD_PRIORITY, {"in_port": side.port}, (Output(side.server_port),), Kind.TO_SERVER.cookie)
+            Rule(FORWARD_PRIORITY, match, (Output(side.server_port),), Kind.TO_SERVER.cookie)
             for side in sides
+            for match in self._forwarded(side)
         ]
         return tuple(back + there)
+
+    def _forwarded(self, side: Side) -> tuple[Match, ...]:
+        """What of a side goes to the server. ARP does even if some protocols do not: it knows the next hops for both."""
+        chosen = self.partition.forwarded
+        if chosen == EVERYTHING:
+            return ({"in_port": side.port},)
+        if not chosen:
+            return ()
+        tag = {"in_port": side.port, "vlan_vid": side.vlan_match}
+        protocols = [{**tag, "eth_type": IPV4, "ip_proto": protocol} for protocol in sorted(chosen)]
+        return ({**tag, "eth_type": ARP}, *protocols)
+
+    def tcp_control(self) -> tuple[Rule, ...]:
+        """What begins and ends a connection, to the agent, where only rules carry the session."""
+        return self._tcp_control(CONTROL_PRIORITY, Kind.TCP_OUT, Kind.TCP_IN)
+
+    def guard(self) -> tuple[Rule, ...]:
+        """The same above the sessions in front; there while there are any."""
+        return self._tcp_control(CONTROL_FRONT_PRIORITY, Kind.TCP_OUT_FRONT, Kind.TCP_IN_FRONT)
+
+    def tcp_to_server(self) -> tuple[Rule, ...]:
+        """And above those, to the server, which owns most connections: there while it carries."""
+        return tuple(
+            Rule(
+                CONTROL_TO_SERVER_PRIORITY, rule.match, (Output(side.server_port),), Kind.TCP_TO_SERVER.cookie
+            )
+            for rule in self.guard()
+            for side in (self.internal, self.external)
+            if side.port == rule.match["in_port"] and side.server_port
+        )
+
+    def _tcp_control(self, priority: int, out: Kind, into: Kind) -> tuple[Rule, ...]:
+        """Outside a SYN alone is left out: anybody can send many, and a session that it belongs to is rare."""
+        flags = {out: ((FIN, FIN), (SYN, SYN), (RST, RST)), into: ((FIN, FIN), (SYN | ACK,) * 2, (RST, RST))}
+        return tuple(
+            Rule(
+                priority,
+                self._inside(side, eth_type=IPV4, ip_proto=TCP, **self._ours, tcp_flags=flag),
+                (ToController(),),
+                kind.cookie,
+                METER_OF.get(kind, kind).value,
+            )
+            for side, kind in ((self.internal, out), (self.external, into))
+            for flag in flags[kind]
+        )
 
     def fence(self) -> tuple[Rule, ...]:
         """What drops, and counts, the packets of a server that is thought dead."""
@@ -242,6 +356,7 @@ class Pipeline:
         destination: tuple[int, int],
         translated: tuple[int, int],
         group_id: int,
+        priority: int = SESSION_PRIORITY,
     ) -> Rule:
         """One direction of a session: the packet's endpoints (address, port) before, and the one that changes.
 
@@ -264,7 +379,7 @@ class Pipeline:
             *_retag(here, there),
             Group(group_id),
         )
-        return Rule(SESSION_PRIORITY, match, actions, cookie, idle_timeout=self.session_idle_timeout)
+        return Rule(priority, match, actions, cookie, idle_timeout=self.session_idle_timeout)
 
     def next_hop(self, hop: NextHop) -> tuple[Action, ...]:
         """The actions of a next hop's only bucket."""
@@ -278,8 +393,14 @@ class Pipeline:
         meter = kind.value if kind in self.rates else 0
         return Rule(AGENT_PRIORITY + above, match, (ToController(),), kind.cookie, meter)
 
+    @property
+    def _ours(self) -> dict[str, str]:
+        return {"eth_dst": mac_text(self.mac)}
+
     @staticmethod
-    def _inside(side: Side, **fields: int | str | tuple[str, str]) -> dict[str, int | str | tuple[str, str]]:
+    def _inside(
+        side: Side, **fields: int | str | tuple[str, str] | tuple[int, int]
+    ) -> dict[str, int | str | tuple[str, str] | tuple[int, int]]:
         return {"in_port": side.port, "vlan_vid": side.vlan_match, **fields}
 
 

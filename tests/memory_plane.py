@@ -18,9 +18,11 @@ from nat_fastpath.engine import (
     EVENT_OPEN,
     EVENT_UPDATE,
     FLAG_FOREIGN,
+    FLAG_OFFLOAD,
     FLAG_PENDING,
     NEIGHBOUR,
     RECORD,
+    TCP_STATES,
 )
 
 Endpoint = tuple[int, int, int]  # protocol, address, port
@@ -28,6 +30,7 @@ Key = tuple[int, int, int, int, int]  # protocol, inside address and port, remot
 KEPT = ("tcp_state", "packets_out", "packets_in", "bytes_out", "bytes_in", "age_ms", "idle_ms", "timeout_ms")
 IDLE, COMMAND, HOLD_TIMEOUT = 1, 2, 3  # why a session ends
 UDP = 17
+SYN_BOTH, ESTABLISHED = TCP_STATES.index("syn_both"), TCP_STATES.index("established")
 
 
 def key_of(record: np.void) -> Key:
@@ -145,7 +148,13 @@ class MemoryPlane:
     def update(self, records: Records) -> int:
         found = [(self._known(record), record) for record in rows(records)]
         for known, record in found:
-            if known is not None:
+            if known is not None and record["flags"] & FLAG_OFFLOAD:
+                for name in ("packets_out", "packets_in", "bytes_out", "bytes_in"):
+                    known[name] += record[name]
+                known["idle_ms"] = min(known["idle_ms"], record["idle_ms"])
+                if known["tcp_state"] == SYN_BOTH and record["packets_out"] + record["packets_in"]:
+                    known["tcp_state"] = ESTABLISHED
+            elif known is not None:
                 for name in KEPT:
                     known[name] = record[name]
         return sum(known is not None for known, _ in found)

@@ -12,7 +12,7 @@ import numpy as np
 from nat_control.dataplane import NO_RECORDS, Changes, Records
 from nat_control.sync.actions import Input, Limits
 from nat_control.sync.codec import DeleteEntries, InstallEntries, UpdateEntries
-from nat_fastpath.engine import FLAG_INBOUND, FLAG_PENDING
+from nat_fastpath.engine import FLAG_INBOUND, FLAG_OFFLOAD, FLAG_PENDING
 
 
 def pending(records: Records) -> Records:
@@ -20,10 +20,10 @@ def pending(records: Records) -> Records:
     return np.asarray(records[records["flags"] & FLAG_PENDING != 0])
 
 
-def on_the_wire(records: Records) -> Records:
+def on_the_wire(records: Records, flags: int = FLAG_INBOUND) -> Records:
     """A copy without the flags that mean something to one side only."""
     sent = records.copy()
-    sent["flags"] &= FLAG_INBOUND
+    sent["flags"] &= flags
     return sent
 
 
@@ -87,10 +87,10 @@ class Outbox:
         while self._queue and len(self._sent) < self._limits.window:
             batch = self._queue.popleft()
             self.waiting -= len(batch.records)
-            records = on_the_wire(batch.records)
             if batch.kind is Input.UPDATE:
-                yield UpdateEntries(records)
+                yield UpdateEntries(on_the_wire(batch.records, FLAG_INBOUND | FLAG_OFFLOAD))
                 continue
+            records = on_the_wire(batch.records)
             self.txid += 1
             batch.deadline = now + self._limits.acknowledge
             self._sent[self.txid] = batch

@@ -183,7 +183,7 @@ enum nat_session_flag {
     NAT_SESSION_PENDING = 1, /* opened here, not yet committed: its packets are held */
     NAT_SESSION_FOREIGN = 2, /* owned by the peer: not aged here */
     NAT_SESSION_INBOUND = 4, /* opened by a packet from outside */
-    NAT_SESSION_OFFLOAD = 8, /* carried by the switch */
+    NAT_SESSION_OFFLOAD = 8, /* of an update: what a switch has carried beside us */
     NAT_SESSION_DYING = 16,  /* delete when the event ring has room */
 };
 
@@ -335,7 +335,8 @@ enum nat_command_op {
     NAT_CMD_CEDE, /* buffer: an instance number, then ids in order, all uint64. Sessions with this instance in
                      their id become the peer's, but those of these ids ours; result: how many became the
                      peer's */
-    NAT_CMD_UPDATE,  /* TCP state, idle time and counters of the sessions of the records at buffer */
+    NAT_CMD_UPDATE,  /* TCP state, idle time and counters of the sessions of the records at buffer; with
+                        NAT_SESSION_OFFLOAD what a switch has carried, which is added */
     NAT_CMD_CHECK,   /* sets reserved0 to 1 in those records at buffer whose sessions are held */
     NAT_CMD_LEARN,   /* the nat_neighbour_records at buffer are what the peer knows; result: how many were
                         news. A mac of 0 asks for that next hop */

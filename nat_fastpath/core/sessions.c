@@ -467,8 +467,33 @@ bool session_follow(struct nat_core *core, uint32_t at, int direction, uint16_t 
     return true;
 }
 
+/* What rules of a switch have carried since they were looked at, beside what packets have shown us. They show
+ * SYN, FIN and RST to a core, so the rest is ACK. It may be older than a reset that we have seen: that
+ * stands. */
+static void session_carried(struct nat_core *core, uint32_t at, const struct nat_record *record)
+{
+    struct session *s = &core->sessions[at];
+    struct session_cold *cold = &core->cold[at];
+    const uint64_t packets[2] = {record->packets_out, record->packets_in};
+    for (int d = 0; d < 2; d++) {
+        uint64_t total = ((uint64_t)cold->packets_high[d] << 32 | s->packets[d]) + packets[d];
+        s->packets[d] = (uint32_t)total;
+        cold->packets_high[d] = (uint16_t)(total >> 32);
+        s->bytes[d] += d == OUT ? record->bytes_out : record->bytes_in;
+        if (packets[d] && s->protocol == PROTO_TCP && s->tcp_state == NAT_TCP_SYN_BOTH)
+            s->tcp_state = tcp_next[s->tcp_state][d][TCP_KIND_ACK];
+    }
+    session_set_timer(s);
+    if (record->idle_ms < core->now_ms - s->last_ms)
+        s->last_ms = core->now_ms - record->idle_ms;
+}
+
 void session_update(struct nat_core *core, uint32_t at, const struct nat_record *record)
 {
+    if (record->flags & NAT_SESSION_OFFLOAD) {
+        session_carried(core, at, record);
+        return;
+    }
     struct session *s = &core->sessions[at];
     if (s->protocol == PROTO_TCP && record->tcp_state < NAT_TCP_STATES)
         s->tcp_state = record->tcp_state;

@@ -14,6 +14,7 @@ from nat_fastpath.engine import (
     EVENT_OPEN,
     EVENT_UPDATE,
     FLAG_FOREIGN,
+    FLAG_OFFLOAD,
     FLAG_PENDING,
     NEIGHBOUR,
     TCP_STATES,
@@ -176,6 +177,29 @@ def test_update_changes_state_times_and_counters_of_what_is_held(subject: Subjec
     assert (subject.held()["idle_ms"] < 90_000).all()
     assert len(subject.events()) == 0
     subject.check()
+
+
+def test_what_a_switch_has_carried_is_added(subject: Subject) -> None:
+    """Counters add up, the shorter idle time counts, and of TCP only a handshake's last ACK is concluded."""
+    states = ("syn_out", "syn_both", "established", "fin_out", "closing", "reset")
+    held = sessions(len(states), protocol=6, idle_ms=60_000, packets_out=5, bytes_in=(1 << 33) + 1)
+    held["packets_in"] = (1 << 32) - 1
+    held["tcp_state"] = [TCP_STATES.index(state) for state in states]
+    subject.run(subject.plane.install(held))
+    carried = held.copy()
+    carried["flags"], carried["tcp_state"], carried["idle_ms"] = FLAG_OFFLOAD, 0, 0
+    carried["packets_out"], carried["packets_in"], carried["bytes_out"], carried["bytes_in"] = 7, 2, 700, 9
+    assert subject.run(subject.plane.update(carried)) == len(states)
+    expected = held.copy()
+    expected["packets_out"], expected["packets_in"], expected["bytes_out"] = 12, (1 << 32) + 1, 700
+    expected["bytes_in"] = (1 << 33) + 10
+    expected["tcp_state"][1] = TCP_STATES.index("established")
+    assert plain(subject.held()) == plain(expected)
+    assert (subject.held()["idle_ms"] < 30_000).all()
+    carried["idle_ms"] = 90_000
+    subject.run(subject.plane.update(carried))
+    assert (subject.held()["idle_ms"] < 30_000).all()
+    assert len(subject.events()) == 0
 
 
 def test_update_leaves_out_what_is_not_held(subject: Subject) -> None:

@@ -12,7 +12,7 @@ from nat_fastpath.engine import RECORD
 from switch_agent import channel as openflow
 from switch_agent.codec import FLOW_MOD, messages
 from switch_agent.compile import Compiler, NextHopGroups, make_template
-from switch_agent.pipeline import INBOUND, Pipeline, Side
+from switch_agent.pipeline import FRONT_PRIORITY, INBOUND, SESSION_PRIORITY, Pipeline, Side
 from tests.switch.net import pipeline
 
 
@@ -47,9 +47,10 @@ def test_many_are_what_the_library_makes_of_each(vlans: tuple[int, int]) -> None
     pipe = pipeline(internal=Side(1, 3, vlans[0]), external=Side(2, 4, vlans[1]))
     records, groups = any_records(150)
     made = compiler(pipe)
+    priorities = np.where(np.arange(len(records)) % 3, SESSION_PRIORITY, FRONT_PRIORITY)
     for command, data in (
-        (openflow.ADD, made.install(records, groups, 77)),
-        (openflow.DELETE_STRICT, made.delete(records, 77)),
+        (openflow.ADD, made.install(records, groups, 77, priorities)),
+        (openflow.DELETE_STRICT, made.delete(records, 77, priorities)),
     ):
         expected = []
         for protocol in (6, 17):
@@ -68,6 +69,7 @@ def test_many_are_what_the_library_makes_of_each(vlans: tuple[int, int]) -> None
                         destination=outside if inbound else remote,
                         translated=inside if inbound else outside,
                         group_id=int((groups.internal if inbound else groups.external)[i]),
+                        priority=int(priorities[i]),
                     )
                     expected.append(openflow.flow_mod(rule, command, 77))
         assert data == b"".join(expected)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from nat_control.config import parse, to_core
+from nat_fastpath.engine import FLAG_OFFLOAD
 from switch_agent.activity import ACTIVITY, applied
 from switch_agent.agent import pipeline_of
 from switch_agent.nexthops import NextHops, key
@@ -213,5 +214,6 @@ def test_activity_counts_ip_bytes_of_both_sides() -> None:
     for name, value in (("packets", 2), ("frame_bytes", 200)):
         carried[f"{name}_out"] = carried[f"{name}_in"] = value
     [found] = applied(records, carried, [18, 14])
-    assert found["bytes_out"] - records["bytes_out"][0] == 200 - 2 * 18
-    assert found["bytes_in"] - records["bytes_in"][0] == 200 - 2 * 14
+    assert (found["packets_out"], found["packets_in"]) == (2, 2)
+    assert (found["bytes_out"], found["bytes_in"]) == (200 - 2 * 18, 200 - 2 * 14)
+    assert found["flags"] & FLAG_OFFLOAD
