@@ -30,14 +30,17 @@ from nat_control.config_reader import (
     load_yaml,
     the_cores,
 )
+from nat_control.config_warnings import warnings
 from nat_control.pair_config import KEYS as PAIR_KEYS
 from nat_control.pair_config import (
+    MARKS,
     Heartbeat,
     Hold,
     Peer,
     Switch,
     SwitchPorts,
     Virtual,
+    check_link,
     check_pair,
     read_heartbeat,
     read_peer,
@@ -89,6 +92,7 @@ MAX_AF_XDP_MTU = 1898  # its buffers hold no more; they serve both ports
 DRIVERS = ("auto", "af_xdp", "af_packet")  # of kernel interfaces
 FLOW_HASHES = ("fnv", "aes")
 IDLE_MODES = ("adaptive", "busy")
+SIDES = ("internal", "external")
 
 # What the core's arrays hold; see nat.h and port_pool_create().
 MAX_ROUTES = 64
@@ -192,6 +196,12 @@ class Config:
     heartbeat: Heartbeat | None = None
     switch: Switch | None = None
     virtual: Virtual | None = None
+    mark: str = MARKS[0]  # what tells the sides apart where both ports are one device
+
+    @property
+    def inside_by_dscp(self) -> IPv4Network | None:
+        """The internal subnet, where the sides of one device are told apart by DSCP and not by VLAN."""
+        return self.ports[0].address.network if self.mark == "dscp" else None
 
     @property
     def number(self) -> int:
@@ -217,7 +227,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "switch": False,
         "virtual": False,
     },
-    "ports": {"internal": True, "external": True},
+    "ports": {"internal": True, "external": True, "mark": False},
     "port": {
         "device": False,  # a server needs it, a switch agent has none
         "address": True,
@@ -396,7 +406,7 @@ def parse(mapping: object, source: str = "config") -> Config:
         raise ConfigError(reader.problems, source)
     instance = root.get("instance", an_instance, "")
     sides = root.section("ports", "ports")
-    ports = tuple(_read_port(side, sides.section(side, "port")) for side in KEYS["ports"])
+    ports = tuple(_read_port(side, sides.section(side, "port")) for side in SIDES)
     nat = root.section("nat", "nat")
     pool_section = nat.section("pool", "pool")
     located = read_addresses(pool_section)
@@ -438,9 +448,16 @@ def parse(mapping: object, source: str = "config") -> Config:
         heartbeat=read_heartbeat(present["heartbeat"]) if "heartbeat" in present else None,
         switch=read_switch(present["switch"]) if "switch" in present else None,
         virtual=Virtual(present["virtual"].get("mac", a_mac, _NO_MAC)) if "virtual" in present else None,
+        mark=sides.get("mark", choice(MARKS), MARKS[0]),
     )
     _check(reader, config, located)
     check_pair(reader, config.peer, config.heartbeat, config.switch, config.virtual)
+    if config.switch is not None:
+        check_link(reader, config.switch, [port.vlan for port in ports])
+        if "mark" in sides.values:
+            reader.fault(
+                "ports.mark", "a switch agent has no devices: the link to the server is `switch.mark`"
+            )
     for side in config.ports:
         path = f"ports.{side.name}"
         if config.switch is None and not side.device and reader.good(f"{path}.device"):
@@ -463,7 +480,13 @@ def _check(reader: Reader, config: Config, located: list[Located]) -> None:
             reader.fault(f"ports.{port.name}.driver", f"an MTU of {largest} is more than AF_XDP's {MAX_AF_XDP_MTU}"
                          " (both ports share their buffers); auto or af_packet carries it")  # fmt: skip
     if internal.device and internal.device == external.device:
-        _check_shared_device(reader, internal, external)
+        _check_shared_device(reader, internal, external, config.mark)
+    elif (
+        config.mark == "dscp"
+        and external.device
+        and reader.good("ports.internal.device", "ports.external.device")
+    ):
+        reader.fault("ports.mark", "dscp is for ports on one device, and these are on two")
     if reader.good("ports.internal.address", "ports.external.address"):
         inside, outside = internal.address.network, external.address.network
         if inside.overlaps(outside):
@@ -476,11 +499,17 @@ def _check(reader: Reader, config: Config, located: list[Located]) -> None:
     _check_pool(reader, located, config)
 
 
-def _check_shared_device(reader: Reader, internal: Port, external: Port) -> None:
-    """One device for both ports: their VLANs tell them apart, and MAC and driver are the device's."""
+def _check_shared_device(reader: Reader, internal: Port, external: Port, mark: str) -> None:
+    """One device for both ports: their VLANs tell them apart, or DSCP; MAC and driver are the device's."""
     at, device = "ports.external", external.device
-    if internal.vlan == external.vlan and reader.good(f"{at}.vlan", "ports.internal.vlan"):
-        reader.fault(f"{at}.device", f"{device} is the internal port's device too: they need different VLANs")
+    for port in (internal, external):
+        if mark == "dscp" and port.vlan:
+            reader.fault(
+                f"ports.{port.name}.vlan", "the link carries no tags where DSCP tells the sides apart"
+            )
+    if mark == "vlan" and internal.vlan == external.vlan and reader.good(f"{at}.vlan", "ports.internal.vlan"):
+        reader.fault(f"{at}.device", f"{device} is the internal port's device too: they need different VLANs, "
+                     "or `ports.mark: dscp`")  # fmt: skip
     for key in ("mac", "driver"):
         same = getattr(internal, key) == getattr(external, key)
         if not same and reader.good(f"{at}.{key}", f"ports.internal.{key}"):
@@ -493,39 +522,6 @@ def load(path: str | Path) -> Config:
 
 
 # --- what follows from it ---------------------------------------------------------------------------------
-
-
-def warnings(config: Config) -> tuple[str, ...]:
-    """What is allowed and probably not meant, one line each with its path."""
-    found = []
-    for name, least, reason in (
-        ("udp", 120, "RFC 4787 REQ-5"),
-        ("tcp_established", 7440, "RFC 5382 REQ-5"),
-        ("tcp_transitory", 240, "RFC 5382 REQ-5"),
-        ("icmp", 60, "RFC 5508 REQ-2"),
-    ):
-        seconds = getattr(config.nat.timeouts, name)
-        if seconds < least:
-            found.append(f"nat.timeouts.{name}: {seconds} s is less than the {least} s of {reason}")
-    if config.nat.pool.quarantine < 120:
-        found.append(
-            f"nat.pool.quarantine: {config.nat.pool.quarantine} s is less than the 120 s of RFC 6888 REQ-8"
-        )
-    external = config.ports[1]
-    if external.gateway is None and IPv4Network("0.0.0.0/0") not in {
-        route.prefix for route in external.routes
-    }:
-        found.append(
-            "ports.external.gateway: there is none, so only the external subnet and the routes are reached"
-        )
-    subnet = external.address.network
-    away = [first for first, last in config.nat.pool.ranges if first not in subnet or last not in subnet]
-    if away:
-        found.append(
-            f"nat.pool.addresses: {away[0]} is not on the external subnet {subnet}: "
-            f"the routers outside must send it to {external.address.ip}"
-        )
-    return tuple(found)
 
 
 def to_core(config: Config, macs: Sequence[bytes], *, epoch: int = 0) -> CoreConfig:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -24,6 +24,7 @@ MODES = ("off", "asynchronous", "synchronous")
 PARTITIONS = ("all_peer",)
 ON_LIMIT = ("drop",)
 BARRIERS = ("trusted", "probe")
+MARKS = ("vlan", "dscp")  # what tells the sides apart on a link that both share
 MAX_OPENFLOW_PORT = 65279
 TLS_PLACE = "tls:"
 
@@ -65,12 +66,16 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class SwitchPorts:
-    """OpenFlow port numbers; 0: there is no server."""
+    """OpenFlow port numbers; 0: there is no server. One link to it: both of its ports are that."""
 
     internal: int
     external: int
     server_internal: int = 0
     server_external: int = 0
+
+    @property
+    def one_link(self) -> bool:
+        return self.server_internal == self.server_external != 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,8 @@ class Switch:
     """``openflow`` and ``takeover`` are where the switch connects to, twice: tls:ADDRESS:PORT, unix:PATH or ADDRESS:PORT.
 
     ``plain``: the last of these also where the address is not on loopback, over a network that is trusted.
-    ``ovs`` is the run directory, or control socket, of an Open vSwitch that the agent may manage.
+    ``ovs`` is the run directory, or control socket, of an Open vSwitch that the agent may manage. ``mark`` and ``tags`` (inside,
+    outside; 0 untagged) are of the one link to the server.
     """
 
     openflow: str
@@ -90,6 +96,8 @@ class Switch:
     ovs: Path | None = None
     tls: Tls | None = None
     plain: bool = False
+    mark: str = MARKS[0]
+    tags: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +130,17 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "tls": False,
         "plain": False,
         "ports": True,
+        "mark": False,
+        "tags": False,
     },
     "switch_ports": {
         "internal": True,
         "external": True,
         "server_internal": False,
         "server_external": False,
+        "server": False,
     },
+    "tags": {"internal": False, "external": False},
     "virtual": {"mac": True},
 }
 
@@ -228,6 +240,14 @@ def read_switch(section: Section) -> Switch:
         except ValueError as error:
             section.reader.fault(section.path("takeover"), str(error))
     number = integer(1, MAX_OPENFLOW_PORT)
+    numbers = [ports.get(key, number, 0) for key in KEYS["switch_ports"]]
+    if one_link := numbers.pop():
+        if any(numbers[2:]):
+            section.reader.fault(
+                "switch.ports.server", "there are server_internal and server_external: one link or two"
+            )
+        numbers[2:] = [one_link] * 2
+    tags = section.section("tags", "tags")
     return Switch(
         openflow=openflow,
         takeover=takeover,
@@ -237,7 +257,9 @@ def read_switch(section: Section) -> Switch:
         ovs=section.get("ovs", lambda value: Path(_path(value)), None),
         tls=_read_tls(section.section("tls", "tls")) if "tls" in section.values else None,
         plain=section.get("plain", flag, False),
-        ports=SwitchPorts(*(ports.get(key, number, 0) for key in KEYS["switch_ports"])),
+        ports=SwitchPorts(*numbers),
+        mark=section.get("mark", choice(MARKS), MARKS[0]),
+        tags=(tags.get("internal", integer(1, 4094), 0), tags.get("external", integer(1, 4094), 0)),
     )
 
 
@@ -267,13 +289,13 @@ def check_pair(
         return
     ports = switch.ports
     lacking = active and not (ports.server_internal and ports.server_external)
-    if lacking and reader.good("switch.ports.server_internal", "switch.ports.server_external"):
-        reader.fault("switch.ports", "server_internal and server_external are needed for the peer")
-    given = [
-        port
-        for port in (ports.internal, ports.external, ports.server_internal, ports.server_external)
-        if port
-    ]
+    if lacking and reader.good(*(f"switch.ports.{key}" for key in KEYS["switch_ports"])):
+        reader.fault(
+            "switch.ports",
+            "server_internal and server_external are needed for the peer, or server where one link carries both sides",
+        )
+    servers = [ports.server_internal, *(() if ports.one_link else (ports.server_external,))]
+    given = [port for port in (ports.internal, ports.external, *servers) if port]
     if len(set(given)) < len(given) and reader.good("switch.ports"):
         reader.fault("switch.ports", "one port has two uses")
     if switch.takeover == switch.openflow and reader.good("switch.takeover", "switch.openflow"):
@@ -306,6 +328,24 @@ def _check_places(reader: Reader, switch: Switch, peer: Peer | None) -> None:
                 f"{host} is not on loopback: {TLS_PLACE}{place} with `tls` is needed (tandem-nat certs makes the files), "
                 "or `plain: true` where the network between is trusted",
             )
+
+
+def check_link(reader: Reader, switch: Switch, vlans: Sequence[int]) -> None:
+    """The link to the server, whose ``vlans`` on the networks' ports are those on it if nothing else is said."""
+    if not reader.good("switch.mark", "switch.tags", "switch.ports"):
+        return
+    tagged = any(switch.tags)
+    if tagged and not (switch.ports.one_link and switch.mark == "vlan"):
+        reader.fault("switch.tags", "is for `switch.ports.server` with `mark: vlan`")
+    elif switch.ports.one_link and switch.mark == "vlan":
+        inside, outside = switch.tags if tagged else vlans
+        if inside == outside:
+            reader.fault(
+                "switch.tags",
+                "inside and outside need different VLANs on the link to the server, or `mark: dscp`",
+            )
+    elif switch.mark == "dscp" and not switch.ports.one_link:
+        reader.fault("switch.mark", "dscp is for one link to the server (`switch.ports.server`)")
 
 
 def _check_tls(reader: Reader, peer: Peer, heartbeat: Heartbeat | None) -> None:

@@ -106,7 +106,7 @@ class Server:
         self.ports: list[Port] = []
         for i, port in enumerate(config.ports):
             if port.device == config.ports[0].device and self.ports:
-                opened = self.ports[0]  # one device, whose VLANs are both ports
+                opened = self.ports[0]  # one device is both ports, by VLAN or DSCP
             else:
                 on_it = [k for k, other in enumerate(config.ports) if other.device == port.device]
                 opened = Port(
@@ -132,7 +132,7 @@ class Server:
             carrier = (
                 f"{opened.kernel_interface} by {opened.driver}" if opened.kernel_interface else opened.driver
             )
-            vlan = f", VLAN {port.vlan}" if port.vlan else ""
+            vlan = f", VLAN {port.vlan}" if port.vlan else ", by DSCP" if config.inside_by_dscp else ""
             say(f"{port.name}: {carrier}{vlan}, MAC {opened.mac.hex(':')}, {port.address}, MTU {port.mtu}")
             if opened.not_af_xdp:
                 say(f"{port.name}: not by AF_XDP: {opened.not_af_xdp}")
@@ -166,6 +166,7 @@ class Server:
             cpus=config.workers.cores,
             idle=config.workers.idle,
             wake_fd=wake_fd,
+            inside=config.inside_by_dscp,
         )
         self.workers.start()
         undo.callback(self._stop_workers)

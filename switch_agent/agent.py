@@ -45,6 +45,7 @@ from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Resul
 from switch_agent.carrier import Carrier
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Lost, PacketIn, PortStatus, Ready
+from switch_agent.link import OneLink
 from switch_agent.nexthops import NextHops, Route, key
 from switch_agent.pipeline import Pipeline, Side
 from switch_agent.plane import OpenFlowDataPlane, SwitchError
@@ -97,16 +98,25 @@ def pipeline_of(config: Config) -> Pipeline:
     internal, external = config.ports
     ports = config.switch.ports
     own = ((internal.address.ip, internal.address.ip),)
-    outside = ((external.address.ip, external.address.ip), *config.nat.pool.ranges)
+    beyond = ((external.address.ip, external.address.ip), *config.nat.pool.ranges)
     gateways = [
         tuple(sorted({route.gateway for route in port.routes} | ({port.gateway} if port.gateway else set())))
         for port in config.ports
     ]
-    return Pipeline(
-        internal=Side(ports.internal, ports.server_internal, internal.vlan, own, gateways[0]),
-        external=Side(ports.external, ports.server_external, external.vlan, outside, gateways[1]),
-        mac=int.from_bytes(config.virtual.mac, "big"),
-        probe_mac=random_mac() if config.switch.barrier == "probe" else 0,
+    inside = Side(ports.internal, ports.server_internal, internal.vlan, own, gateways[0])
+    outside = Side(ports.external, ports.server_external, external.vlan, beyond, gateways[1])
+    mac = int.from_bytes(config.virtual.mac, "big")
+    probe_mac = random_mac() if config.switch.barrier == "probe" else 0
+    if not ports.one_link:
+        return Pipeline(inside, outside, mac, probe_mac=probe_mac)
+    tags = config.switch.tags if any(config.switch.tags) else (internal.vlan, external.vlan)
+    return OneLink(
+        inside,
+        outside,
+        mac,
+        probe_mac=probe_mac,
+        tags=tags if config.switch.mark == "vlan" else None,
+        inside=internal.address.network,
     )
 
 

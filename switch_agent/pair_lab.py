@@ -24,6 +24,7 @@ CLI = [sys.executable, "-m", "nat_control.cli"]
 # 20 ms of silence at 2 ms: the default of 3 takes a machine that others load for a dead server
 MISSES = 10
 DEVICES = {"client": 1, "outside": 2, "inner": 3, "outer": 4}
+TAGS = {"internal": 101, "external": 102}  # on one link to the server, by VLAN
 
 
 class PairLab:
@@ -39,19 +40,23 @@ class PairLab:
         max_flows: int = 100_000,
         workers: int = 1,
         switch: dict[str, Any] | None = None,
+        mark: str = "",
     ) -> None:
+        """``mark``: one link between switch and server, on which this tells the sides apart (vlan, dscp)."""
         self.lab = lab
         self.workers = {"cores": sorted(os.sched_getaffinity(0))[:workers]}
         self.nat_options = {"max_sessions": 20_000, **(nat or {})}
         self.switch = lab.namespace("switch")
         self.client, self.outside, self.nat = (lab.namespace(name) for name in ("client", "outside", "nat"))
+        devices = {name: number for name, number in DEVICES.items() if not (mark and name == "outer")}
         for device, end, there in (
             ("client", self.client, "eth0"),
             ("outside", self.outside, "eth0"),
             ("inner", self.nat, "nat-in"),
             ("outer", self.nat, "nat-out"),
         ):
-            lab.cable(end, there, self.switch, device)
+            if device in devices:
+                lab.cable(end, there, self.switch, device)
         lab.cable(self.nat, "sync", self.switch, "sync")
         self.client.address("eth0", f"{CLIENT}/24")
         self.client.route("default", NAT_INSIDE)
@@ -61,7 +66,7 @@ class PairLab:
         self.nat.address("sync", f"{SERVER}/24")
         self.ovs = OpenVSwitch(
             self.switch,
-            DEVICES,
+            devices,
             ("tcp:127.0.0.1:6653", "tcp:127.0.0.1:6654"),
             receive_buffer=64 << 20,
         )
@@ -72,6 +77,7 @@ class PairLab:
         self.heartbeat = f"{interval_ms:g} ms x {misses}"
         beats = {"interval_ms": interval_ms, "misses": misses}
         hold = {"packets": 1024, "ms": 500, "on_limit": "drop"}
+        servers = {"server": 3} if mark else {"server_internal": 3, "server_external": 4}
         self.agent_config = self._write(
             "agent",
             "32768-65535",
@@ -83,14 +89,17 @@ class PairLab:
                 "datapath_id": "1",
                 "max_flows": max_flows,
                 "ovs": str(self.ovs.directory),
-                "ports": {"internal": 1, "external": 2, "server_internal": 3, "server_external": 4},
+                "ports": {"internal": 1, "external": 2, **servers},
+                **({"mark": mark} if mark else {}),
+                **({"tags": TAGS} if mark == "vlan" else {}),
                 **(switch or {}),
             },
         )
         self.server_config = self._write(
             "server",
             "1024-32767",
-            {"internal": "nat-in", "external": "nat-out"},
+            {"internal": "nat-in", "external": "nat-in" if mark else "nat-out"},
+            mark=mark,
             workers=self.workers,
             peer={"connect": f"{AGENT}:7000", "mode": mode, "hold": hold, "tls": self._tls("server")},
             heartbeat={"listen": f"{SERVER}:7001", "connect": f"{AGENT}:7001", **beats},
@@ -100,13 +109,15 @@ class PairLab:
         files = {"ca": "ca.pem", "certificate": f"{name}.pem", "key": f"{name}.key"}
         return {key: str(self.lab.directory / file) for key, file in files.items()}
 
-    def _write(self, name: str, ports: str, devices: dict[str, str], **more: Any) -> str:
+    def _write(self, name: str, ports: str, devices: dict[str, str], mark: str = "", **more: Any) -> str:
         sides: dict[str, Any] = {
             "internal": {"address": f"{NAT_INSIDE}/24"},
             "external": {"address": "198.51.100.1/24", "gateway": ROUTER},
         }
         for side, device in devices.items():
-            sides[side]["device"] = device
+            sides[side] |= {"device": device, **({"vlan": TAGS[side]} if mark == "vlan" else {})}
+        if mark:
+            sides["mark"] = mark
         content = {
             "instance": name,
             "ports": sides,

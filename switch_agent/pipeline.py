@@ -255,7 +255,7 @@ class Pipeline:
         rules = [Rule(REST_PRIORITY, {}, (), Kind.REST.cookie), *self.fence()]
         for side in (self.internal, self.external):
             for network in side.networks:
-                where = _masked(network)
+                where = masked(network)
                 arp = self._inside(side, eth_type=ARP, arp_tpa=where)
                 icmp = self._inside(side, eth_type=IPV4, ip_proto=ICMP, ipv4_dst=where)
                 rules.append(self._to_agent(Kind.ARP, arp))
@@ -376,7 +376,7 @@ class Pipeline:
         actions = (
             DecTtl(),  # first: what goes to the agent because of its TTL is then as it came
             *(SetField(name, value) for name, value in zip(changed, translated, strict=True)),
-            *_retag(here, there),
+            *retag(here.vlan, there.vlan),
             Group(group_id),
         )
         return Rule(priority, match, actions, cookie, idle_timeout=self.session_idle_timeout)
@@ -404,17 +404,17 @@ class Pipeline:
         return {"in_port": side.port, "vlan_vid": side.vlan_match, **fields}
 
 
-def _retag(here: Side, there: Side) -> Sequence[Action]:
-    """The VLAN tag of one side becomes that of the other."""
-    if here.vlan == there.vlan:
+def retag(here: int, there: int) -> Sequence[Action]:
+    """The VLAN tag of one side becomes that of the other; 0: there is none."""
+    if here == there:
         return ()
-    if not there.vlan:
+    if not there:
         return (PopVlan(),)
-    tag = SetField("vlan_vid", there.vlan_match)
-    return (tag,) if here.vlan else (PushVlan(), tag)
+    tag = SetField("vlan_vid", there | VLAN_PRESENT)
+    return (tag,) if here else (PushVlan(), tag)
 
 
-def _masked(network: IPv4Network) -> str | tuple[str, str]:
+def masked(network: IPv4Network) -> str | tuple[str, str]:
     address = str(network.network_address)
     return address if network.prefixlen == 32 else (address, str(network.netmask))
 

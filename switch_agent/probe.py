@@ -59,14 +59,14 @@ def frame_of(rule: Rule, source: int) -> bytes:
     frame += kind.to_bytes(2, "big")
     body = os.urandom(NONCE_BYTES)
     if kind == IPV4:
-        body = _ipv4(wanted("ip_proto", TCP), bytes(20) + body)
+        body = _ipv4(wanted("ip_proto", TCP), wanted("ip_dscp", 0) << 2, bytes(20) + body)
     return (frame + body).ljust(_SHORTEST, b"\0")
 
 
-def _ipv4(protocol: int, payload: bytes) -> bytes:
+def _ipv4(protocol: int, tos: int, payload: bytes) -> bytes:
     """From and to addresses for documentation (RFC 5737), so that no session matches it."""
     addresses = bytes((192, 0, 2, 1, 192, 0, 2, 2))
-    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 0, 0, 2, protocol, 0) + addresses
+    head = struct.pack("!BBHHHBBH", 0x45, tos, 20 + len(payload), 0, 0, 2, protocol, 0) + addresses
     checksum: int = -sum(struct.unpack("!10H", head)) % 0xFFFF
     return head[:10] + checksum.to_bytes(2, "big") + head[12:] + payload
 

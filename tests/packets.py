@@ -31,6 +31,7 @@ GATEWAY, GATEWAY_MAC = "198.51.100.254", "02:00:00:00:01:fe"
 CLIENT, OTHER_CLIENT = "10.0.0.5", "10.0.0.6"
 SERVER, OTHER_SERVER = "203.0.113.7", "203.0.113.8"
 POOL = ("198.51.100.10", "198.51.100.13")
+MARK = 4  # of the inside's packets, in the type of service: the lowest bit of the DSCP
 
 
 def mac_bytes(mac: str) -> bytes:
@@ -165,6 +166,16 @@ def retagged(data: bytes, vlan: int, priority: int = 0) -> bytes:
     return data[:12] + tag + data[12:] if vlan else data
 
 
+def marked(data: bytes, inside: bool) -> bytes:
+    """The frame as it is on a link that both sides share by DSCP; what is not IPv4 has no mark."""
+    if data[12:14] != b"\x08\x00":
+        return data
+    packet = Ether(data)
+    packet[IP].tos = packet[IP].tos & ~MARK | (MARK if inside else 0)
+    del packet[IP].chksum
+    return bytes(packet)
+
+
 # -- the oracle -------------------------------------------------------------------------------------------
 
 
@@ -194,6 +205,13 @@ def check_sums(data: bytes) -> None:
         again = IP(header)
         del again.chksum
         assert bytes(again) == header, "header checksum of the quoted packet"
+
+
+def sum_words(data: bytes) -> int:
+    """The one's complement sum (RFC 1071): 0xffff over a header whose checksum is right."""
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = (total & 0xFFFF) + (total >> 16)
+    return (total & 0xFFFF) + (total >> 16)
 
 
 def addresses(packet: Packet) -> tuple[str, int, str, int]:

@@ -102,9 +102,10 @@ ffibuilder.cdef(
     struct worker_port {
         uint16_t port_id; uint8_t fill_checksums; uint8_t side; uint16_t vlan; uint16_t rx_queues; uint16_t tx_queues;
         uint8_t gated; };
+    struct marking { uint8_t used; uint32_t network; uint32_t mask; };
     struct workers_config {
         const struct nat_api *api; void *pool; int adaptive; int wake_fd; unsigned n_ports;
-        struct worker_port ports[...]; unsigned n; struct nat_core *cores[...]; int cpus[...]; };
+        struct worker_port ports[...]; struct marking marking; unsigned n; struct nat_core *cores[...]; int cpus[...]; };
     struct worker_stats {
         uint64_t loops, loops_with_packets, sleeps, total_ns, busy_ns, sleep_max_ns, outbox_no_buffer,
             fragment_no_buffer, handed_off, handoff_received, handoff_dropped, arp_copies, tx_passed;
@@ -187,7 +188,10 @@ ffibuilder.set_source(
     }
     """,
     sources=[str(HERE / name) for name in ("worker.c", "thread.c", "spread.c", "gate.c", "log.c")],
-    depends=[str(HERE / "worker.h"), str(HERE / "frame.h"), str(CORE / "nat.h"), str(CORE / "slices.h")],
+    depends=[
+        *(str(HERE / name) for name in ("worker.h", "frame.h", "mark.h")),
+        *(str(CORE / name) for name in ("nat.h", "slices.h")),
+    ],
     include_dirs=[str(HERE), str(CORE)],
     define_macros=[
         ("NAT_HEADER_HASH", "0x" + hashlib.sha256((CORE / "nat.h").read_bytes()).hexdigest()[:16] + "ULL")

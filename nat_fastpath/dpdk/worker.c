@@ -24,6 +24,7 @@
 #include <rte_ring.h>
 
 #include "frame.h"
+#include "mark.h"
 #include "worker.h"
 
 #define TX_SLOTS (4 * NAT_BURST)
@@ -83,16 +84,27 @@ static void add(uint64_t *counter, uint64_t n)
     __atomic_store_n(counter, __atomic_load_n(counter, __ATOMIC_RELAXED) + n, __ATOMIC_RELAXED);
 }
 
-/* Which of the ports on this device a frame is for: its tag says so. One that none of them carries goes to
- * the first, where the core drops and counts it. */
-static unsigned port_of(const struct workers *w, unsigned device, const struct rte_mbuf *m)
+/* Which of the ports on this device a frame is for: its tag says so, or its mark. One that none of them
+ * carries goes to the first, where the core drops and counts it. */
+static unsigned port_of(const struct workers *w, unsigned device, struct rte_mbuf *m)
 {
     const struct rte_vlan_hdr *tag = rte_pktmbuf_mtod_offset(m, const void *, RTE_ETHER_HDR_LEN);
     const unsigned vlan = is_tagged(m) ? rte_be_to_cpu_16(tag->vlan_tci) & RTE_VLAN_ID_MASK : 0;
+    const bool marked = w->config.marking.used;
+    const unsigned side = marked ? take_mark(m, &w->config.marking) : 0;
     for (unsigned port = device; port < w->config.n_ports; port++)
-        if (w->device[port] == device && w->config.ports[port].vlan == vlan)
+        if (w->device[port] == device && w->config.ports[port].vlan == vlan &&
+            (!marked || w->config.ports[port].side == side))
             return port;
     return device;
+}
+
+/* What leaves on a link that both sides share without tags says which it is of. */
+static void put_marks(const struct worker_port *ports, const struct nat_packet *packets, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        if (packets[i].verdict <= NAT_REPLY || packets[i].verdict == NAT_FRAGMENT)
+            put_mark(packets[i].data, ports[packets[i].port].side);
 }
 
 /* --- to other workers -------------------------------------------------------------------------------- */
@@ -228,6 +240,8 @@ static void send_pieces(struct worker *w, const struct nat_packet *p)
 /* Sends what has a way to go, frees what was dropped; held packets stay with the core. */
 static void dispatch(struct worker *w, const struct nat_packet *packets, unsigned n)
 {
+    if (w->all->config.marking.used)
+        put_marks(w->all->config.ports, packets, n);
     for (unsigned i = 0; i < n; i++) {
         const struct nat_packet *p = &packets[i];
         struct rte_mbuf *m = p->cookie;

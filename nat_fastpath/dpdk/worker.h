@@ -25,6 +25,12 @@ struct worker_port {
     uint8_t gated; /* it is connected and taken down while it is polled */
 };
 
+/* How the sides of one device without tags are told apart: mark.h. */
+struct marking {
+    uint8_t used;
+    uint32_t network, mask; /* the inside's subnet */
+};
+
 struct workers_config {
     const struct nat_api *api;
     void *pool;   /* struct rte_mempool, for frames that we make */
@@ -32,6 +38,7 @@ struct workers_config {
     int wake_fd;  /* eventfd that wakes the reader of events, -1 without */
     unsigned n_ports;
     struct worker_port ports[NAT_MAX_PORTS];
+    struct marking marking;
     unsigned n;
     struct nat_core *cores[WORKERS_MAX]; /* of several, each has the slice that is its place here */
     int cpus[WORKERS_MAX];               /* -1: wherever the system likes */

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ipaddress import IPv4Network
 
 from nat_fastpath.dpdk._dpdk import ffi, lib
 from nat_fastpath.dpdk.binding import DpdkError, Mempool, Port
@@ -22,7 +23,7 @@ class Workers:
     """Runs ``cores`` on ``ports``, whose order is that of the cores' ports, in a thread for each core.
 
     Of several cores, each has the slice that is its place among them. One device may be several ports, with a
-    VLAN each.
+    VLAN each, or marked by DSCP (mark.h): then ``inside`` is the internal port's subnet.
 
     ``idle`` is ``busy`` (polls all the time, the least latency) or ``adaptive`` (sleeps when there is nothing
     to do, never longer than ``idle_bound_us``). ``cpus`` are theirs, one each. ``wake_fd`` is an eventfd that is written
@@ -40,6 +41,7 @@ class Workers:
         cpus: Sequence[int] | None = None,
         idle: str = "adaptive",
         wake_fd: int | None = None,
+        inside: IPv4Network | None = None,
     ) -> None:
         if idle not in IDLE_MODES:
             raise ValueError(f"idle: {idle!r} is none of {', '.join(IDLE_MODES)}")
@@ -56,6 +58,7 @@ class Workers:
                 )
         self._cores, self._ports, self._pool = tuple(cores), tuple(ports), pool
         self._cpus, self._adaptive, self._wake_fd = cpus, idle == "adaptive", wake_fd
+        self._inside = inside
         self._workers = ffi.NULL
         self._seen = [(0, 0)] * len(cores)  # total_ns and busy_ns of each, when last asked
 
@@ -77,6 +80,9 @@ class Workers:
             to.port_id, to.fill_checksums = port.port_id, port.fill_checksums
             to.rx_queues, to.tx_queues, to.gated = port.rx_queues, port.tx_queues, port.gated
             to.side, to.vlan = SIDES[settings.side], settings.vlan
+        if self._inside:
+            network, mask = int(self._inside.network_address), int(self._inside.netmask)
+            config.marking = {"used": 1, "network": network, "mask": mask}
         config.n = len(self._cores)
         for i, core in enumerate(self._cores):
             config.cores[i] = ffi.cast("struct nat_core *", core.address)

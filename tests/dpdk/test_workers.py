@@ -11,6 +11,7 @@ from nat_control.lab import Lab
 from tests.dpdk import wire
 from tests.dpdk import workers_process as process
 from tests.dpdk.dpdk_process import run
+from tests.packets import INSIDE, MARK, OUR_MAC, OUTSIDE
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("idle", ["adaptive", "busy"])
 @pytest.mark.parametrize(
-    ("how", "n"), [("rss", 2), ("rss", 3), ("software", 2), ("software", 3), ("vlan", 2)]
+    ("how", "n"), [("rss", 2), ("rss", 3), ("software", 2), ("software", 3), ("vlan", 2), ("dscp", 2)]
 )
 def test_flows_stay_in_their_cores(library: str, how: str, n: int, idle: str) -> None:
     """Nothing is lost, and frames that a device has spread by its hash are never handed on."""
@@ -42,9 +43,26 @@ def test_flows_stay_in_their_cores(library: str, how: str, n: int, idle: str) ->
     why = {
         "rss": "",
         "software": "software: net_ring has no RSS",
+        "dscp": "software: inside and outside share the device, and RSS has one key only",
         "vlan": "software: inside and outside share the device, and RSS has one key only",
     }
     assert said["said"] == [why[how]] * 2
+
+
+def test_one_link_marked_by_dscp(library: str) -> None:
+    """What comes out is what went in but for the lowest bit of the DSCP, and nobody but the link sees that set."""
+    said = run(process.marks, library)
+    clear = [tos for tos in range(256) if not tos & MARK]
+    assert said["out"] == clear == said["back"]
+    assert said["quoted"] == [11, 0xB9, 0x28]
+    assert said["through"] == [0xC0, True]
+    assert said["cut"] == [3, 0x2A]
+    assert said["fragments"] == 0x2A
+    for question, side in (("inside", INSIDE), ("outside", OUTSIDE)):
+        assert said[question] == said[f"probe {question}"] == [OUR_MAC[side]]
+    assert said["dropped"]
+    assert said["broken"], "a wrong checksum is mended by nobody"
+    assert said["lost"] == 0
 
 
 @pytest.mark.parametrize("driver", ["af_packet", "af_xdp"])

@@ -9,21 +9,28 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 from scapy.layers.inet import ICMP, TCP, UDP
+from scapy.layers.l2 import ARP, Ether
 
 from nat_fastpath.core_config import CoreConfig
 from nat_fastpath.dpdk import Eal, Mempool, Port, Worker, Workers
-from nat_fastpath.engine import VERDICT_NAMES, Core
+from nat_fastpath.engine import VERDICT_NAMES, Core, Verdict
 from tests.dpdk.dpdk_process import main
 from tests.dpdk.wire import Veth, Wire, load, until
 from tests.packets import (
     CLIENT,
+    GATEWAY,
+    GATEWAY_MAC,
     INSIDE,
+    MARK,
     OUR_ADDRESS,
+    OUR_MAC,
     OUTSIDE,
+    POOL,
     SERVER,
     arp,
     check_sums,
@@ -33,14 +40,18 @@ from tests.packets import (
     fragments,
     frame,
     host_mac,
+    icmp_error,
     internal,
+    marked,
     number,
     parse,
     retagged,
+    sum_words,
     tagged_ports,
     tcp,
     together,
     udp,
+    vlan,
 )
 from tests.spread import host_slice, port_slice
 
@@ -50,15 +61,16 @@ SIDES = ("internal", "external")
 
 
 class Net:
-    """``n`` workers between two wires; or on one, that both sides share by VLANs."""
+    """``n`` workers between two wires; or on one, that both sides share by VLANs or by DSCP."""
 
     def __init__(self, library: str, how: str, n: int, idle: str = "adaptive", **changes: Any) -> None:
         Eal(memory_mb=160)
         self.pool, wire = Mempool("buffers", 32768), load(library)
         queues = n if how == "rss" else 1
         self.vlans = VLANS.get(how, (0, 0))
-        if how == "vlan":
-            changes["ports"] = tagged_ports(*self.vlans)
+        self.marks = how == "dscp"
+        if how in ("vlan", "dscp"):
+            changes.setdefault("ports", tagged_ports(*self.vlans))
             both = Wire(wire, self.pool, "both", 1, n, None)
             self.wires = [both, both]
         elif how.startswith("af_"):
@@ -70,14 +82,20 @@ class Net:
         self.n, self.ports = n, [wire.port for wire in self.wires]
         # a device that is closed gives back what it had taken to receive into
         self.in_use = 0 if how.startswith("af_") else self.pool.in_use
-        self.workers = Workers(self.cores, self.ports, self.pool, idle=idle)
+        inside = IPv4Network("10.0.0.0/24") if self.marks else None
+        self.workers = Workers(self.cores, self.ports, self.pool, idle=idle, inside=inside)
         self.workers.start()
 
     def send(self, side: int, frames: list[bytes]) -> None:
-        self.wires[side].send([retagged(one, self.vlans[side]) for one in frames])
+        tagged = [retagged(one, self.vlans[side]) for one in frames]
+        self.wires[side].send([marked(one, side == INSIDE) for one in tagged] if self.marks else tagged)
 
     def await_frames(self, side: int, n: int) -> list[bytes]:
-        return self.wires[side].await_frames(n, self.vlans[side])
+        frames = self.wires[side].await_frames(n, self.vlans[side])
+        if self.marks:
+            assert all(one[15] & MARK == (MARK if side == INSIDE else 0) for one in frames)
+            assert all(sum_words(one[14:34]) == 0xFFFF for one in frames)
+        return [marked(one, inside=False) for one in frames] if self.marks else frames
 
     def total(self, name: str) -> int:
         return int(sum(stats[name] for stats in self.workers.stats()))
@@ -200,6 +218,63 @@ def several(library: str, how: str, n: int, idle: str) -> dict[str, Any]:
         "moving": len(set(net.workers.loops_addresses)),
         "lost": net.close(),
     }
+
+
+def marks(library: str) -> dict[str, Any]:
+    """All codepoints both ways; ARP of both sides; errors of ours and of others; fragments that we make."""
+    net = Net(library, "dscp", 1, ports=tagged_ports(0, 0, external_mtu=600))
+    sent = [frame(udp(CLIENT, 4000, SERVER, 53, tos=tos)) for tos in range(256)]
+    net.wires[INSIDE].send([data for data in sent if data[15] & MARK])  # as they are on the link
+    out = net.await_frames(OUTSIDE, 128)
+    endpoint = parse(out[0]).src, parse(out[0])[UDP].sport
+    net.wires[OUTSIDE].send(
+        [frame(udp(SERVER, 53, *endpoint, tos=tos), OUTSIDE) for tos in range(256) if not tos & MARK]
+    )
+    back = net.await_frames(INSIDE, 128)
+    said: dict[str, Any] = {"out": [data[15] for data in out], "back": [data[15] for data in back]}
+
+    # an ICMP error of our own quotes what the customer has sent; it and the answer to a ping go inside
+    net.send(INSIDE, [frame(udp(CLIENT, 4000, SERVER, 53, ttl=1, tos=0xB9))])
+    net.send(INSIDE, [frame(echo(CLIENT, OUR_ADDRESS[INSIDE], 7, tos=0x28))])
+    error, pong = net.await_frames(INSIDE, 2)
+    said["quoted"] = [parse(error)[ICMP].type, bytes(parse(error)[ICMP].payload)[1], parse(pong).tos]
+    # and one of others goes through, with its own mark only
+    about = parse(out[-1])
+    net.send(OUTSIDE, [frame(icmp_error(GATEWAY, endpoint[0], about, tos=0xC0), OUTSIDE)])
+    [through] = net.await_frames(INSIDE, 1)
+    said["through"] = [parse(through).tos, bytes(parse(through)[ICMP].payload)[1] == about.tos]
+    # pieces that we make, and fragments that come
+    net.send(INSIDE, [frame(udp(CLIENT, 4000, SERVER, 53, bytes(1200), tos=0x2A, id=77))])
+    pieces = net.await_frames(OUTSIDE, 3)
+    said["cut"] = [len(pieces), together(pieces).tos]
+    parts = fragments(udp(SERVER, 53, *endpoint, bytes(1200), tos=0x2A, id=9), 480)
+    net.send(OUTSIDE, [frame(part, OUTSIDE) for part in parts])
+    said["fragments"] = together(net.await_frames(INSIDE, len(parts))).tos
+
+    net.wires[INSIDE].arp.clear()
+    questions = {
+        "inside": arp(INSIDE, 1, host_mac(CLIENT), CLIENT, OUR_ADDRESS[INSIDE]),
+        "outside": arp(OUTSIDE, 1, GATEWAY_MAC, GATEWAY, POOL[0]),
+        "probe inside": arp(INSIDE, 1, host_mac(CLIENT), "0.0.0.0", OUR_ADDRESS[INSIDE]),
+        "probe outside": arp(OUTSIDE, 1, GATEWAY_MAC, "0.0.0.0", POOL[0]),
+    }
+    for name, question in questions.items():
+        net.wires[INSIDE].send([question])
+        until(lambda: net.wires[INSIDE].received() or net.wires[INSIDE].arp)
+        said[name] = [Ether(data)[ARP].hwsrc for data in net.wires[INSIDE].arp]
+        net.wires[INSIDE].arp.clear()
+    # what tells no side
+    ipv6 = bytes(Ether(src=GATEWAY_MAC, dst=OUR_MAC[OUTSIDE], type=0x86DD)) + bytes(46)
+    net.wires[INSIDE].send([vlan(udp(CLIENT, 1, SERVER, 1), 5), ipv6])
+    core = net.cores[0]
+    said["dropped"] = until(
+        lambda: core.verdicts()[Verdict.DROP_VLAN] == 1 == core.verdicts()[Verdict.DROP_IPV6]
+    )
+    broken = bytearray(marked(sent[0], True))
+    broken[24] ^= 1
+    net.wires[INSIDE].send([bytes(broken)])
+    said["broken"] = until(lambda: core.verdicts()[Verdict.DROP_IP_CHECKSUM] == 1)
+    return {**said, "lost": net.close()}
 
 
 def stopped_amid(library: str, how: str) -> dict[str, Any]:

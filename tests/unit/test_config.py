@@ -496,7 +496,10 @@ def test_schema_and_parser_know_the_same_keys_and_choices() -> None:
         **{name: SCHEMA["properties"][name] for name in ("ports", "nat", "workers", "control")},
         **{name: SCHEMA["properties"][name] for name in ("peer", "heartbeat", "switch", "virtual")},
         **{name: nat[name] for name in ("pool", "timeouts", "limits")},
-        **{name: parts[name] for name in ("port", "route", "neighbour", "hold", "tls", "switch_ports")},
+        **{
+            name: parts[name]
+            for name in ("port", "route", "neighbour", "hold", "tls", "switch_ports", "tags")
+        },
     }
     assert by_kind.keys() == c.KEYS.keys()
     for kind, schema in by_kind.items():

@@ -12,6 +12,7 @@ import pytest
 
 from nat_control import config as c
 from nat_control import pair_config
+from switch_agent.agent import pipeline_of
 from tests.unit.test_config import GOOD, ROOT, SCHEMA, SCHEMA_CHECK, problems
 
 PAIR = {
@@ -29,6 +30,7 @@ SWITCH = {
         "ports": {"internal": 1, "external": 2, "server_internal": 3, "server_external": 4},
     },
 }
+ONE_LINK = {"internal": 1, "external": 2, "server": 3}
 
 
 TLS = {"ca": "/o/ca.pem", "certificate": "/o/agent.pem", "key": "/o/agent.key"}
@@ -135,6 +137,8 @@ def test_defaults_and_choices_are_those_of_the_schema() -> None:
     assert SCHEMA["properties"]["peer"]["properties"]["partition"]["enum"] == list(pair_config.PARTITIONS)
     assert SCHEMA["$defs"]["hold"]["properties"]["on_limit"]["enum"] == list(pair_config.ON_LIMIT)
     assert SCHEMA["properties"]["switch"]["properties"]["barrier"]["enum"] == list(pair_config.BARRIERS)
+    assert SCHEMA["properties"]["switch"]["properties"]["mark"]["enum"] == list(pair_config.MARKS)
+    assert SCHEMA["properties"]["ports"]["properties"]["mark"]["enum"] == list(pair_config.MARKS)
     for part in SCHEMA["$defs"]["switch_ports"]["properties"].values():
         assert part["maximum"] == pair_config.MAX_OPENFLOW_PORT
 
@@ -243,8 +247,53 @@ def test_tls_or_plain_and_one_key() -> None:
         ("tls", TLS, "switch.tls", "neither `openflow` nor `takeover` begins with tls:"),
         ("datapath_id", 1, "switch.datapath_id", "quotes"),
         ("barrier", "believed", "switch.barrier", "trusted"),
+        ("ports", {**ONE_LINK, "server_internal": 4}, "switch.ports.server", "one link or two"),
+        ("ports", {**ONE_LINK, "server": 2}, "switch.ports", "two uses"),
+        ("ports", ONE_LINK, "switch.tags", "different VLANs"),
+        ("mark", "dscp", "switch.mark", "one link to the server"),
+        ("mark", "mac", "switch.mark", "none of: vlan, dscp"),
+        ("tags", {"internal": 5}, "switch.tags", "`switch.ports.server` with `mark: vlan`"),
+        ("tags", {"internal": 4095}, "switch.tags.internal", "from 1 to 4094"),
     ],
 )
 def test_switches_that_do_not_fit(key: str, value: object, where: str, message: str) -> None:
     document = with_sections({**SWITCH, "switch": {**SWITCH["switch"], key: value}}, devices=False)
     assert message in problems(document)[where]
+
+
+def test_one_link_to_the_server() -> None:
+    by_tags = {"ports": ONE_LINK, "tags": {"external": 102}}
+    for more, tags in ((by_tags, (0, 102)), ({"ports": ONE_LINK, "mark": "dscp"}, None)):
+        document = with_sections({**SWITCH, "switch": {**SWITCH["switch"], **more}}, devices=False)
+        SCHEMA_CHECK.validate(document)
+        config = c.parse(document)
+        assert config.switch.ports.one_link
+        made = pipeline_of(config)
+        assert (made.tags, made.internal.server_port, made.external.server_port) == (tags, 3, 3)
+        assert str(made.inside) == "10.0.0.0/24"
+        lost = [
+            line for line in c.warnings(config) if line.startswith("switch.mark: dscp takes the lowest bit")
+        ]
+        assert len(lost) == (tags is None)
+    # without tags those of the networks are on the link as they are
+    document = with_sections({**SWITCH, "switch": {**SWITCH["switch"], "ports": ONE_LINK}}, devices=False)
+    document["ports"]["internal"]["vlan"] = 10
+    assert pipeline_of(c.parse(document)).tags == (10, 0)
+
+
+def test_one_device_of_the_server() -> None:
+    document = with_sections(PAIR, devices=True)
+    document["ports"]["mark"] = "dscp"
+    assert "these are on two" in problems(document)["ports.mark"]
+    document["ports"]["external"]["device"] = document["ports"]["internal"]["device"]
+    SCHEMA_CHECK.validate(document)
+    config = c.parse(document)
+    assert config.inside_by_dscp == config.ports[0].address.network
+    assert [line for line in c.warnings(config) if line.startswith("ports.mark: dscp takes the lowest bit")]
+    document["ports"]["external"]["vlan"] = 5
+    assert "no tags" in problems(document)["ports.external.vlan"]
+    del document["ports"]["external"]["vlan"], document["ports"]["mark"]
+    assert "`ports.mark: dscp`" in problems(document)["ports.external.device"]
+    document = with_sections(SWITCH, devices=False)
+    document["ports"]["mark"] = "dscp"
+    assert "`switch.mark`" in problems(document)["ports.mark"]
