@@ -53,6 +53,7 @@ from switch_agent.probe import random_mac
 
 STEP = 0.005  # seconds between two looks at the core: ARP, ageing, events
 EARLY = 1024  # frames that wait until what an earlier agent has left is known
+OPERATIONS = 4096  # that wait for the switch
 GONE = 1  # OFPPR_DELETE
 
 
@@ -165,6 +166,7 @@ class Agent:
         self._macs: dict[int, int] = {}
         self._early: list[tuple[int, bytes]] = []  # frames from before all sessions were known
         self._work: asyncio.Queue[Callable[[], Awaitable[object]]] = asyncio.Queue()
+        self._behind = False  # operations were dropped since the rules were compared
         self.carrier = Carrier(
             config,
             self.plane,
@@ -292,15 +294,26 @@ class Agent:
         if self.pair is not None:
             self.pair.events(events)
         elif len(found.opened):
-            self._work.put_nowait(partial(self.plane.commit, found.opened))
+            self._change(partial(self.plane.commit, found.opened))
         if len(found.closed):
-            self._work.put_nowait(partial(self.plane.withdraw, found.closed))
+            self._change(partial(self.plane.withdraw, found.closed))
+
+    def _change(self, operation: Callable[[], Awaitable[object]]) -> None:
+        """Of rules of sessions: put behind the others; where the switch is too far behind, all are compared later instead."""
+        if self._work.qsize() < OPERATIONS:
+            self._work.put_nowait(operation)
+        elif not self._behind:
+            self._behind = True
+            say(f"the switch is {OPERATIONS} operations behind: rules are compared when it has caught up")
 
     async def _operations(self) -> None:
         """What changes the switch, one after the other."""
         while True:
             await (await self._work.get())()
             self._send_held()
+            if self._behind and self._work.empty():
+                self._behind = False
+                await self.carrier.compare()
 
     # -- packets -------------------------------------------------------------------------------------------
 

@@ -169,6 +169,14 @@ class Carrier:
         found = await self._plane.reconcile()
         self._say(f"rules: {found.right} right, {found.restored} restored, {found.deleted} deleted")
 
+    async def compare(self) -> None:
+        """What the switch holds with what it should, if there is one; else that is done when it is back."""
+        try:
+            if self.ready and self.known:
+                await self._reconcile()
+        except (ChannelLost, SwitchError) as error:
+            self._say(f"rules cannot be compared: {error}")
+
     async def takeover_events(self) -> None:
         """The connection that only the watch writes on."""
         while True:

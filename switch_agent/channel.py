@@ -23,6 +23,7 @@ from os_ken.ofproto.ofproto_protocol import ProtocolDesc
 from nat_control.tls import Tls
 from switch_agent import codec, pipeline, probe
 from switch_agent.codec import Error, Event, Lost, ProtocolError, Ready, TransactionComplete
+from switch_agent.limits import Limits
 from switch_agent.relay import Relay
 
 Rows = np.ndarray[Any, np.dtype[np.void]]  # shape (n,)
@@ -161,21 +162,6 @@ def _error_name(kind: int, code: int) -> str:
 # -- the connection ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of a channel; times in seconds."""
-
-    outstanding: int = 4  # transactions that wait for their barrier
-    events: int = 65536  # that wait to be taken; more end the connection, which is then made anew
-    packets: int = 4096  # packet-ins among them; more are dropped and counted
-    errors: int = 65536  # of one transaction
-    flows: int = 4_000_000  # of one answer with statistics
-    write_buffer: int = 8 << 20  # bytes; above it packet-outs are dropped and counted
-    answer: float = 10  # for the greeting, a barrier and each part of statistics
-    proof: float = 2  # after the barrier, until a probe has come back
-    idle: float = 5  # of silence until the switch is asked whether it lives, and again until it is given up
-
-
 class ChannelLost(ConnectionError):
     """There is no connection to the switch, or it ended before the answer came."""
 
@@ -188,6 +174,7 @@ class _Pending:
     errors: list[Error] = field(default_factory=list)
     parts: list[Rows] = field(default_factory=list)
     rows: int = 0
+    empty: int = 0
     kind: int = 0  # of the multipart answer, 0 for a barrier
     decode: Decode = codec.flow_statistics
 
@@ -224,7 +211,8 @@ class Channel:
         self._connection: _Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: deque[Event] = deque()
-        self._packets = 0
+        self._packets = self._packet_bytes = 0
+        self._newcomers = 0
         self._arrived = asyncio.Event()
         self._slots = asyncio.Semaphore(self.limits.outstanding)
         self._txid = 0
@@ -273,7 +261,7 @@ class Channel:
             await self._arrived.wait()
         found = list(self._events)
         self._events.clear()
-        self._packets = 0
+        self._packets = self._packet_bytes = 0
         return found
 
     async def transact(self, data: bytes | bytearray | memoryview, txid: int) -> tuple[Error, ...]:
@@ -336,14 +324,21 @@ class Channel:
     def packet_out(self, frame: bytes, *, port: int = 0, group: int = 0) -> bool:
         """Sends a frame out of ``port`` or through ``group``; False when it was dropped, and counted."""
         connection = self._connection
-        full = connection and connection.writer.transport.get_write_buffer_size() > self.limits.write_buffer
-        if connection is None or full:
+        if connection is None or self._full(connection):
             self.packet_outs_dropped += 1
             return False
         connection.writer.write(codec.packet_out(frame, port=port, group=group))
         return True
 
     # -- inside --------------------------------------------------------------------------------------------
+
+    def _full(self, connection: _Connection) -> bool:
+        return connection.writer.transport.get_write_buffer_size() > self.limits.write_buffer
+
+    def _echo(self, connection: _Connection, xid: int, body: bytes) -> None:
+        if self._full(connection):
+            raise ProtocolError("the switch asks, and takes no answers")
+        connection.writer.write(codec.echo(codec.ECHO_REPLY, xid, body))
 
     def _current(self) -> _Connection:
         if self._connection is None:
@@ -361,6 +356,8 @@ class Channel:
         connection = self._current()
         pending = _Pending(asyncio.get_running_loop().create_future(), kind=kind, decode=decode)
         connection.pending[txid] = pending
+        loop = asyncio.get_running_loop()
+        last = loop.time() + self.limits.statistics
         try:
             connection.writer.write(data)
             connection.writer.write(end)
@@ -370,10 +367,12 @@ class Channel:
                     parts = len(pending.parts)
                     await asyncio.wait([pending.done], timeout=self.limits.answer / 2)
                     if len(pending.parts) > parts:  # a long answer comes in time as long as it comes
-                        deadline.reschedule(asyncio.get_running_loop().time() + self.limits.answer)
+                        deadline.reschedule(min(loop.time() + self.limits.answer, last))
             pending.done.result()
         except TimeoutError:
             reason = f"the switch has not answered for {self.limits.answer:g} s"
+            if pending.parts:
+                reason = f"{reason}, or statistics have no end for {self.limits.statistics:g} s"
             self._lose(connection, reason)
             raise ChannelLost(reason) from None
         except ConnectionError as error:
@@ -419,8 +418,7 @@ class Channel:
         connection = _Connection(reader, writer)
         reason = "closed"
         try:
-            async with asyncio.timeout(self.limits.answer):
-                early = await self._greet(connection)
+            early = await self._welcome(connection)
             self._handle(connection, early)
             await self._read(connection)
         except (ProtocolError, ConnectionError) as error:
@@ -433,6 +431,16 @@ class Channel:
             self._lose(connection, reason)
             self._tasks.discard(task)
 
+    async def _welcome(self, connection: _Connection) -> list[Event]:
+        if self._newcomers >= self.limits.newcomers:
+            raise ProtocolError(f"{self._newcomers} connections have not said yet who they are")
+        self._newcomers += 1
+        try:
+            async with asyncio.timeout(self.limits.answer):
+                return await self._greet(connection)
+        finally:
+            self._newcomers -= 1
+
     async def _greet(self, connection: _Connection) -> list[Event]:
         """Hello, settings, identity; after it the connection is the current one. Returns what came besides."""
         hello = parser.OFPHello(_OPENFLOW, [parser.OFPHelloElemVersionBitmap([ofp.OFP_VERSION])])
@@ -443,6 +451,8 @@ class Channel:
             batch = connection.decoder.feed(await _some(connection))
             for i, event in enumerate(batch):
                 match event:
+                    case codec.Hello() if greeted:
+                        raise ProtocolError("the switch says hello twice")
                     case codec.Hello():
                         greeted = True
                         connection.writer.write(_greeting(txid))
@@ -458,7 +468,7 @@ class Channel:
                     case codec.Multipart(_, codec.PORT_DESCRIPTIONS, _, body):
                         found += codec.ports(body)
                     case codec.Echo(xid, body):
-                        connection.writer.write(codec.echo(codec.ECHO_REPLY, xid, body))
+                        self._echo(connection, xid, body)
                     case Error(text=text):
                         raise ProtocolError(f"the switch refuses the greeting: {text}")
                     case TransactionComplete(done) if done == txid:
@@ -468,8 +478,11 @@ class Channel:
                         return rest + batch[i + 1 :]
                     case _:
                         rest.append(event)
-            if len(rest) > self.limits.packets:
+            size = sum(len(event.frame) for event in rest if isinstance(event, codec.PacketIn))
+            if len(rest) > self.limits.packets or size > self.limits.packet_bytes:
                 raise ProtocolError("the switch talks without answering the greeting")
+            if len(found) > self.limits.ports:
+                raise ProtocolError(f"the switch has more than {self.limits.ports} ports")
 
     def _adopt(self, connection: _Connection, ready: Ready) -> None:
         if self._connection:
@@ -499,10 +512,12 @@ class Channel:
                 case codec.PacketIn() if self.prove and connection.probes.returned(event):
                     pass
                 case codec.PacketIn():
-                    if self._packets >= self.limits.packets:
+                    size = self._packet_bytes + len(event.frame)
+                    if self._packets >= self.limits.packets or size > self.limits.packet_bytes:
                         self.packets_dropped += 1
                     else:
                         self._packets += 1
+                        self._packet_bytes = size
                         self._emit(event)
                 case TransactionComplete(txid) if pending := connection.pending.get(txid):
                     if not pending.done.done():
@@ -518,7 +533,7 @@ class Channel:
                 case codec.Multipart(txid, kind, more, body):
                     self._part(connection.pending.get(txid), kind, more, body)
                 case codec.Echo(xid, body):
-                    connection.writer.write(codec.echo(codec.ECHO_REPLY, xid, body))
+                    self._echo(connection, xid, body)
                 case codec.Hello() | codec.Features():
                     raise ProtocolError("the switch greets in the middle of a connection")
                 case _:
@@ -531,6 +546,9 @@ class Channel:
             raise ProtocolError("the switch sends statistics that nobody asked for")
         part = pending.decode(body)
         pending.rows += len(part)
+        pending.empty += not len(part) and more
+        if pending.empty > self.limits.empty:
+            raise ProtocolError("statistics that say nothing and do not end")
         if pending.rows > self.limits.flows:
             raise ProtocolError(f"statistics of more than {self.limits.flows} flows")
         pending.parts.append(part)

@@ -111,6 +111,7 @@ class OpenFlowDataPlane(SessionRules):
 
     async def prepare(self) -> None:
         """Meters, next hops and all static rules but those that forward. Raises ChannelLost, SwitchError."""
+        self._left_rules = False
         for meter, rate in self._pipeline.meters().items():
             await self._ensure(
                 lambda txid, modify, meter=meter, rate=rate: openflow.meter_mod(  # type: ignore[misc]
@@ -124,7 +125,7 @@ class OpenFlowDataPlane(SessionRules):
         txid = self._channel.next_txid()
         earlier = openflow.delete_by_cookie(
             Kind.RETURN.cookie, txid=txid
-        )  # of an agent that had another MAC for it
+        )  # of an agent with another MAC for it
         base = b"".join(openflow.flow_mod(rule, txid=txid) for rule in self._pipeline.base())
         self._insist(await self._channel.transact(earlier + base, txid), "static rules")
         self.tcp_control = True
@@ -176,14 +177,14 @@ class OpenFlowDataPlane(SessionRules):
         return b"".join((*delete, *fence, codec.barrier(TAKEOVER_TXID)))
 
     async def forwarded_no_more(self) -> bool:
-        """Whether frames that each forward rule would take come back to us instead, in time. Raises ChannelLost.
+        """Whether frames that each rule which leads to the server would take come back to us instead, in time. Raises ChannelLost.
 
         Needs a pipeline with a MAC for probes.
         """
         source = self._pipeline.probe_mac
         asked = [
             self._channel.comes_back(frame_of(rule, source), int(str(rule.match["in_port"])))
-            for rule in self._pipeline.forward()
+            for rule in (*self._pipeline.forward(), *self._pipeline.tcp_to_server())
         ]
         return all(await asyncio.gather(*asked))
 

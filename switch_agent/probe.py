@@ -59,7 +59,11 @@ def frame_of(rule: Rule, source: int) -> bytes:
     frame += kind.to_bytes(2, "big")
     body = os.urandom(NONCE_BYTES)
     if kind == IPV4:
-        body = _ipv4(wanted("ip_proto", TCP), wanted("ip_dscp", 0) << 2, bytes(20) + body)
+        flags = rule.match.get("tcp_flags", (0,))
+        head = bytes(12) + bytes((0x50, int(flags[0]) if isinstance(flags, tuple) else 0)) + bytes(6)
+        body = _ipv4(
+            wanted("ip_proto", TCP), wanted("ip_dscp", 0) << 2, head + body
+        )  # of TCP; the first bytes of another one's are 0
     return (frame + body).ljust(_SHORTEST, b"\0")
 
 

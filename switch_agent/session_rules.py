@@ -103,6 +103,7 @@ class SessionRules(ABC):
         self.tcp_control = True  # the switch takes rules on TCP flags
         # Hears what the rules of sessions have carried whose other packets the server sees: see DataPlane.update.
         self.tell: Callable[[Records], None] = lambda records: None
+        self._left_rules = False  # there are rules to delete when the switch is back
         self.refused: Counter[str] = Counter()
 
     @property
@@ -271,7 +272,9 @@ class SessionRules(ABC):
             if self._guarded and not (self._front or self._pipeline.partition.settled_in_front):
                 await self._unguard()
         except (ChannelLost, SwitchError) as error:
-            self._report(f"rules stay on the switch until it is back: {error}")
+            if not self._left_rules:  # once, and not for each session that ends until then
+                self._report(f"rules stay on the switch until it is back: {error}")
+            self._left_rules = True
 
     async def _delete(self, records: Records, priority: Numbers | int) -> None:
         for at in range(0, len(records), CHUNK):

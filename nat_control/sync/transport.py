@@ -85,7 +85,7 @@ class Transport:
         self._tasks = asyncio.TaskGroup()
         self._leaving = False
         self._newcomers = 0
-        self.address: tuple[str, int] | None = None  # where it listens
+        self.address: tuple[str, int] | None = None  # where it listens, once it does
 
     # -- what the owner says
 
@@ -143,12 +143,16 @@ class Transport:
                 ssl=self._tls,
                 ssl_handshake_timeout=HELLO if self._tls else None,
             )
-            self.address = self._server.sockets[0].getsockname()[:2]
+
+    async def _serve(self, server: asyncio.Server) -> None:
+        await server.start_serving()  # until here a connection is refused
+        self.address = server.sockets[0].getsockname()[:2]
+        await server.serve_forever()
 
     async def run(self) -> None:
         """Until cancelled. Raises OSError when it cannot listen, an ExceptionGroup of what the plane raises."""
         await self.listen()
-        link = self._server.serve_forever if self._server is not None else self._dial
+        link = self._dial if self._server is None else partial(self._serve, self._server)
         async with self._tasks:
             for work in (self._operate, self._release, self._tick, link):
                 self._tasks.create_task(work())

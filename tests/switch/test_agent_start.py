@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An agent whose addresses are taken says which, in one line, before it does anything."""
 
+import asyncio
+import contextlib
 import socket
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import yaml
 
 from nat_control import config as configuration
-from switch_agent.agent import AgentError, serve
+from switch_agent.agent import OPERATIONS, Agent, AgentError, serve
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pair-switch.yaml"
 
@@ -42,3 +44,30 @@ def test_an_address_that_is_taken_is_named(taken: str, tmp_path: Path) -> None:
             serve(configuration.load(tmp_path / "agent.yaml"), tmp_path / "agent.yaml")
     assert address in str(error.value)
     assert not (tmp_path / "agent.sock").exists()
+
+
+def test_a_switch_that_is_far_behind_is_compared_with_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So many operations wait for it; what comes beyond them is no operation, and told once."""
+    content = yaml.safe_load(EXAMPLE.read_text())
+    for section in ("peer", "heartbeat"):
+        del content[section]
+    (tmp_path / "agent.yaml").write_text(yaml.safe_dump(content))
+    path = tmp_path / "agent.yaml"
+    done: list[str] = []
+
+    async def noted(what: str) -> None:
+        done.append(what)
+
+    async def body() -> None:
+        agent = Agent(configuration.load(path), path)
+        monkeypatch.setattr(agent.carrier, "compare", lambda: noted("compared"))
+        for _ in range(OPERATIONS + 100):
+            agent._change(lambda: noted("changed"))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(agent._operations(), 1)
+        assert done == ["changed"] * OPERATIONS + ["compared"]
+
+    asyncio.run(body())
+    assert capsys.readouterr().out.count(f"the switch is {OPERATIONS} operations behind") == 1

@@ -13,7 +13,7 @@ import pytest
 from switch_agent import codec
 from switch_agent.channel import Channel, ChannelLost, Limits
 from switch_agent.codec import Lost, PacketIn, Ready, TransactionComplete
-from tests.switch.test_codec import IN_PORT, SAMPLES, message, oxm, packet_in
+from tests.switch.test_codec import IN_PORT, SAMPLES, flow_stat, message, oxm, packet_in
 
 FEATURES = message(6, struct.pack("!QIBB2xII", 1, 0, 254, 0, 0x4F, 0))
 PORTS = message(19, struct.pack("!HH4x", codec.PORT_DESCRIPTIONS, 0))
@@ -252,5 +252,153 @@ def test_packet_outs_without_room_are_dropped_and_counted() -> None:
             assert channel.packet_outs_dropped == 2
             for _ in range(sent):
                 assert (await switch.read(codec.PACKET_OUT))[1][-1400:] == bytes(1400)
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_who_does_not_say_who_he_is_waits_in_a_short_queue() -> None:
+    async def body() -> None:
+        async with listening(newcomers=2, answer=0.3) as (channel, connect):
+            waiting = [await connect() for _ in range(2)]
+            for switch in waiting:
+                await switch.read(0)
+            await (await connect()).ended()
+            assert channel.refusals[0] == "2 connections have not said yet who they are"
+            for switch in waiting:
+                await switch.ended()
+            await (await connect()).greet()
+            assert (await next_event(channel, Ready)).datapath_id == 1
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+GREETED_FOR_EVER = {
+    "ports": (
+        message(
+            codec.MULTIPART_REPLY,
+            struct.pack("!HH4x", codec.PORT_DESCRIPTIONS, 1) + struct.pack("!I60x", 1) * 20,
+        ),
+        "more than 64 ports",
+    ),
+    "hellos": (message(0), "says hello twice"),
+    "echoes": (message(codec.ECHO_REQUEST, bytes(60_000)), "asks, and takes no answers"),
+    "frames": (packet_in(bytes(9000), oxm(IN_PORT)), "without answering the greeting"),
+}
+
+
+@pytest.mark.parametrize("what", GREETED_FOR_EVER)
+def test_a_greeting_without_end(what: str) -> None:
+    """It sends on and on, and reads nothing."""
+    data, said = GREETED_FOR_EVER[what]
+
+    async def body() -> None:
+        async with listening(ports=64, packet_bytes=100_000, write_buffer=100_000) as (channel, connect):
+            switch = await connect()
+            switch.send(message(0))
+            while not channel.refusals:
+                switch.send(data)
+                await asyncio.sleep(0)
+            assert said in channel.refusals[0]
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_frames_beyond_the_bound_are_dropped_and_counted() -> None:
+    async def body() -> None:
+        async with listening(packet_bytes=200_000) as (channel, connect):
+            switch = await connect()
+            await switch.greet()
+            await next_event(channel, Ready)
+            for _ in range(10):
+                switch.send(packet_in(bytes(60_000), oxm(IN_PORT)))
+            while channel.packets_dropped < 7:
+                await asyncio.sleep(0.01)
+            assert sum(isinstance(event, PacketIn) for event in await channel.events()) == 3
+            switch.send(packet_in(bytes(60_000), oxm(IN_PORT)))
+            assert await next_event(channel, PacketIn)
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_a_switch_that_asks_and_never_reads() -> None:
+    async def body() -> None:
+        async with listening(write_buffer=100_000) as (channel, connect):
+            switch = await connect()
+            await switch.greet()
+            await next_event(channel, Ready)
+            while channel.connected:
+                switch.send(message(codec.ECHO_REQUEST, bytes(60_000)))
+                await asyncio.sleep(0)
+            assert "asks, and takes no answers" in (await next_event(channel, Lost)).reason
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_a_switch_that_never_reads_gets_no_more_than_a_window() -> None:
+    """Transactions wait behind the window, and the barrier's time ends them all."""
+
+    async def body() -> None:
+        async with listening(answer=0.5, outstanding=2) as (channel, connect):
+            switch = await connect()
+            await switch.greet()
+            await next_event(channel, Ready)
+            switch.reader._transport.pause_reading()  # type: ignore[attr-defined]
+            data = codec.echo(codec.ECHO_REPLY, 1, bytes(60_000)) * 100
+            tasks = [asyncio.create_task(channel.transact(data, i)) for i in range(1, 10)]
+            connection = channel._connection
+            assert connection
+            most = 0
+            while not all(task.done() for task in tasks):
+                most = max(most, connection.writer.transport.get_write_buffer_size())
+                await asyncio.sleep(0.01)
+            assert most <= 2 * (len(data) + 8)
+            assert all(isinstance(task.exception(), ChannelLost) for task in tasks)
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def statistics(xid: int, body: bytes, more: bool) -> bytes:
+    return message(codec.MULTIPART_REPLY, struct.pack("!HH4x", codec.FLOW_STATISTICS, more) + body, xid)
+
+
+STATISTICS_FOR_EVER = {
+    "empty parts": (b"", "say nothing and do not end"),
+    "flows": (flow_stat(1, 1, oxm(IN_PORT), 1) * 100, "more than 1000 flows"),
+}
+
+
+@pytest.mark.parametrize("what", STATISTICS_FOR_EVER)
+def test_statistics_without_end(what: str) -> None:
+    part, said = STATISTICS_FOR_EVER[what]
+
+    async def body() -> None:
+        async with listening(flows=1000) as (channel, connect):
+            switch = await connect()
+            await switch.greet()
+            await next_event(channel, Ready)
+            task = asyncio.create_task(channel.statistics(0, 0))
+            xid, _ = await switch.read(18)
+            while not task.done():
+                switch.send(statistics(xid, part, True))
+                await asyncio.sleep(0)
+            with pytest.raises(ChannelLost, match=said):
+                await task
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_statistics_that_come_in_drops_have_an_end_too() -> None:
+    async def body() -> None:
+        async with listening(answer=0.3, statistics=0.8) as (channel, connect):
+            switch = await connect()
+            await switch.greet()
+            await next_event(channel, Ready)
+            task = asyncio.create_task(channel.statistics(0, 0))
+            xid, _ = await switch.read(18)
+            while not task.done():
+                switch.send(statistics(xid, flow_stat(1, 1, oxm(IN_PORT), 1), True))
+                await asyncio.sleep(0.05)
+            with pytest.raises(ChannelLost, match=r"have no end for 0.8 s"):
+                await task
 
     asyncio.run(asyncio.wait_for(body(), 30))

@@ -43,7 +43,10 @@ def matches(rule: Rule, packet: Fields) -> bool:
         if name not in packet:
             return False
         value = packet[name]
-        if isinstance(wanted, tuple) or name in ("ipv4_dst", "arp_tpa"):
+        if name == "tcp_flags":  # flags and mask
+            if value[0] & wanted[1] != wanted[0]:  # type: ignore[index, operator]
+                return False
+        elif isinstance(wanted, tuple) or name in ("ipv4_dst", "arp_tpa"):
             text = "/".join(wanted) if isinstance(wanted, tuple) else str(wanted)
             if IPv4Address(value) not in IPv4Network(text):
                 return False

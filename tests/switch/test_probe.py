@@ -8,14 +8,26 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from scapy.layers.inet import IP
+from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Dot1Q, Ether
 
 from switch_agent import channel as openflow
 from switch_agent import codec
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Error, PacketIn, Ready
-from switch_agent.pipeline import FORWARD_PRIORITY, Kind, Output, Rule, mac_text
+from switch_agent.pipeline import (
+    ALL_PEER,
+    FIN,
+    FORWARD_PRIORITY,
+    NEW_AT_PEER,
+    Kind,
+    Output,
+    Partition,
+    Rule,
+    ToController,
+    by_protocol,
+    mac_text,
+)
 from switch_agent.probe import Probes, frame_of, random_mac
 from tests.switch.net import pipeline
 from tests.switch.test_channel import FakeSwitch, listening, next_event
@@ -179,6 +191,7 @@ def test_numbers_go_round() -> None:
     [
         {},
         {"eth_type": 0x800},
+        {"eth_type": 0x800, "ip_proto": 6, "tcp_flags": (FIN, FIN)},
         {"eth_type": 0x800, "ip_proto": 17, "eth_dst": "02:00:5e:00:01:01", "vlan_vid": 0x1005},
     ],
 )
@@ -194,14 +207,19 @@ def test_a_frame_that_a_rule_matches(more: dict[str, Any]) -> None:
     if "eth_type" in more:
         assert frame[IP].proto == more.get("ip_proto", 6)
         checksum = frame[IP].chksum
+        if "tcp_flags" in more:
+            assert (frame[TCP].flags, frame[TCP].dataofs) == (FIN, 5)
         del frame[IP].chksum
         assert IP(bytes(frame[IP])).chksum == checksum
 
 
-def test_a_takeovers_frames_come_back_when_nothing_forwards() -> None:
+@pytest.mark.parametrize("partition", [ALL_PEER, NEW_AT_PEER, by_protocol(frozenset((6,)))])
+def test_a_takeovers_frames_come_back_when_nothing_forwards(partition: Partition) -> None:
     """Of each port: they go to the server while it carries, and past the fence to the agent when it does not."""
-    pipe = pipeline(probe_mac=random_mac())
-    for forward in pipe.forward():
-        fields = {"in_port": forward.match["in_port"], "eth_src": mac_text(pipe.probe_mac)}
-        assert winner((*pipe.base(), *pipe.forward()), fields).cookie == forward.cookie  # type: ignore[arg-type]
-        assert winner(pipe.base(), fields).cookie == Kind.RETURN.cookie  # type: ignore[arg-type]
+    pipe = pipeline(probe_mac=random_mac(), partition=partition)
+    below = (*pipe.base(), *pipe.guard())
+    above = (*pipe.forward(), *pipe.tcp_to_server())
+    for rule in above:
+        fields = {**rule.match, "eth_src": mac_text(pipe.probe_mac)}
+        assert winner((*below, *above), fields).actions == rule.actions  # type: ignore[arg-type]
+        assert winner(below, fields).actions == (ToController(),)  # type: ignore[arg-type]
