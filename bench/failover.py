@@ -31,6 +31,8 @@ FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 HOWS = ("kill", "stop", "link", "planned", "failback")
 PORT, OTHER_PORT, ECHO_PORT = 9000, 9001, 9002
 LEAD, REST = 0.6, 1.3  # seconds of the stream before and after the end
+OPENING = 90.0  # seconds that the sessions of a case may take
+PURGED = 100  # entries, at most, of a cache without those of single flows
 BACK = 5.0  # seconds of the stream while the server comes back
 ARRIVAL = np.dtype(
     [
@@ -54,6 +56,7 @@ class Case:
     known: int = 0  # sessions besides those of the stream
     trials: int = 5
     mode: str = "synchronous"
+    misses: int = 3  # heartbeats of 2 ms
 
 
 @dataclass
@@ -84,7 +87,7 @@ class Pair:
         self.net = PairLab(
             lab,
             case.mode,
-            misses=3,
+            misses=case.misses,
             nat={"max_sessions": sessions, "timeouts": {"udp": 3600}},
             max_flows=2 * sessions,
         )
@@ -110,6 +113,19 @@ class Pair:
     def carrier(self, who: str, timeout: float = 30) -> None:
         until(f"the {who} carries", lambda: self.agent()["carrier"] == who, timeout, 0.01)
 
+    def server_is_back(self, returns: int) -> None:
+        """``returns`` counts the lines that the agent had said before. The switch's cache is purged after that line."""
+        until("the server carries", lambda: self._returns() > returns, 60, 0.01)
+        with contextlib.suppress(LabError):
+            until("the cache is purged", lambda: self.cached() < PURGED, 5, 0.05)
+
+    def cached(self) -> int:
+        """Entries of the datapath."""
+        return int(self.net.ovs.appctl("upcall/show").split("(current ")[1].split(")")[0])
+
+    def _returns(self) -> int:
+        return self.net.agent.output.count("\nthe server carries")
+
     def send(self, port: int, rate: float, flows: int, packets: int) -> tuple[Process, Path]:
         file = self.directory / f"sent-{port}"
         numbers = map(str, (port, rate, flows, packets))
@@ -128,17 +144,18 @@ class Pair:
     def open_known(self) -> None:
         """Sessions that only exist, and what the stream's flows need before they are measured."""
         receiver, _ = self.receive()
-        for port, flows in ((PORT, self.case.flows), (OTHER_PORT, self.case.known)):
-            if not flows:
-                continue
-            for _ in range(5):  # what found a table full of held packets or a cold cache tries again
-                sender, _ = self.send(port, 4000, flows, flows)
-                sender.wait(60)
-                with contextlib.suppress(LabError):
-                    until("all sessions are at the switch", self._all_there, 3, 0.1)
-                    break
+        end = time.monotonic() + OPENING
+        while not self._all_there():
+            if time.monotonic() > end:
+                raise LabError(f"not all sessions are at the switch after {OPENING:g} s: {self.agent()}")
+            for port, flows in ((PORT, self.case.flows), (OTHER_PORT, self.case.known)):
+                if flows:  # again what found a table full of held packets, a cold cache or a dead server
+                    sender, _ = self.send(port, 4000, flows, flows)
+                    sender.wait(60)
+            with contextlib.suppress(LabError):
+                until("all sessions are at the switch", self._all_there, 3, 0.1)
         receiver.stop()
-        until("all sessions are at the switch", self._all_there, 10, 0.1)
+        self.carrier("server")
 
     def _all_there(self) -> bool:
         status = self.agent()
@@ -160,6 +177,7 @@ class Pair:
                     self.net.nat.ip("link", "set", device, "down")
 
     def bring_back(self) -> None:
+        returns = self._returns()
         match self.case.how:
             case "stop":
                 self.net.server.signal(signal.SIGCONT)
@@ -169,7 +187,7 @@ class Pair:
             case _:
                 self.net.server.popen.wait(10)
                 self.net.start_server()
-        self.carrier("server")
+        self.server_is_back(returns)
 
     def trial(self) -> Trial:
         if self.case.how == "failback":

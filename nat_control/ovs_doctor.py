@@ -12,6 +12,10 @@ from nat_control.ovs_facts import Bridge, Ovs
 RECEIVE_BUFFER = 4 << 20  # bytes, at least
 RECOMMENDED_BUFFER = 64 << 20
 FLOW_LIMIT = 300_000
+DEFAULT_FLOW_LIMIT = 200_000  # of Open vSwitch, where nothing is configured
+LIMIT_NOW = 200_000  # in force; the revalidator lowers what it cannot keep up with
+ENOUGH_NOW = 100_000
+RINGS = 2048  # descriptors
 MAX_BACKOFF = 1000  # ms
 INACTIVITY_PROBE = 5000  # ms; Open vSwitch's own default
 SLEEP_KEYS = ("pmd-maxsleep", "pmd-sleep-max")  # in Open vSwitch 3.1, and later
@@ -36,12 +40,27 @@ def ovs_findings(ovs: Ovs, config: Config | None, rmem_default: int | None) -> I
     yield from _daemon(ovs)
     for bridge in bridges:
         yield from _bridge(ovs, bridge, config)
+    if bridges and config and config.switch and config.switch.ovs is None:
+        yield _unmanaged(ovs)
     if any(bridge.datapath_type == "netdev" for bridge in bridges):
         yield from _buffers(ovs, rmem_default)
 
 
 def _vsctl(ovs: Ovs, *words: str) -> Command:
     return ("ovs-vsctl", *([f"--db={ovs.database}"] if ovs.database else []), "--timeout=10", *words)
+
+
+def _unmanaged(ovs: Ovs) -> Finding:
+    where = ("-t", ovs.control) if ovs.control else ()
+    return Finding(
+        "ovs-unmanaged",
+        Severity.WARNING,
+        "the agent may not manage this Open vSwitch: switch.ovs is not set",
+        "after the server has taken its flows back, stale entries of the datapath's cache must be purged, or the next"
+        " takeover sends up to a quarter of its first second to the dead server",
+        (("ovs-appctl", *where, "revalidator/purge"),),
+        advice="after each return; or `switch: {ovs: /var/run/openvswitch}`, and the agent does it",
+    )
 
 
 def _daemon(ovs: Ovs) -> Iterator[Finding]:
@@ -56,7 +75,7 @@ def _daemon(ovs: Ovs) -> Iterator[Finding]:
                 automatic=True,
                 subject=key,
             )
-    limit = ovs.other_config.get("flow-limit", "200000")  # the default
+    limit = ovs.other_config.get("flow-limit", str(DEFAULT_FLOW_LIMIT))
     if not limit.isdigit() or int(limit) < FLOW_LIMIT:
         yield Finding(
             "ovs-flow-limit",
@@ -64,9 +83,30 @@ def _daemon(ovs: Ovs) -> Iterator[Finding]:
             f"Open vSwitch's datapath may hold {limit} flows",
             "with hundreds of thousands of packets per second of many flows, a takeover meets the limit",
             (_vsctl(ovs, "set", "Open_vSwitch", ".", f"other_config:flow-limit={FLOW_LIMIT}"),),
-            advice="the limit in force begins low and grows: ovs-appctl upcall/set-flow-limit 200000 raises it now",
             automatic=True,
         )
+    if ovs.control and ovs.limits and min(ovs.limits) < ENOUGH_NOW:
+        yield Finding(
+            "ovs-flow-limit-now",
+            Severity.NOTE,
+            f"Open vSwitch's datapath takes {min(ovs.limits)} flows at present",
+            "above it flows pass one packet at a time, above twice of it all are thrown away; it begins at 10000 and grows"
+            " by 1000 at a time",
+            (("ovs-appctl", "-t", ovs.control, "upcall/set-flow-limit", str(LIMIT_NOW)),),
+            advice="lasts until Open vSwitch is restarted; with switch.ovs the agent does it",
+            automatic=True,
+        )
+    for port in ovs.poll_ports:
+        if port.rings < RINGS:
+            yield Finding(
+                "ovs-rings",
+                Severity.WARNING,
+                f"port {port.name} of Open vSwitch has receive rings of {port.rings} descriptors",
+                "they overflow at a takeover with thousands of active flows, each of which takes the slow path once",
+                (_vsctl(ovs, "set", "interface", port.name, f"options:n_rxq_desc={RINGS}"),),
+                advice="the port stops for a moment",
+                subject=port.name,
+            )
     if ovs.control:
         yield good("ovs-management", f"ovs-vswitchd answers at {ovs.control}, so its cache can be purged")
     else:
@@ -190,7 +230,7 @@ def _buffers(ovs: Ovs, rmem_default: int | None) -> Iterator[Finding]:
             f"{len(small)} sockets of Open vSwitch's ports have receive buffers of {min(small)} bytes",
             why,
             (raise_it, ("systemctl", "restart", "openvswitch-switch")),
-            advice="the restart interrupts traffic",
+            advice="the restart interrupts traffic; an agent with switch.ovs enlarges them, as root, without one",
         )
     elif ovs.receive_buffers:
         yield good(

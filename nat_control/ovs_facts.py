@@ -6,13 +6,15 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 RUN = Path("/var/run/openvswitch")
 TIMEOUT = 5  # seconds, for each tool
+LIMIT = re.compile(r"\(limit (\d+)\)")  # in what upcall/show says
+DEFAULT_RINGS = 2048
 
 
 class OvsUnseen(Exception):
@@ -38,6 +40,14 @@ class Bridge:
 
 
 @dataclass(frozen=True, slots=True)
+class PollPort:
+    """A port that Open vSwitch polls by DPDK, and the descriptors of its receive rings."""
+
+    name: str
+    rings: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ovs:
     """``database`` is what ovs-vsctl calls ``--db``, None for its default. ``control`` is the daemon's socket."""
 
@@ -46,6 +56,8 @@ class Ovs:
     other_config: Mapping[str, str] = field(default_factory=dict)
     control: str | None = None
     receive_buffers: tuple[int, ...] = ()  # bytes, of the packet sockets of its ports
+    limits: tuple[int, ...] = ()  # of flows, in force now, of each datapath
+    poll_ports: tuple[PollPort, ...] = ()
 
 
 def look_at(database: str | None = None) -> Ovs:
@@ -74,7 +86,33 @@ def look_at(database: str | None = None) -> Ovs:
     )
     [settings] = _table(database, "Open_vSwitch", "other_config") or [{"other_config": {}}]
     folder = Path(database[5:]).parent if database and database.startswith("unix:") else RUN
-    return Ovs(database, bridges, settings["other_config"], _control(folder), _receive_buffers(folder))
+    control = _control(folder)
+    return Ovs(
+        database,
+        bridges,
+        settings["other_config"],
+        control,
+        _receive_buffers(folder),
+        _limits(control),
+        tuple(_poll_ports(database)),
+    )
+
+
+def _poll_ports(database: str | None) -> Iterator[PollPort]:
+    for row in _table(database, "Interface", "name", "type", "options"):
+        rings = str(row["options"].get("n_rxq_desc", DEFAULT_RINGS))
+        if row["type"] == "dpdk" and rings.isdigit():
+            yield PollPort(row["name"], int(rings))
+
+
+def _limits(control: str | None) -> tuple[int, ...]:
+    if control is None:
+        return ()
+    try:
+        text = _run("ovs-appctl", "-t", control, f"--timeout={TIMEOUT}", "upcall/show")
+    except OvsUnseen:
+        return ()
+    return tuple(map(int, LIMIT.findall(text)))
 
 
 def _table(database: str | None, table: str, *columns: str) -> list[dict[str, Any]]:

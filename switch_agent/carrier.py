@@ -19,10 +19,10 @@ from nat_control.pair import Pair
 from nat_control.peer import line_of
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Precedence, State
-from switch_agent import ovs_control
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Lost, PortDescription, Ready, TransactionComplete
 from switch_agent.kept import Kept, file_of
+from switch_agent.ovs_control import Caretaker
 from switch_agent.pipeline import Kind
 from switch_agent.plane import TAKEOVER_TXID, OpenFlowDataPlane, SwitchError
 
@@ -57,6 +57,7 @@ class Carrier:
         assert config.switch
         self._switch = config.switch
         self._number = config.number
+        self._ovs = Caretaker(config.switch.ovs, say)
         self._heartbeat = config.heartbeat
         self._plane = plane
         self._takeover_channel = takeover_channel
@@ -123,6 +124,7 @@ class Carrier:
         self._announce()
         self._arm()
         self._look_at_links()
+        self._ovs.prepared()
         if self.forwarding:
             beat = self._heartbeat
             grace = max(GRACE, 2 * beat.interval_ms * beat.misses / 1000) if beat else GRACE
@@ -335,7 +337,7 @@ class Carrier:
 
     async def _drained(self) -> None:
         """Until the rules before the last barrier count for no packet any more, nor for one that is at the server."""
-        await self._ask_switch("revalidator/wait")
+        await self._ovs.ask("revalidator/wait")
         await asyncio.sleep(DRAIN)
 
     async def _prove(self) -> None:
@@ -390,23 +392,5 @@ class Carrier:
         self._look_at_links()
         self._say("the server carries")
         self._tell()
-        await self._purge()
+        await self._ovs.returned()
         return ""
-
-    async def _purge(self) -> None:
-        """Of an Open vSwitch that we may manage: see ovs_control."""
-        if self._switch.ovs is None:
-            return
-        try:
-            await ovs_control.purge(self._switch.ovs)
-        except ovs_control.OvsError as error:
-            self._say(f"the switch's cache stays as it is: {error}")
-
-    async def _ask_switch(self, command: str) -> None:
-        """The same, by a command of ovs-appctl; another switch is not asked."""
-        if self._switch.ovs is None:
-            return
-        try:
-            await ovs_control.ask(self._switch.ovs, command)
-        except ovs_control.OvsError as error:
-            self._say(str(error))

@@ -41,9 +41,12 @@ class PairLab:
         workers: int = 1,
         switch: dict[str, Any] | None = None,
         mark: str = "",
+        receive_buffer: int = 64 << 20,
+        command: list[str] | None = None,
     ) -> None:
         """``mark``: one link between switch and server, on which this tells the sides apart (vlan, dscp)."""
         self.lab = lab
+        self.command = command or CLI
         self.workers = {"cores": sorted(os.sched_getaffinity(0))[:workers]}
         self.nat_options = {"max_sessions": 20_000, **(nat or {})}
         self.switch = lab.namespace("switch")
@@ -68,7 +71,7 @@ class PairLab:
             self.switch,
             devices,
             ("tcp:127.0.0.1:6653", "tcp:127.0.0.1:6654"),
-            receive_buffer=64 << 20,
+            receive_buffer=receive_buffer,
         )
         # what the client's and the outside's kernels leave to hardware does not pass a userspace switch
         for end, device in ((self.client, "eth0"), (self.outside, "eth0")):
@@ -137,13 +140,14 @@ class PairLab:
         path.write_text(yaml.safe_dump(content))
         return str(path)
 
-    def start_agent(self) -> Process:
-        self.agent = self.switch.start(*CLI, "switch", self.agent_config, name="agent")
+    def start_agent(self, *before: str) -> Process:
+        """``before`` is a command that runs it, as `setpriv`."""
+        self.agent = self.switch.start(*before, *self.command, "switch", self.agent_config, name="agent")
         self.agent.ready("the switch is ready", timeout=30)
         return self.agent
 
     def start_server(self) -> Process:
-        self.server = self.nat.start(*CLI, "server", self.server_config, name="server")
+        self.server = self.nat.start(*self.command, "server", self.server_config, name="server")
         return self.server.ready("\nready", timeout=30)
 
     def show(self, name: str, what: str = "status") -> Any:

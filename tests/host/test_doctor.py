@@ -12,7 +12,7 @@ from nat_control.config import parse
 from nat_control.doctor import Need, diagnose
 from nat_control.findings import Finding, Severity
 from nat_control.host_facts import Facts, Hugepages, Interface, cpu_list, gather
-from nat_control.ovs_facts import Bridge, Controller, Ovs
+from nat_control.ovs_facts import Bridge, Controller, Ovs, PollPort
 from nat_control.pci import PciDevice
 from nat_fastpath.engine import hash_path
 from tests.host.hosts import nic, plant
@@ -28,7 +28,15 @@ GOOD_BRIDGE = Bridge(
     ("OpenFlow13",),
     (Controller("u1", "tcp:127.0.0.1:6653", 1000, 5000), Controller("u2", "tcp:127.0.0.1:6654", 1000, 5000)),
 )
-GOOD_OVS = Ovs("unix:/db", (GOOD_BRIDGE,), {"flow-limit": "300000"}, "/run/ovs.ctl", (64 << 20,))
+GOOD_OVS = Ovs(
+    "unix:/db",
+    (GOOD_BRIDGE,),
+    {"flow-limit": "300000"},
+    "/run/ovs.ctl",
+    (64 << 20,),
+    (200_000,),
+    (PollPort("p0", 2048),),
+)
 HEALTHY = Facts(
     hugepages=(Hugepages(2048, 1024, 1024),),
     hugetlbfs=("/dev/hugepages",),
@@ -152,6 +160,8 @@ def with_controller(**changed: Any) -> Ovs:
         (replace(GOOD_OVS, other_config={"flow-limit": "300000", "pmd-maxsleep": "100"}), ["ovs-pmd-maxsleep"],
          "--timeout=10 remove Open_vSwitch . other_config pmd-maxsleep"),
         (replace(GOOD_OVS, other_config={}), ["ovs-flow-limit"], "other_config:flow-limit=300000"),
+        (replace(GOOD_OVS, limits=(200_000, 10_000)), ["ovs-flow-limit-now"], "-t /run/ovs.ctl upcall/set-flow-limit 200000"),
+        (replace(GOOD_OVS, poll_ports=(PollPort("p1", 512),)), ["ovs-rings"], "set interface p1 options:n_rxq_desc=2048"),
         (replace(GOOD_OVS, control=None), ["ovs-management"], "revalidator/purge"),
         (replace(GOOD_OVS, receive_buffers=(212992,)), ["ovs-receive-buffer"], "restart openvswitch-switch"),
         (with_bridge(fail_mode=None), ["ovs-fail-mode"], "--db=unix:/db --timeout=10 set bridge br0 fail_mode=secure"),
@@ -169,6 +179,14 @@ def test_settings_of_the_switch(ovs: Ovs, checks: list[str], remedy: str) -> Non
     found = diagnose(replace(HEALTHY, ovs=ovs), switch())
     assert [check for check, _ in bad(found)] == checks
     assert remedy in " && ".join(found[0].remedy)
+
+
+def test_a_switch_that_nobody_may_manage_is_named() -> None:
+    tree = yaml.safe_load((ROOT / "examples/pair-switch.yaml").read_text())
+    del tree["switch"]["ovs"]
+    found = diagnose(HEALTHY, Need(parse(tree), 10 << 20, 0))
+    assert bad(found) == [("ovs-unmanaged", WARNING)]
+    assert found[0].remedy == ("ovs-appctl -t /run/ovs.ctl revalidator/purge",)
 
 
 def test_an_agent_needs_no_hugepages_and_no_nic() -> None:

@@ -119,6 +119,8 @@ def test_bad_settings_of_a_real_switch_are_found_and_mended() -> None:
         clean = {f["check"] for f in asked(*where, before=inside)["findings"] if f["severity"] != "good"}
         bad = {"ovs-fail-mode", "ovs-pmd-maxsleep", "ovs-max-backoff", "ovs-inactivity-probe"}
         assert not clean & bad
+        bad |= {"ovs-flow-limit", "ovs-flow-limit-now"}  # as it comes
+        assert {"ovs-flow-limit", "ovs-flow-limit-now"} <= clean
 
         switch.vsctl("set", "bridge", switch.bridge, "fail_mode=standalone")
         switch.vsctl("set", "Open_vSwitch", ".", "other_config:pmd-maxsleep=100")
@@ -130,6 +132,7 @@ def test_bad_settings_of_a_real_switch_are_found_and_mended() -> None:
         buffers = named(found, "ovs-receive-buffer")  # as the kernel has them, for the ports it opened
         assert buffers["severity"] == ("warning" if "212992" in buffers["what"] else "good")
         assert named(found, "ovs-management")["severity"] == "good"
+        assert "takes 10000 flows" in named(found, "ovs-flow-limit-now")["what"]
 
         left = doctor(*where, "--fix", before=inside, answer="n\n" * 20)
         assert "run: ovs-vsctl" in left.stdout
@@ -146,6 +149,7 @@ def test_bad_settings_of_a_real_switch_are_found_and_mended() -> None:
         after = {f["check"] for f in asked(*where, before=inside)["findings"] if f["severity"] != "good"}
         assert not after & bad
         assert switch.vsctl("get", "bridge", switch.bridge, "fail_mode").strip() == "secure"
+        assert "(limit 200000)" in switch.appctl("upcall/show")
         assert "pmd-maxsleep" not in switch.vsctl("get", "Open_vSwitch", ".", "other_config")
 
 
