@@ -6,7 +6,7 @@ BIN := .venv/bin
 C_FILES = $(shell git ls-files '*.c' '*.h')
 PY_TYPED = nat_control nat_fastpath switch_agent
 
-.PHONY: help build test test-sim test-mutants soak lint bench bench-failover fuzz demo clean packages root
+.PHONY: help build test test-sim test-mutants soak lint bench bench-failover bench-pair fuzz demo clean packages root
 
 help:
 	@echo "make build   .venv with the extensions compiled"
@@ -17,6 +17,7 @@ help:
 	@echo "make soak    a pair under traffic, one fault after the other (MINUTES=10 SEED=1; root)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   measurements, with the floor beside them; bench-failover: what a failover costs (root)"
+	@echo "make bench-pair    every figure of the pair, with a report and plots in build/bench-pair (TRIALS=25, ONLY=kill; root)"
 	@echo "make fuzz    fuzzers on packets and on messages of peers and switches (FUZZ_SECONDS=60)"
 	@echo "make clean   all that was built"
 
@@ -69,6 +70,12 @@ bench: build
 bench-failover: root build
 	tools/as-root.sh $(BIN)/python -m bench failover --all
 	tools/as-root.sh $(BIN)/python -m bench newflow
+
+# All figures of the pair: an hour and a half, on a quiet machine; ONLY chooses by a word of their names
+TRIALS ?= 25
+bench-pair: root build
+	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	tools/as-root.sh $(BIN)/python -m bench pair --trials $(TRIALS) $(if $(ONLY),--only $(ONLY))
 
 FUZZ_SECONDS ?= 60
 fuzz: build

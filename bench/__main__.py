@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench [core | options | failover | newflow | relay]``: measures; the last line is JSON with ``--json``."""
+"""``python -m bench [core | options | failover | newflow | relay | pair | deaths | rules | sync]``: measures; the last line is JSON with ``--json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import core, failover, relay
+from bench import core, failover, pair_commands, relay
 from nat_control.lab import LabError
 
 # What `make bench-failover` measures: the figures that a release states.
@@ -51,6 +51,7 @@ def main() -> None:
     of_latency.add_argument("--flows", type=int, default=500)
     of_relay = what.add_parser("relay", help="what TLS adds to the bytes of a takeover")
     of_relay.add_argument("--rounds", type=int, default=1000)
+    pair_commands.add(what)
     for one in (of_core, of_options, of_lookup, of_failover, of_latency, of_relay):
         one.add_argument("--json", action="store_true")
     arguments = parser.parse_args(sys.argv[1:] or ["core"])
@@ -62,6 +63,7 @@ def main() -> None:
             "failover": _failover,
             "newflow": _newflow,
             "relay": _relay,
+            **pair_commands.COMMANDS,
         }
         chosen[arguments.what](arguments)
     except LabError as error:

@@ -31,7 +31,9 @@ FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 HOWS = ("kill", "stop", "link", "planned", "failback")
 PORT, OTHER_PORT, ECHO_PORT = 9000, 9001, 9002
 LEAD, REST = 0.6, 1.3  # seconds of the stream before and after the end
+SETTLED, BIN = 0.1, 0.01  # seconds
 OPENING = 90.0  # seconds that the sessions of a case may take
+SHOWN = (0, 2)  # trials whose timeline is kept: the first and the third failover in a row
 PURGED = 100  # entries, at most, of a cache without those of single flows
 BACK = 5.0  # seconds of the stream while the server comes back
 ARRIVAL = np.dtype(
@@ -57,6 +59,7 @@ class Case:
     trials: int = 5
     mode: str = "synchronous"
     misses: int = 3  # heartbeats of 2 ms
+    sessions: int = 0  # that the tables have room for, at least; their memory is touched
 
 
 @dataclass
@@ -68,6 +71,9 @@ class Trial:
     detect: float | None
     written: float | None
     first_good: float | None
+    lost_before: int = 0  # of those sent before the end, but for the last SETTLED
+    late: float | None = None  # ms, of the sender against its own timetable, at most
+    timeline: list[int] = field(default_factory=list)  # arrivals in each BIN from LEAD before the end on
     reason: str = ""
     gaps: list[str] = field(default_factory=list)  # runs of lost packets: how many, and when (ms)
 
@@ -83,13 +89,13 @@ class Pair:
     def __init__(self, lab: Lab, case: Case) -> None:
         self.case = case
         self.program = stream_program()
-        sessions = max(20_000, 2 * (case.flows + case.known))
+        sessions = max(20_000, 2 * (case.flows + case.known), case.sessions)
         self.net = PairLab(
             lab,
             case.mode,
             misses=case.misses,
             nat={"max_sessions": sessions, "timeouts": {"udp": 3600}},
-            max_flows=2 * sessions,
+            max_flows=4 * max(10_000, case.flows + case.known),
         )
         self.directory = lab.directory
         if case.mode == "off":  # no agent: the switch forwards to the server for good
@@ -213,7 +219,10 @@ class Pair:
         time.sleep(0.1)
         receiver.stop()
         status = self.agent()
-        trial = evaluate(np.fromfile(sent, "<u8"), np.fromfile(received, ARRIVAL), ended, status, self.case)
+        times = np.fromfile(sent, "<u8")
+        trial = evaluate(times, np.fromfile(received, ARRIVAL), ended, status, self.case)
+        due = begin + (np.arange(len(times)) * (1e9 / self.case.rate)).astype(np.int64)
+        trial.late = float((times.astype(np.int64) - due).max() / 1e6)
         trial.sessions_lost += max(before["sessions"] - status["sessions"], 0)
         if self.case.how != "failback":
             self.bring_back()
@@ -233,6 +242,8 @@ def evaluate(
     start = detected or ended
     second = (sent >= start) & (sent < start + 10**9)
     later = arrivals[arrivals["sent"] >= ended]
+    early = sent < ended - int(SETTLED * 1e9)
+    place = ((arrivals["arrived"].astype(np.int64) - ended) / (BIN * 1e9) + LEAD / BIN).astype(np.int64)
     edges = np.flatnonzero(np.diff(np.concatenate([[True], came, [True]]).astype(np.int8)))
     return Trial(
         lost=int((~came).sum()),
@@ -242,6 +253,8 @@ def evaluate(
         detect=(detected - ended) / 1e6 if detected else None,
         written=(written - ended) / 1e6 if written else None,
         first_good=(int(later["arrived"].min()) - ended) / 1e6 if len(later) else None,
+        lost_before=int((~came[early]).sum()),
+        timeline=np.bincount(place[place >= 0], minlength=round((LEAD + REST) / BIN)).tolist(),
         reason=takeover.get("reason", "") if detected else "",
         gaps=[
             f"{stop - start} at {(int(sent[start]) - ended) / 1e6:.1f}"
@@ -284,6 +297,8 @@ def new_flow_latency(mode: str, flows: int = 500) -> dict[str, Any]:
         "flows": len(times),
         "unanswered": len(times) - len(answered),
         "known_rtt_ms": round(float(np.median(answered[:, 1])), 4),
+        "added_ms_by_percent": [round(float(one), 5) for one in np.percentile(added, range(101))],
+        "known_ms_by_percent": [round(float(one), 5) for one in np.percentile(answered[:, 1], range(101))],
         "added_ms": {
             "p50": round(float(p50), 4),
             "p99": round(float(p99), 4),
@@ -293,6 +308,11 @@ def new_flow_latency(mode: str, flows: int = 500) -> dict[str, Any]:
 
 
 # -- results -----------------------------------------------------------------------------------------------
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
@@ -308,6 +328,7 @@ def measure(case: Case, tell: Callable[[str], None] = lambda line: None) -> dict
     trials = []
     with Lab() as lab:
         pair = Pair(lab, case)
+        memory = resident(pair.net.server.pid)
         for number in range(case.trials):
             trials.append(trial := pair.trial())
             tell(
@@ -329,7 +350,27 @@ def measure(case: Case, tell: Callable[[str], None] = lambda line: None) -> dict
         "detect_ms": spread([trial.detect for trial in trials]),
         "written_ms": spread([trial.written for trial in trials]),
         "first_good_ms": spread([trial.first_good for trial in trials]),
+        "reaction_ms": spread([_between(trial.detect, trial.written) for trial in trials]),
+        "server_mb": memory >> 20,
+        "lost_before": sum(trial.lost_before for trial in trials),
+        "sender_late_ms": spread([trial.late for trial in trials]),
+        "each": [
+            {
+                "lost": trial.lost,
+                "delivered_first_second": round(trial.first_second, 6),
+                "detect_ms": trial.detect,
+                "reaction_ms": _between(trial.detect, trial.written),
+                "first_good_ms": trial.first_good,
+                "reason": trial.reason,
+                "timeline": trial.timeline if number in SHOWN else None,
+            }
+            for number, trial in enumerate(trials)
+        ],
     }
+
+
+def _between(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else end - begin
 
 
 def _ms(value: float | None) -> str:

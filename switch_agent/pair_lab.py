@@ -43,6 +43,7 @@ class PairLab:
         mark: str = "",
         receive_buffer: int = 64 << 20,
         command: list[str] | None = None,
+        peer: dict[str, Any] | None = None,
     ) -> None:
         """``mark``: one link between switch and server, on which this tells the sides apart (vlan, dscp)."""
         self.lab = lab
@@ -81,11 +82,12 @@ class PairLab:
         beats = {"interval_ms": interval_ms, "misses": misses}
         hold = {"packets": 1024, "ms": 500, "on_limit": "drop"}
         servers = {"server": 3} if mark else {"server_internal": 3, "server_external": 4}
+        both = {"mode": mode, "hold": hold, **(peer or {})}
         self.agent_config = self._write(
             "agent",
             "32768-65535",
             {},
-            peer={"listen": f"{AGENT}:7000", "mode": mode, "hold": hold, "tls": self._tls("agent")},
+            peer={"listen": f"{AGENT}:7000", "tls": self._tls("agent"), **both},
             heartbeat={"listen": f"{AGENT}:7001", **beats},
             switch={
                 "openflow": "127.0.0.1:6653",
@@ -104,7 +106,7 @@ class PairLab:
             {"internal": "nat-in", "external": "nat-in" if mark else "nat-out"},
             mark=mark,
             workers=self.workers,
-            peer={"connect": f"{AGENT}:7000", "mode": mode, "hold": hold, "tls": self._tls("server")},
+            peer={"connect": f"{AGENT}:7000", "tls": self._tls("server"), **both},
             heartbeat={"listen": f"{SERVER}:7001", "connect": f"{AGENT}:7001", **beats},
         )
 
