@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nat_control.config import Config
-from nat_control.dataplane import NO_RECORDS, Changes, DataPlane, Events, changes
+from nat_control.dataplane import NO_RECORDS, Changes, DataPlane, Events, Mask, Records, changes
 from nat_control.peer import PeerView
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Limits, Mode, State
@@ -78,7 +78,8 @@ class Pair:
     """``drain`` takes the plane's events and gives them to ``events``; ``notice`` is told what happens.
 
     ``guard``: a peer that the heartbeat finds dead loses its connection at once. An owner that arms the watch for bytes of
-    its own sees to that itself. Raises PairError, here and from ``run``.
+    its own sees to that itself. ``ours``: sessions of which all packets are seen here, so that what we know is news to the
+    peer. Raises PairError, here and from ``run``.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Pair:
         notice: Callable[[do.Action], None],
         counters: Sequence[int] = (),
         guard: bool = False,
+        ours: Callable[[Records], Mask] | None = None,
     ) -> None:
         assert config.peer
         assert config.heartbeat
@@ -102,6 +104,7 @@ class Pair:
         except TlsError as error:
             raise PairError(f"peer.tls: {error}") from None
         self._plane = plane
+        self._ours = ours
         self._clock = clock
         self._notice = notice
         self._timeouts = config.nat.timeouts
@@ -183,6 +186,11 @@ class Pair:
     def events(self, events: Events) -> None:
         """What our own plane did."""
         self.transport.events(changes(events))
+
+    def carried(self, records: Records) -> None:
+        """What our rules have carried of sessions whose other packets the peer sees: DataPlane.update with FLAG_OFFLOAD."""
+        if self.state is State.OPERATIONAL:
+            self.transport.events(Changes(NO_RECORDS, records, NO_RECORDS))
 
     def _noticed(self, action: do.Action) -> None:
         if isinstance(action, do.StateChanged):
@@ -319,6 +327,8 @@ class Pair:
                 continue
             async for page in self._plane.sessions():
                 foreign = page["flags"] & FLAG_FOREIGN != 0
+                if self._ours is not None:
+                    foreign &= self._ours(page)
                 active = page[foreign & (page["idle_ms"] < np.uint32(period * 1000))]
                 if len(active):
                     self.transport.events(Changes(NO_RECORDS, active, NO_RECORDS))

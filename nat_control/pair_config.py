@@ -21,7 +21,8 @@ from nat_control.config_reader import (
 from nat_control.tls import Tls
 
 MODES = ("off", "asynchronous", "synchronous")
-PARTITIONS = ("all_peer",)
+PARTITIONS = ("all_peer", "new_at_peer", "by_protocol", "all_local")
+PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17}
 ON_LIMIT = ("drop",)
 BARRIERS = ("trusted", "probe")
 MARKS = ("vlan", "dscp")  # what tells the sides apart on a link that both share
@@ -48,6 +49,7 @@ class Peer:
     connect: Address | None
     mode: str = "synchronous"
     partition: str = PARTITIONS[0]
+    local_protocols: tuple[str, ...] = ()
     hold: Hold = Hold()
     tls: Tls | None = None
     plain: bool = False
@@ -113,6 +115,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "connect": False,
         "mode": False,
         "partition": False,
+        "local_protocols": False,
         "hold": False,
         "tls": False,
         "plain": False,
@@ -204,7 +207,8 @@ def read_peer(section: Section) -> Peer:
         listen=section.get("listen", _address, None),
         connect=section.get("connect", _address, None),
         mode=mode,
-        partition=section.get("partition", choice(PARTITIONS), PARTITIONS[0]),
+        partition=_partition(section),
+        local_protocols=section.get("local_protocols", _protocols, ()),
         hold=Hold(
             packets=hold.get("packets", integer(1, 16384), 1024),
             ms=hold.get("ms", integer(1, 10_000), 50),
@@ -213,6 +217,30 @@ def read_peer(section: Section) -> Peer:
         tls=_read_tls(section.section("tls", "tls")) if "tls" in section.values else None,
         plain=section.get("plain", flag, False),
     )
+
+
+def _partition(section: Section) -> str:
+    """With what depends on it: who reads `local_protocols` needs the one that is about them."""
+    name = section.get("partition", choice(PARTITIONS), PARTITIONS[0])
+    given = "local_protocols" in section.values
+    if section.reader.good(section.path("partition")) and given != (name == "by_protocol"):
+        section.reader.fault(
+            section.path("local_protocols"),
+            "only `partition: by_protocol` has use for it"
+            if given
+            else "missing: by_protocol needs the protocols that the switch carries, such as [udp]",
+        )
+    return name
+
+
+def _protocols(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"{shown(value)} is no list of protocols, such as [udp]")
+    if strange := [one for one in value if one not in PROTOCOLS]:
+        raise ValueError(f"{shown(strange[0])} is none of: {', '.join(PROTOCOLS)}")
+    if not 0 < len(set(value)) < len(PROTOCOLS) or len(set(value)) < len(value):
+        raise ValueError("one or two of icmp, tcp, udp, each once; for all of them there is `all_local`")
+    return tuple(sorted(value))
 
 
 def _read_tls(section: Section) -> Tls:

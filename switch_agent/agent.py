@@ -37,6 +37,7 @@ from nat_control.loop import (
     start_epoch,
 )
 from nat_control.pair import ACTIVITY_PERIOD, Pair, PairError, unusable
+from nat_control.pair_config import PROTOCOLS
 from nat_control.peer import no_peer
 from nat_control.reload import Reload
 from nat_control.tls import Tls, TlsError
@@ -47,7 +48,7 @@ from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Lost, PacketIn, PortStatus, Ready
 from switch_agent.link import OneLink
 from switch_agent.nexthops import NextHops, Route, key
-from switch_agent.pipeline import Pipeline, Side
+from switch_agent.pipeline import ALL_LOCAL, ALL_PEER, NEW_AT_PEER, Partition, Pipeline, Side, by_protocol
 from switch_agent.plane import OpenFlowDataPlane, SwitchError
 from switch_agent.probe import random_mac
 
@@ -108,17 +109,27 @@ def pipeline_of(config: Config) -> Pipeline:
     outside = Side(ports.external, ports.server_external, external.vlan, beyond, gateways[1])
     mac = int.from_bytes(config.virtual.mac, "big")
     probe_mac = random_mac() if config.switch.barrier == "probe" else 0
+    partition = partition_of(config)
     if not ports.one_link:
-        return Pipeline(inside, outside, mac, probe_mac=probe_mac)
+        return Pipeline(inside, outside, mac, probe_mac=probe_mac, partition=partition)
     tags = config.switch.tags if any(config.switch.tags) else (internal.vlan, external.vlan)
     return OneLink(
         inside,
         outside,
         mac,
         probe_mac=probe_mac,
+        partition=partition,
         tags=tags if config.switch.mark == "vlan" else None,
         inside=internal.address.network,
     )
+
+
+def partition_of(config: Config) -> Partition:
+    name = config.peer.partition if config.peer else "all_peer"
+    if name == "by_protocol":
+        assert config.peer
+        return by_protocol(frozenset(PROTOCOLS[one] for one in config.peer.local_protocols))
+    return {"all_peer": ALL_PEER, "new_at_peer": NEW_AT_PEER, "all_local": ALL_LOCAL}[name]
 
 
 def next_hops_of(config: Config, pipeline: Pipeline) -> NextHops:
@@ -187,7 +198,9 @@ class Agent:
                 clock=monotonic,
                 drain=self._drain,
                 notice=self.carrier.notice,
+                ours=self.plane.seen_here_alone,
             )
+            self.plane.tell = self.pair.carried
         self.reload = Reload(
             config,
             path,
@@ -276,6 +289,10 @@ class Agent:
             states["switch"] = "the switch is not connected, or not prepared"
             if self.channel.refusals:
                 states["switch"] += f"; the last attempt: {self.channel.refusals[-1]}"
+        if (full := self.plane.full_at) is not None:
+            states["rules"] = (
+                f"the switch's table is full: {full} sessions have rules, the others pass through the agent"
+            )
         if self.carrier.unproved:
             states["takeover"] = self.carrier.unproved
         refused = {
@@ -325,8 +342,8 @@ class Agent:
     def _send_held(self) -> None:
         for result in self.core.take():
             self._send(result)
-        if (
-            not self.carrier.forwarding
+        if not (
+            self.carrier.forwarding and self.plane.partition.forwards_all
         ):  # what we asked while the server carries would be dropped, and answered to it
             for port, frame in self.core.outbox():
                 self.plane.packet_out(frame, port)
@@ -363,15 +380,21 @@ class Agent:
         self.core.learn(wanted)
 
     async def _activity(self) -> None:
-        """While the switch carries, only its counters tell which sessions live."""
+        """Of what the switch carries only its counters tell which sessions live, and which deserve its rules."""
         while True:
             await (self.pair.activity_pause() if self.pair else asyncio.sleep(ACTIVITY_PERIOD))
-            if self.carrier.ready and not self.carrier.forwarding:
+            if self.carrier.ready and (self.plane.carries_some or self.plane.full_at is not None):
                 self._work.put_nowait(self._refresh)
 
     async def _refresh(self) -> None:
-        with contextlib.suppress(ChannelLost):
+        try:
             await self.plane.refresh()
+            if self.core.counters()["sessions"] > self.plane.offloaded:
+                await self.plane.rerank()
+        except ChannelLost:
+            pass
+        except SwitchError as error:
+            say(str(error))
 
     # -- the switch ----------------------------------------------------------------------------------------
 
@@ -423,7 +446,10 @@ class Agent:
             "carrier": "server" if self.carrier.forwarding else "switch",
             "kept": self.carrier.kept,
             "peer": self.pair.state.value if self.pair else "none",
+            "partition": self.config.peer.partition if self.config.peer else "none",
             "offloaded": self.plane.offloaded,
+            "in_front": len(self.plane.in_front),
+            "tcp_ages": "by its state" if self.plane.tcp_control else "by its established timer",
             **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
             "takeover": self.carrier.last_takeover,
             "counts": {**self.counts, "takeovers": self.carrier.takeovers},

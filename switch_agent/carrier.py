@@ -196,7 +196,10 @@ class Carrier:
 
     def _arm(self) -> None:
         """The watch may take over once the server carries and both connections stand."""
-        if self.pair is None or not (self.forwarding and self.ready and self._takeover_channel.connected):
+        wanted = (
+            self.forwarding or not self._plane.partition.forwards
+        )  # there it changes nothing, and notices all the same
+        if self.pair is None or not (wanted and self.ready and self._takeover_channel.connected):
             return
         self.pair.watch.arm(self._plane.prepared_takeover(), self._takeover_channel.fileno())
 
@@ -223,6 +226,7 @@ class Carrier:
                 if after is State.OPERATIONAL:
                     self._all_known()
                     self._differ = False
+                    self._arm()
                     self._tell()
                     asyncio.get_running_loop().call_later(BUSY, self._return_uncompared)
                 if before is State.OPERATIONAL:
@@ -367,6 +371,8 @@ class Carrier:
     async def _return(self) -> str:
         """The server carries; why not."""
         assert self.pair is not None
+        if not self._plane.partition.forwards:
+            return "the switch carries all traffic by choice (peer.partition: all_local)"
         if self.pair.state is not State.OPERATIONAL:
             return f"the server is not in step ({self.pair.state.value})"
         if not self.ready:

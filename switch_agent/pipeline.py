@@ -45,7 +45,7 @@ its cache entries narrower there: so rules at 500 and above exist only while som
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Network, summarize_address_range
 
@@ -289,23 +289,15 @@ class Pipeline:
             )
             for side in sides
         ]
-        there = [
-            Rule(FORWARD_PRIORITY, match, (Output(side.server_port),), Kind.TO_SERVER.cookie)
-            for side in sides
-            for match in self._forwarded(side)
-        ]
+        there = [rule for side in sides for rule in _forwarded(side, self.partition.forwarded)]
         return tuple(back + there)
 
-    def _forwarded(self, side: Side) -> tuple[Match, ...]:
-        """What of a side goes to the server. ARP does even if some protocols do not: it knows the next hops for both."""
-        chosen = self.partition.forwarded
-        if chosen == EVERYTHING:
-            return ({"in_port": side.port},)
-        if not chosen:
-            return ()
-        tag = {"in_port": side.port, "vlan_vid": side.vlan_match}
-        protocols = [{**tag, "eth_type": IPV4, "ip_proto": protocol} for protocol in sorted(chosen)]
-        return ({**tag, "eth_type": ARP}, *protocols)
+    def forward_of_others(self) -> tuple[Rule, ...]:
+        """The rules to the server that other partitions have, and this one has not."""
+        chosen = (EVERYTHING, *(frozenset((protocol,)) for protocol in sorted(EVERYTHING)))
+        ours = [(rule.priority, rule.match) for rule in self.forward()]
+        others = [rule for one in chosen for rule in replace(self, partition=Partition(one)).forward()]
+        return tuple(rule for rule in others if (rule.priority, rule.match) not in ours)
 
     def tcp_control(self) -> tuple[Rule, ...]:
         """What begins and ends a connection, to the agent, where only rules carry the session."""
@@ -402,6 +394,22 @@ class Pipeline:
         side: Side, **fields: int | str | tuple[str, str] | tuple[int, int]
     ) -> dict[str, int | str | tuple[str, str] | tuple[int, int]]:
         return {"in_port": side.port, "vlan_vid": side.vlan_match, **fields}
+
+
+def _forwarded(side: Side, chosen: frozenset[int]) -> tuple[Rule, ...]:
+    """What of a side goes to the server, by IP protocols. If some do not, both halves hear ARP: both need next hops."""
+    to_server = (Output(side.server_port),)
+    if chosen == EVERYTHING:
+        return (Rule(FORWARD_PRIORITY, {"in_port": side.port}, to_server, Kind.TO_SERVER.cookie),)
+    if not chosen:
+        return ()
+    tag = {"in_port": side.port, "vlan_vid": side.vlan_match}
+    both = (*to_server, ToController())
+    arp = Rule(FORWARD_PRIORITY, {**tag, "eth_type": ARP}, both, Kind.TO_SERVER.cookie, Kind.ARP.value)
+    return arp, *(
+        Rule(FORWARD_PRIORITY, {**tag, "eth_type": IPV4, "ip_proto": one}, to_server, Kind.TO_SERVER.cookie)
+        for one in sorted(chosen)
+    )
 
 
 def retag(here: int, there: int) -> Sequence[Action]:

@@ -161,8 +161,22 @@ class OpenFlowDataPlane(SessionRules):
         self._insist(await self._channel.transact(data, txid), "deletion of static rules")
 
     async def forwards(self) -> bool:
-        """Whether the switch has the rules that forward to the server, from whenever. Raises ChannelLost."""
-        self.server_carries = bool(len(await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)))
+        """Whether the switch has the rules that forward to the server, from whenever; then they are those of this partition. Raises
+        ChannelLost, SwitchError."""
+        found = await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)
+        self.server_carries = bool(len(found)) and self._pipeline.partition.forwards
+        if (
+            self.server_carries
+        ):  # what an agent with another partition has left goes, but not before ours is there
+            txid = self._channel.next_txid()
+            data = [openflow.flow_mod(rule, txid=txid) for rule in self._pipeline.forward()]
+            data += [
+                openflow.flow_mod(rule, openflow.DELETE_STRICT, txid)
+                for rule in self._pipeline.forward_of_others()
+            ]
+            self._insist(await self._channel.transact(b"".join(data), txid), "forward rules")
+        else:
+            await self.delete_static_peer_rules()
         return self.server_carries
 
     def prepared_takeover(self) -> bytes:

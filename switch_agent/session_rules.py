@@ -32,6 +32,7 @@ from switch_agent.pipeline import (
     TCP,
     UDP,
     Kind,
+    Partition,
     Pipeline,
     Rule,
 )
@@ -117,6 +118,10 @@ class SessionRules(ABC):
         return np.array(sorted(self._front), np.uint64)
 
     @property
+    def partition(self) -> Partition:
+        return self._pipeline.partition
+
+    @property
     def full_at(self) -> int | None:
         """How many sessions have room in the switch's table, since it said that it is full; None: all that may."""
         return self._room if self._room < self._most else None
@@ -124,7 +129,7 @@ class SessionRules(ABC):
     @property
     def carries_some(self) -> bool:
         """Whether the switch has anything to do that its counters tell."""
-        return not self.server_carries or bool(self._front) or not self._pipeline.partition.forwards_all
+        return not self.server_carries or bool(self._front) or not self.partition.forwards_all
 
     def has_rules(self, records: Records) -> Mask:
         """Which of these sessions the switch translates by itself, shape (n,); the others are record-only."""
@@ -138,7 +143,7 @@ class SessionRules(ABC):
         """Sessions of which the server sees no packet, so that all we know of them is news to it; shape (n,)."""
         if not self.server_carries:
             return np.ones(len(records), np.bool_)
-        return ~np.isin(records["protocol"], list(self._pipeline.partition.forwarded))
+        return ~np.isin(records["protocol"], list(self.partition.forwarded))
 
     # -- what the rest of the plane does -------------------------------------------------------------------
 
@@ -180,7 +185,7 @@ class SessionRules(ABC):
 
     async def _settle(self, records: Records) -> None:
         """To the front with those that the partition wants there, and that still wait behind."""
-        if self._pipeline.partition.settled_in_front:
+        if self.partition.settled_in_front:
             due = records[settled(records)]
             due = due[self.has_rules(due) & ~self.is_front(due)]
             if len(due):
@@ -207,7 +212,7 @@ class SessionRules(ABC):
         if len(new) > (room := max(self._room - len(self._ruled), 0)):
             rank = (records["packets_out"] + records["packets_in"])[new]
             new = [new[i] for i in np.argsort(rank, kind="stable")[::-1][:room].tolist()]
-        if front or self._pipeline.partition.settled_in_front:
+        if front or self.partition.settled_in_front:
             first = [i for i in new if front or settled(records[i : i + 1])[0]]
             if first:
                 self._front.update(ids[i] for i in first)
@@ -269,7 +274,7 @@ class SessionRules(ABC):
             await self._delete(ruled, priority)
             for either in (SESSION_PRIORITY, FRONT_PRIORITY):
                 await self._delete(moving, either)
-            if self._guarded and not (self._front or self._pipeline.partition.settled_in_front):
+            if self._guarded and not (self._front or self.partition.settled_in_front):
                 await self._unguard()
         except (ChannelLost, SwitchError) as error:
             if not self._left_rules:  # once, and not for each session that ends until then

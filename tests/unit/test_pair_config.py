@@ -12,7 +12,8 @@ import pytest
 
 from nat_control import config as c
 from nat_control import pair_config
-from switch_agent.agent import pipeline_of
+from switch_agent.agent import partition_of, pipeline_of
+from switch_agent.pipeline import Partition
 from tests.unit.test_config import GOOD, ROOT, SCHEMA, SCHEMA_CHECK, problems
 
 PAIR = {
@@ -192,7 +193,9 @@ def test_the_schema_wants_exactly_one_of_listen_and_connect_too(peer: dict[str, 
         ("peer.connect", "192.0.2.7:7000", "peer.connect", "not on loopback: `tls` is needed"),
         ("peer.tls", {"ca": "/ca.pem", "certificate": "/me.pem"}, "peer.tls.key", "missing"),
         ("peer.tls", {"ca": "ca.pem", "certificate": "/m", "key": "/k"}, "peer.tls.ca", "absolute path"),
-        ("peer.partition", "all_local", "peer.partition", "none of: all_peer"),
+        ("peer.partition", "mine", "peer.partition", "none of: all_peer"),
+        ("peer.partition", "by_protocol", "peer.local_protocols", "missing: by_protocol needs"),
+        ("peer.local_protocols", ["udp"], "peer.local_protocols", "only `partition: by_protocol`"),
         ("peer.hold", {"ms": 0}, "peer.hold.ms", "from 1 to 10000"),
         ("heartbeat", ..., "heartbeat", "missing"),
         ("heartbeat.connect", ..., "heartbeat.connect", "where its heartbeat listens"),
@@ -215,6 +218,37 @@ def test_halves_that_do_not_fit(path: str, value: object, where: str, message: s
     else:
         place[last] = value
     assert message in problems(document)[where]
+
+
+@pytest.mark.parametrize(
+    ("protocols", "message"),
+    [
+        ("udp", "no list of protocols"),
+        (["sctp"], "none of: icmp, tcp, udp"),
+        (["icmp", "tcp", "udp"], "there is `all_local`"),
+        (["udp", "udp"], "each once"),
+    ],
+)
+def test_protocols_that_the_switch_cannot_have(protocols: object, message: str) -> None:
+    peer = {**SWITCH["peer"], "partition": "by_protocol", "local_protocols": protocols}
+    document = with_sections({**SWITCH, "peer": peer}, devices=False)
+    assert message in problems(document)["peer.local_protocols"]
+    assert not SCHEMA_CHECK.is_valid(document)
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "in_front"),
+    [
+        ({}, {1, 6, 17}, False),
+        ({"partition": "new_at_peer"}, {1, 6, 17}, True),
+        ({"partition": "by_protocol", "local_protocols": ["udp", "icmp"]}, {6}, False),
+        ({"partition": "all_local"}, set(), False),
+    ],
+)
+def test_partitions(peer: dict[str, object], forwarded: set[int], in_front: bool) -> None:
+    document = with_sections({**SWITCH, "peer": {**SWITCH["peer"], **peer}}, devices=False)
+    SCHEMA_CHECK.validate(document)
+    assert partition_of(c.parse(document)) == Partition(frozenset(forwarded), in_front)
 
 
 def test_tls_or_plain_and_one_key() -> None:
