@@ -32,10 +32,10 @@ HOWS = ("kill", "stop", "link", "planned", "failback")
 PORT, OTHER_PORT, ECHO_PORT = 9000, 9001, 9002
 LEAD, REST = 0.6, 1.3  # seconds of the stream before and after the end
 SETTLED, BIN = 0.1, 0.01  # seconds
-OPENING = 90.0  # seconds that the sessions of a case may take
+OPENING = 180.0  # seconds that the sessions of a case may take
 SHOWN = (0, 2)  # trials whose timeline is kept: the first and the third failover in a row
 PURGED = 100  # entries, at most, of a cache without those of single flows
-BACK = 5.0  # seconds of the stream while the server comes back
+LONGEST = 60.0  # seconds of the stream while the server comes back
 ARRIVAL = np.dtype(
     [
         ("sequence", "<u8"),
@@ -199,7 +199,7 @@ class Pair:
         if self.case.how == "failback":
             self.net.server.signal(signal.SIGKILL)
             self.carrier("switch")
-        after = BACK if self.case.how == "failback" else REST
+        after = LONGEST if self.case.how == "failback" else REST
         before = self.agent()
         receiver, received = self.receive()
         sender, sent = self.send(PORT, self.case.rate, self.case.flows, int(self.case.rate * (LEAD + after)))
@@ -208,9 +208,12 @@ class Pair:
         time.sleep(max(ended - time.monotonic_ns(), 0) / 1e9)
         ended = time.monotonic_ns()
         if self.case.how == "failback":
+            returns = self._returns()
             self.net.start_server()
-            self.carrier("server")
+            self.server_is_back(returns)
             ended = time.monotonic_ns()
+            time.sleep(REST)
+            sender.signal(signal.SIGTERM)
         else:
             self.end_server()
         sender.wait(60)
@@ -330,7 +333,11 @@ def measure(case: Case, tell: Callable[[str], None] = lambda line: None) -> dict
         pair = Pair(lab, case)
         memory = resident(pair.net.server.pid)
         for number in range(case.trials):
-            trials.append(trial := pair.trial())
+            try:
+                trials.append(trial := pair.trial())
+            except LabError as error:
+                said = "; ".join(pair.net.agent.output.splitlines()[-5:])
+                raise LabError(f"trial {number + 1}: {error}; the agent: {said}") from None
             tell(
                 f"{case.how} {number + 1}/{case.trials}: lost {trial.lost} of {trial.sent} ({', '.join(trial.gaps[:6])}), "
                 f"{trial.reason or '-'}, detected {_ms(trial.detect)}, written {_ms(trial.written)}, "

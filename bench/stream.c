@@ -3,7 +3,7 @@
  * A measured UDP stream, for what a failover costs: bench/failover.py steers it.
  *
  *   send SOURCE DESTINATION PORT RATE FLOWS PACKETS FILE   packets at fixed times, round the flows; FILE gets
- *                                                          each one's time of sending
+ *                                                          each one's time of sending. SIGTERM ends it
  *   receive ADDRESS PORT FILE                              until SIGTERM; FILE gets an `arrival` for each
  *   echo ADDRESS PORT                                      until SIGTERM: sends back what comes
  *   ask DESTINATION PORT FLOWS GAP_US FILE                 for each new flow two questions, one after the
@@ -180,7 +180,8 @@ static int send_stream(char **a)
     const uint64_t begin = now_ns() + 1000000;
     printf("begin %llu\n", (unsigned long long)begin);
     fflush(stdout);
-    for (uint64_t next = 0; next < packets && !ended;) {
+    uint64_t next = 0;
+    while (next < packets && !ended) {
         sleep_until(begin + (uint64_t)((double)next * 1e9 / rate));
         const uint64_t now = now_ns();
         unsigned n = 0;
@@ -198,7 +199,7 @@ static int send_stream(char **a)
         }
         next += n;
     }
-    if (fwrite(times, sizeof *times, packets, file) != packets || fclose(file))
+    if (fwrite(times, sizeof *times, next, file) != next || fclose(file))
         die(a[6]);
     return 0;
 }
