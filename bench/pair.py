@@ -12,7 +12,7 @@ import numpy as np
 
 from bench import deaths, failover, rules, sync
 from bench.failover import Case, LabError
-from nat_control.lab import Lab, until
+from nat_control.lab import Lab
 from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
 
 Tell = Callable[[str], None]
@@ -77,7 +77,7 @@ def split_processing(
         net = PairLab(lab, "asynchronous", peer={"partition": partition})
         net.start_agent()
         net.start_server()
-        until("both are in step", lambda: net.show("agent")["peer"] == "operational", 30)
+        net.carrier("server", 60)
         program, sent, received = (
             failover.stream_program(),
             lab.directory / "sent",
