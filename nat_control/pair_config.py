@@ -25,6 +25,7 @@ PARTITIONS = ("all_peer", "new_at_peer", "by_protocol", "all_local")
 PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17}
 ON_LIMIT = ("drop",)
 BARRIERS = ("trusted", "probe")
+FAILOVERS = ("rules", "group")
 MARKS = ("vlan", "dscp")  # what tells the sides apart on a link that both share
 MAX_OPENFLOW_PORT = 65279
 TLS_PLACE = "tls:"
@@ -86,7 +87,8 @@ class Switch:
 
     ``plain``: the last of these also where the address is not on loopback, over a network that is trusted.
     ``ovs`` is the run directory, or control socket, of an Open vSwitch that the agent may manage. ``mark`` and ``tags`` (inside,
-    outside; 0 untagged) are of the one link to the server.
+    outside; 0 untagged) are of the one link to the server. ``failover``: what goes over when a link to it is lost, the agent by
+    its rules or, before it and without it, the switch by a group.
     """
 
     openflow: str
@@ -100,6 +102,7 @@ class Switch:
     plain: bool = False
     mark: str = MARKS[0]
     tags: tuple[int, int] = (0, 0)
+    failover: str = FAILOVERS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "ports": True,
         "mark": False,
         "tags": False,
+        "failover": False,
     },
     "switch_ports": {
         "internal": True,
@@ -287,6 +291,7 @@ def read_switch(section: Section) -> Switch:
         plain=section.get("plain", flag, False),
         ports=SwitchPorts(*numbers),
         mark=section.get("mark", choice(MARKS), MARKS[0]),
+        failover=section.get("failover", choice(FAILOVERS), FAILOVERS[0]),
         tags=(tags.get("internal", integer(1, 4094), 0), tags.get("external", integer(1, 4094), 0)),
     )
 
@@ -374,6 +379,8 @@ def check_link(reader: Reader, switch: Switch, vlans: Sequence[int]) -> None:
             )
     elif switch.mark == "dscp" and not switch.ports.one_link:
         reader.fault("switch.mark", "dscp is for one link to the server (`switch.ports.server`)")
+    if switch.failover == "group" and not switch.ports.server_internal:
+        reader.fault("switch.failover", "a group watches the ports to a server, and there are none")
 
 
 def _check_tls(reader: Reader, peer: Peer, heartbeat: Heartbeat | None) -> None:

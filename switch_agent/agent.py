@@ -46,6 +46,7 @@ from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Resul
 from switch_agent.carrier import Carrier
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Lost, PacketIn, PortStatus, Ready
+from switch_agent.failover import OneLinkWithGroup, WithGroup
 from switch_agent.link import OneLink
 from switch_agent.nexthops import NextHops, Route, key
 from switch_agent.pipeline import ALL_LOCAL, ALL_PEER, NEW_AT_PEER, Partition, Pipeline, Side, by_protocol
@@ -110,10 +111,12 @@ def pipeline_of(config: Config) -> Pipeline:
     mac = int.from_bytes(config.virtual.mac, "big")
     probe_mac = random_mac() if config.switch.barrier == "probe" else 0
     partition = partition_of(config)
+    group = config.switch.failover == "group"
     if not ports.one_link:
-        return Pipeline(inside, outside, mac, probe_mac=probe_mac, partition=partition)
+        make = WithGroup if group else Pipeline
+        return make(inside, outside, mac, probe_mac=probe_mac, partition=partition)
     tags = config.switch.tags if any(config.switch.tags) else (internal.vlan, external.vlan)
-    return OneLink(
+    return (OneLinkWithGroup if group else OneLink)(
         inside,
         outside,
         mac,

@@ -62,6 +62,12 @@ def _action(action: pipeline.Action) -> Any:
             return parser.OFPActionPushVlan(0x8100)
         case pipeline.PopVlan():
             return parser.OFPActionPopVlan()
+        case pipeline.LoadRegister(value):
+            return parser.NXActionRegLoad(ofs_nbits=31, dst="reg0", value=value)
+        case pipeline.Resubmit(table):
+            return parser.NXActionResubmitTable(table_id=table)
+        case pipeline.Learn(table, cookie, value):
+            return parser.NXActionLearn(table, [parser.NXFlowSpecLoad(value, ("reg0", 0), 32)], cookie=cookie)
 
 
 def flow_mod(rule: pipeline.Rule, command: int = ADD, txid: int = 0) -> bytes:
@@ -77,6 +83,7 @@ def flow_mod(rule: pipeline.Rule, command: int = ADD, txid: int = 0) -> bytes:
         cookie=rule.cookie,
         cookie_mask=0 if command == ADD else pipeline.ALL_BITS,
         command=command,
+        table_id=rule.table,
         idle_timeout=rule.idle_timeout if command == ADD else 0,
         priority=rule.priority,
         out_port=ofp.OFPP_ANY,
@@ -113,6 +120,18 @@ def group_mod(
     )
     command = ofp.OFPGC_MODIFY if modify else ofp.OFPGC_ADD
     return _bytes(parser.OFPGroupMod(_OPENFLOW, command, ofp.OFPGT_INDIRECT, group_id, [bucket]), txid)
+
+
+def static_group(group: pipeline.StaticGroup, txid: int = 0, *, modify: bool = False) -> bytes:
+    if isinstance(group, pipeline.Indirect):
+        return group_mod(group.group_id, group.actions, txid, modify=modify)
+    live = parser.OFPBucket(
+        watch_port=group.port, watch_group=ofp.OFPG_ANY, actions=[_action(one) for one in group.live]
+    )
+    last = [parser.OFPActionGroup(group.otherwise)]
+    lost = parser.OFPBucket(watch_port=ofp.OFPP_ANY, watch_group=group.otherwise, actions=last)
+    command = ofp.OFPGC_MODIFY if modify else ofp.OFPGC_ADD
+    return _bytes(parser.OFPGroupMod(_OPENFLOW, command, ofp.OFPGT_FF, group.group_id, [live, lost]), txid)
 
 
 def delete_group(group_id: int = ofp.OFPG_ALL, txid: int = 0) -> bytes:

@@ -76,6 +76,8 @@ class Kind(IntEnum):
     TO_SERVER = 0x10
     FROM_SERVER = 0x11
     TCP_TO_SERVER = 0x12
+    LATCH = 0x13  # the switch has found a link lost: failover.py
+    DECIDE = 0x14
     FENCE = 0x20
     ARP = 0x30
     ICMP = 0x31
@@ -97,7 +99,8 @@ FORWARD_COOKIE = STATIC_CLASS | 0x10
 FORWARD_MASK = ALL_BITS & ~1  # both directions of forwarding
 PROBE_COOKIE = STATIC_CLASS | 0x51  # of the rule whose version is in the bits between
 PROBE_MASK = INBOUND | CLASS_MASK | 0xFF
-TAKEN_OVER = (Kind.TO_SERVER, Kind.FROM_SERVER, Kind.TCP_TO_SERVER)  # what a takeover deletes
+# What a takeover deletes, the latch last: without it the forward rules would be in force again.
+TAKEN_OVER = (Kind.TO_SERVER, Kind.FROM_SERVER, Kind.TCP_TO_SERVER, Kind.LATCH)
 
 
 # -- actions -----------------------------------------------------------------------------------------------
@@ -141,13 +144,38 @@ class PopVlan:
     pass
 
 
-Action = Output | ToController | Group | SetField | DecTtl | PushVlan | PopVlan
+@dataclass(frozen=True, slots=True)
+class LoadRegister:
+    """Open vSwitch's register 0, which begins as 0."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resubmit:
+    """Open vSwitch: the packet as it is now also goes through ``table``."""
+
+    table: int
+
+
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """Open vSwitch: from now on ``table`` has a rule with this cookie that loads ``value`` into the register."""
+
+    table: int
+    cookie: int
+    value: int
+
+
+Action = (
+    Output | ToController | Group | SetField | DecTtl | PushVlan | PopVlan | LoadRegister | Resubmit | Learn
+)
 Match = Mapping[str, int | str | tuple[str, str] | tuple[int, int]]  # a pair: value and mask
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A flow entry of table 0; no ``actions`` drops. ``idle_timeout`` in seconds, 0 is none."""
+    """A flow entry; no ``actions`` drops. ``idle_timeout`` in seconds, 0 is none. ``table``: see failover.py."""
 
     priority: int
     match: Match
@@ -155,6 +183,28 @@ class Rule:
     cookie: int
     meter: int = 0
     idle_timeout: int = 0
+    table: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Indirect:
+    """A group with one bucket."""
+
+    group_id: int
+    actions: tuple[Action, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FastFailover:
+    """A group: what happens while ``port`` has a link; else the group ``otherwise``."""
+
+    group_id: int
+    port: int
+    live: tuple[Action, ...]
+    otherwise: int
+
+
+StaticGroup = Indirect | FastFailover
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +382,10 @@ class Pipeline:
             for side, kind in ((self.internal, out), (self.external, into))
             for flag in flags[kind]
         )
+
+    def groups(self) -> tuple[StaticGroup, ...]:
+        """Those that it needs besides next hops, each after those that it names: failover.py."""
+        return ()
 
     def fence(self) -> tuple[Rule, ...]:
         """What drops, and counts, the packets of a server that is thought dead."""

@@ -21,6 +21,7 @@ from switch_agent.codec import PacketIn
 from switch_agent.compile import NextHopGroups
 from switch_agent.nexthops import NO_ROUTE
 from switch_agent.pipeline import (
+    ALL_BITS,
     CLASS_MASK,
     FORWARD_COOKIE,
     FORWARD_MASK,
@@ -122,6 +123,12 @@ class OpenFlowDataPlane(SessionRules):
             )
         for key in list(self._hops.groups):
             await self._write_group(key)
+        for group in self._pipeline.groups():
+            await self._ensure(
+                lambda txid, modify, group=group: openflow.static_group(group, txid, modify=modify),  # type: ignore[misc]
+                openflow.GROUP_EXISTS,
+                "a fast-failover group that goes on in a table (`switch.failover: group` is for Open vSwitch)",
+            )
         txid = self._channel.next_txid()
         earlier = openflow.delete_by_cookie(
             Kind.RETURN.cookie, txid=txid
@@ -139,6 +146,8 @@ class OpenFlowDataPlane(SessionRules):
 
     async def install_static_peer_rules(self, *kinds: Kind) -> None:
         """The server carries from here on: first what comes from it may pass, then it gets what is its own."""
+        if self._pipeline.groups():
+            await self._delete_kinds(Kind.LATCH)
         async for page in self.sessions():
             await self._settle(page)
         for kind in kinds or (Kind.FROM_SERVER, Kind.TO_SERVER):
@@ -165,6 +174,9 @@ class OpenFlowDataPlane(SessionRules):
         ChannelLost, SwitchError."""
         found = await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)
         self.server_carries = bool(len(found)) and self._pipeline.partition.forwards
+        if len(await self._channel.statistics(Kind.LATCH.cookie, ALL_BITS)):
+            self._report("the switch has gone over by itself: a link to the server was lost")
+            self.server_carries = False
         if (
             self.server_carries
         ):  # what an agent with another partition has left goes, but not before ours is there

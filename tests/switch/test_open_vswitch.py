@@ -19,9 +19,10 @@ from nat_control.lab import Lab, LabError, leftovers, until
 from nat_fastpath.engine import RECORD
 from switch_agent import channel as openflow
 from switch_agent.codec import Error, Lost, PortStatus, Ready, TransactionComplete
+from switch_agent.failover import WithGroup
 from switch_agent.nexthops import NextHops, key
 from switch_agent.ovs import RECEIVE_BUFFER, OpenVSwitch
-from switch_agent.pipeline import Kind, Output, Rule, SetField, mac_text
+from switch_agent.pipeline import FastFailover, Kind, Output, Rule, SetField, StaticGroup, mac_text
 from switch_agent.plane import TAKEOVER_TXID, OpenFlowDataPlane, Reconciled, SwitchError
 from tests.memory_plane import AsyncMemoryPlane, MemoryPlane
 from tests.switch.net import (
@@ -452,6 +453,19 @@ def test_a_port_that_goes_down_is_told(net: Net) -> None:
 def test_a_refused_static_rule_is_an_error(net: Net) -> None:
     with pytest.raises(SwitchError, match="the switch refuses static rules: OFPET_BAD_ACTION"):
         net.run(net.plane._rules((Rule(1, {}, (Output(0xFFFFFF01),), 1),)))
+
+
+def test_a_switch_that_has_no_such_group(net: Net) -> None:
+    """The line says which key asks for it."""
+
+    class Refused(WithGroup):
+        def groups(self) -> tuple[StaticGroup, ...]:
+            return (FastFailover(0xFFFF_FF01, 3, (), otherwise=1),)  # beyond the last id that there is
+
+    plain = pipeline()
+    words = r"the switch refuses a fast-failover group .*`switch.failover: group` is for Open vSwitch"
+    with pytest.raises(SwitchError, match=words):
+        net.fresh(pipeline=Refused(plain.internal, plain.external, plain.mac))
 
 
 def test_inside_next_hops_by_address(net: Net) -> None:

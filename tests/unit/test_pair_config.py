@@ -104,6 +104,8 @@ def test_a_switch_without_a_peer() -> None:
     }
     config = c.parse(with_sections(alone, devices=False))
     assert config.switch.ports == c.SwitchPorts(1, 2, 0, 0)
+    grouped = {**alone, "switch": {**alone["switch"], "failover": "group"}}
+    assert "there are none" in problems(with_sections(grouped, devices=False))["switch.failover"]
     core = c.to_core(config, [])
     assert (core.instance, core.synchronous, core.hold) == (2, True, 1.0)
     assert (core.pool[0].ports, core.pool[0].own) == ((1, 65535), (1024, 65535))
@@ -139,6 +141,7 @@ def test_defaults_and_choices_are_those_of_the_schema() -> None:
     assert SCHEMA["$defs"]["hold"]["properties"]["on_limit"]["enum"] == list(pair_config.ON_LIMIT)
     assert SCHEMA["properties"]["switch"]["properties"]["barrier"]["enum"] == list(pair_config.BARRIERS)
     assert SCHEMA["properties"]["switch"]["properties"]["mark"]["enum"] == list(pair_config.MARKS)
+    assert SCHEMA["properties"]["switch"]["properties"]["failover"]["enum"] == list(pair_config.FAILOVERS)
     assert SCHEMA["properties"]["ports"]["properties"]["mark"]["enum"] == list(pair_config.MARKS)
     for part in SCHEMA["$defs"]["switch_ports"]["properties"].values():
         assert part["maximum"] == pair_config.MAX_OPENFLOW_PORT
@@ -286,6 +289,7 @@ def test_tls_or_plain_and_one_key() -> None:
         ("ports", ONE_LINK, "switch.tags", "different VLANs"),
         ("mark", "dscp", "switch.mark", "one link to the server"),
         ("mark", "mac", "switch.mark", "none of: vlan, dscp"),
+        ("failover", "bfd", "switch.failover", "none of: rules, group"),
         ("tags", {"internal": 5}, "switch.tags", "`switch.ports.server` with `mark: vlan`"),
         ("tags", {"internal": 4095}, "switch.tags.internal", "from 1 to 4094"),
     ],
