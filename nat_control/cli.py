@@ -251,8 +251,15 @@ def _agent(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("next hops", f"{status['neighbours']}, {status['held']} packets held"),
         ("counts", ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()) or "-"),
         ("refused rules", ", ".join(f"{n} {why}" for why, n in status["refused"].items()) or "none"),
-        ("last takeover", takeover.get("reason", "none")),
+        ("last takeover", ", ".join((takeover.get("reason", "none"), *_since(takeover)))),
     ]
+
+
+def _since(takeover: dict[str, Any]) -> list[str]:
+    """When each step of a takeover was done, from when the server's death was known."""
+    times = ((step, takeover.get(step)) for step in ("written", "barrier", "proved"))
+    known = takeover.get("detected")
+    return [f"{step} after {(at - known) / 1e6:.2f} ms" for step, at in times if at and known]
 
 
 def _draining(answer: dict[str, Any]) -> list[tuple[str, str]]:

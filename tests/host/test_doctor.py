@@ -264,3 +264,14 @@ def test_an_empty_host_is_no_crash(tmp_path: Path) -> None:
 def test_sets_of_cpus() -> None:
     assert cpu_list("0-2,5\n") == {0, 1, 2, 5}
     assert cpu_list("") == frozenset()
+
+
+def test_a_switch_that_is_to_use_tls_and_does_not() -> None:
+    tree = yaml.safe_load((ROOT / "examples/pair-switch.yaml").read_text())
+    tree["switch"] |= {
+        "openflow": "tls:127.0.0.1:6653",
+        "tls": {key: f"/o/{key}" for key in ("ca", "certificate", "key")},
+    }
+    found = diagnose(replace(HEALTHY, ovs=GOOD_OVS), Need(parse(tree), 10 << 20, 0))
+    assert bad(found) == [("ovs-controller", WARNING)]
+    assert "set-controller br0 ssl:127.0.0.1:6653 ssl:127.0.0.1:6654" in found[0].remedy[0]

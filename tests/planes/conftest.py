@@ -16,7 +16,9 @@ from tests.switch.net import Net
 
 # EAL starts once per process and takes the namespace that it is in: see test_worker.py.
 WORKER_ONLY = "TANDEM_PLANES_WITH_WORKER"
-PLANES = ["worker"] if WORKER_ONLY in os.environ else ["memory", "core", "two cores", "switch"]
+PLANES = (
+    ["worker"] if WORKER_ONLY in os.environ else ["memory", "core", "two cores", "switch", "proved switch"]
+)
 
 Make = Callable[..., Subject]
 
@@ -57,6 +59,8 @@ def make(request: pytest.FixtureRequest, runner: asyncio.Runner) -> Iterator[Mak
                 made.append(TwoCores(runner, max_sessions))
             case "switch":
                 made.append(Switch(runner, max_sessions, request.getfixturevalue("net")))
+            case "proved switch":
+                made.append(Switch(runner, max_sessions, request.getfixturevalue("net"), prove=True))
             case "worker":
                 made.append(Running(runner, max_sessions, request.getfixturevalue("dpdk")))
         return made[-1]

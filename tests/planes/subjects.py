@@ -252,14 +252,19 @@ class TwoCores(Subject):
 class Switch(OwnCore):
     """A real Open vSwitch, with a core as the store; its rules must be those of the sessions, and no others."""
 
-    def __init__(self, runner: asyncio.Runner, max_sessions: int, net: Net) -> None:
+    def __init__(self, runner: asyncio.Runner, max_sessions: int, net: Net, *, prove: bool = False) -> None:
         super().__init__(runner, max_sessions)
         net.fresh()
         self.net = net
+        net.channel.prove = prove
         pipe = pipeline()
         self.lines: list[str] = []
         self.plane = AgentPlane(net.channel, pipe, next_hops(pipe), self.store, report=self.lines.append)
         self.run(self.plane.prepare())
+
+    def close(self) -> None:
+        self.net.channel.prove = False
+        super().close()
 
     def check(self) -> None:
         super().check()

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from nat_control import api
+from nat_control.cli import _since
 from nat_fastpath.engine import RECORD, VERDICT_NAMES
 from tests.unit.test_translate import outbound, write
 
@@ -175,6 +176,16 @@ def test_help_names_the_exit_codes() -> None:
     assert "3 no server is running" in said
     for name in ("server", "check", "show", "translate", "demo", "version"):
         assert name in said
+
+
+def test_the_steps_of_a_takeover_have_their_times() -> None:
+    takeover = {"reason": "silence", "detected": 10**9, "written": 10**9 + 40_000, "barrier": None}
+    assert _since(takeover) == ["written after 0.04 ms"]
+    assert _since({**takeover, "proved": 10**9 + 3_000_000}) == [
+        "written after 0.04 ms",
+        "proved after 3.00 ms",
+    ]
+    assert _since({}) == []
 
 
 def test_version() -> None:

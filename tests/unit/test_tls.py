@@ -24,6 +24,17 @@ def files(directory: Path, name: str) -> Tls:
     return Tls(directory / "ca.pem", directory / f"{name}.pem", directory / f"{name}.key")
 
 
+def test_certificates_for_openflow_come_with_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*CLI, "certs", str(tmp_path), "--openflow"], capture_output=True, text=True, check=True
+    )
+    *made, command = done.stdout.splitlines()
+    assert [Path(line).name for line in made] == [
+        "ca.pem", "ca.key", "agent.pem", "agent.key", "ovs.pem", "ovs.key",
+    ]  # fmt: skip
+    assert command == f"ovs-vsctl set-ssl {tmp_path}/ovs.key {tmp_path}/ovs.pem {tmp_path}/ca.pem"
+
+
 def test_certificates_are_good_and_keys_are_nobody_elses(tmp_path: Path) -> None:
     done = subprocess.run([*CLI, "certs", str(tmp_path / "new")], capture_output=True, text=True, check=True)
     made = [Path(line) for line in done.stdout.splitlines()]
