@@ -3,15 +3,6 @@
 
 One table. From the top down (thesis 5.2 and 7.2):
 
- 400  forward to server    a port's whole traffic to the server and back; there while the server carries
- 300  session              two exact rules per session, which translate; they wait below the rules above
- 200  agent's business     ARP and ICMP for our addresses, new flows: to the agent, each by its own meter
- 150  probe                what the agent sends through the table as a proof, and gets back (probe.py)
- 150  probe                   what the agent sends through the table as a proof, and gets back (probe.py)
- 100  fence                what comes from the server's ports, once it is not forwarded any more
-   0  rest                 dropped
-====  ===================  ==============================================================================
-=======
 ====  ======================  ===========================================================================
  600  TCP control to server   SYN, FIN, RST; while the server carries and anything is in front
  590  TCP control to agent    the same, seen once those above are gone; while anything is in front
