@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,10 @@ OPENING_RATE = 20_000  # new sessions per second
 FIRST_PORT = 9000
 ROUNDS = 20  # of opening
 BETWEEN = 20.0  # seconds between two planned restarts of the server, each of which begins with an InitState
-DEATH, LOST = "the server is dead (", "peer: operational -> "  # lines of the agent, and of the server
+DEATH, LOST = (
+    r"the server is dead \((.*?)\)",
+    "peer: operational -> ",
+)  # lines of the agent, and of the server
 
 
 def measure(
@@ -37,31 +42,32 @@ def measure(
         opened = _open(net, sessions)
         tell(f"{opened} sessions at both")
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY)]
-        starts, died = 0, -_deaths(net)
+        starts, lost, before = 0, -net.server.output.count(LOST), len(_deaths(net))
         try:
             end = time.monotonic() + 60 * minutes
             while (left := end - time.monotonic()) > 0:
                 time.sleep(min(BETWEEN, left))
-                died += net.server.output.count(LOST)
+                lost += net.server.output.count(LOST)
                 net.server.stop()  # hands the traffic over, which is no death
                 net.start_server()
                 until("both are in step", lambda: net.show("agent")["peer"] == "operational", 120)
                 starts += 1
-                tell(
-                    f"{starts} InitStates of {net.show('server')['sessions']} sessions, {died + _deaths(net)} deaths"
-                )
+                held = net.show("server")["sessions"]
+                tell(f"{starts} InitStates of {held} sessions, deaths: {_deaths(net)[before:]}")
         finally:
             for one in busy:
                 one.kill()
                 one.wait()
-        held = net.show("server")["sessions"]
+        held, reasons = net.show("server")["sessions"], _deaths(net)[before:]
+        lost += net.server.output.count(LOST)
         return {
             "figure": "false deaths",
             "minutes": minutes,
             "busy_processes": BUSY,
             "sessions": held,
             "init_states": starts,
-            "false_deaths": died + _deaths(net) + net.server.output.count(LOST),
+            "false_deaths": max(len(reasons), lost),  # the server loses its peer at each of the agent's, too
+            "reasons": dict(Counter(reasons)),
         }
 
 
@@ -83,5 +89,6 @@ def _held(net: PairLab) -> list[int]:
     return [net.show(name)["sessions"] for name in ("agent", "server")]
 
 
-def _deaths(net: PairLab) -> int:
-    return net.agent.output.count(DEATH)
+def _deaths(net: PairLab) -> list[str]:
+    """Why the agent has thought the server dead."""
+    return re.findall(DEATH, net.agent.output)
