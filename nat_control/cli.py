@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from nat_control import api, cli_certs, cli_host, cli_live, cli_peer, cli_pktgen
+from nat_control import api, cli_certs, cli_host, cli_live, cli_offload, cli_peer, cli_pktgen
 from nat_control.cli_output import FAILED, INTERRUPTED, USAGE, Json
 from nat_control.cli_output import cell as _cell
 from nat_control.cli_output import complain as _complain
@@ -246,7 +246,11 @@ def _agent(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("switch", status["switch"]),
         ("carrier", status["carrier"]),
         ("peer", f"{status['peer']}{alive}"),
-        ("sessions", f"{status['sessions']}, {status['offloaded']} with rules on the switch"),
+        (
+            "sessions",
+            f"{status['sessions']}, {status['offloaded']} with rules on the switch, "
+            f"{status['offload']['in_front']} of them in front of the server",
+        ),
         ("mappings", f"{status['mappings']} of {status['hosts']} hosts"),
         ("next hops", f"{status['neighbours']}, {status['held']} packets held"),
         ("counts", ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()) or "-"),
@@ -260,6 +264,17 @@ def _since(takeover: dict[str, Any]) -> list[str]:
     times = ((step, takeover.get(step)) for step in ("written", "barrier", "proved"))
     known = takeover.get("detected")
     return [f"{step} after {(at - known) / 1e6:.2f} ms" for step, at in times if at and known]
+
+
+def _offload(told: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Nothing without a peer, or where nobody offloads anything."""
+    if told is None or not (told["policy"] or told["in_front"] or told["there"]):
+        return []
+    hand = f", {told['by_hand']} of them by hand" if told["by_hand"] else ""
+    moved = f"{told['there']} moves there, {told['back']} back, {told['refused']} refused"
+    return [
+        ("offloaded", f"{told['in_front']} carried by the switch{hand}, room for {told['room']}; {moved}")
+    ]
 
 
 def _draining(answer: dict[str, Any]) -> list[tuple[str, str]]:
@@ -287,6 +302,7 @@ def show_status(config: ConfigOption = None, socket: SocketOption = None, as_jso
         ("process", f"{status['pid']}, up {status['uptime']:.0f} s, {status['dpdk']}"),
         ("behaviour", f"{status['mapping']} mapping, {status['filtering']} filtering"),
         ("sessions", f"{status['sessions']} of {status['max_sessions']}"),
+        *_offload(status["offload"]),
         ("mappings", f"{status['mappings']} of {status['hosts']} hosts"),
         ("new and ended", f"{rates['sessions_opened']:.0f} and {rates['sessions_closed']:.0f} per second"),
         ("next hops", f"{status['neighbours']}, {status['held']} packets held"),
@@ -534,6 +550,7 @@ cli_live.register(app)
 cli_certs.register(app)
 cli_pktgen.register(app)
 cli_peer.register(app, show)
+cli_offload.register(app)
 
 
 def main() -> None:

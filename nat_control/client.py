@@ -16,7 +16,7 @@ import contextlib
 import json
 import select
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -342,6 +342,23 @@ class Client:
         "refused", then with ``why``; docs/cli.md has the rest."""
         answer: dict[str, Any] = self._ask({verb: options})[verb]
         return answer
+
+    def offload(
+        self, what: Literal["add", "remove"], ids: Iterable[str] = (), **filters: Unpack[Filters]
+    ) -> dict[str, Any]:
+        """Sessions of these ids, that match, are carried by the peer's switch from now on, or by the server again. Of the
+        answer ``moved`` are ids, ``refused`` ids and why. Raises ApiError when there is no such session, or no peer."""
+        asked = {"ids": list(ids), "filter": filters}
+        answer: dict[str, Any] = self._ask({"offload": {what: asked}})["offload"]
+        return answer
+
+    def offloaded(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The sessions that the switch carries in front of the server, and how many there are and may be."""
+        rows: list[dict[str, Any]] = []
+        with contextlib.closing(_Connection(self.path, {"offload": {"list": {}}}, self.timeout)) as opened:
+            while "offload" not in (answer := opened.line()):
+                rows += answer["rows"]
+        return rows, answer["offload"]
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with contextlib.closing(_Connection(self.path, request, self.timeout)) as opened:

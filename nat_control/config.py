@@ -36,6 +36,7 @@ from nat_control.pair_config import (
     MARKS,
     Heartbeat,
     Hold,
+    Offloading,
     Peer,
     Switch,
     SwitchPorts,
@@ -43,6 +44,7 @@ from nat_control.pair_config import (
     check_link,
     check_pair,
     read_heartbeat,
+    read_offload,
     read_peer,
     read_switch,
 )
@@ -196,6 +198,7 @@ class Config:
     heartbeat: Heartbeat | None = None
     switch: Switch | None = None
     virtual: Virtual | None = None
+    offload: Offloading | None = None
     mark: str = MARKS[0]  # what tells the sides apart where both ports are one device
 
     @property
@@ -226,6 +229,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "heartbeat": False,
         "switch": False,
         "virtual": False,
+        "offload": False,
     },
     "ports": {"internal": True, "external": True, "mark": False},
     "port": {
@@ -415,7 +419,7 @@ def parse(mapping: object, source: str = "config") -> Config:
     workers, control = root.section("workers", "workers"), root.section("control", "control")
     present = {
         name: root.section(name, name)
-        for name in ("peer", "heartbeat", "switch", "virtual")
+        for name in ("peer", "heartbeat", "switch", "virtual", "offload")
         if name in root.values
     }
     config = Config(
@@ -449,9 +453,10 @@ def parse(mapping: object, source: str = "config") -> Config:
         switch=read_switch(present["switch"]) if "switch" in present else None,
         virtual=Virtual(present["virtual"].get("mac", a_mac, _NO_MAC)) if "virtual" in present else None,
         mark=sides.get("mark", choice(MARKS), MARKS[0]),
+        offload=read_offload(present["offload"]) if "offload" in present else None,
     )
     _check(reader, config, located)
-    check_pair(reader, config.peer, config.heartbeat, config.switch, config.virtual)
+    check_pair(reader, config.peer, config.heartbeat, config.switch, config.virtual, config.offload)
     if config.switch is not None:
         check_link(reader, config.switch, [port.vlan for port in ports])
         if "mark" in sides.values:

@@ -96,6 +96,14 @@ class DataPlane(Protocol):
         """All sessions in pages; those that open or close meanwhile may be in it or not."""
 
 
+class Front(Protocol):
+    """A switch that can carry sessions in front of a server that lives."""
+
+    async def move(self, ids: Ids, front: bool) -> tuple[Ids, int]:
+        """Puts sessions in front, or back behind. Returns those of them that are in front now, and for how many more
+        there is room. A session that is not held, or has no room, stays where it is."""
+
+
 class Changes(NamedTuple):
     """What a step of a plane did to its sessions, to be told to the peer."""
 

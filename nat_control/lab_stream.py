@@ -58,6 +58,10 @@ class Record:
         """Numbers of those that left in [begin, end) and never came."""
         return np.flatnonzero((self.arrival() == 0) & (self.sent >= begin) & (self.sent < end))
 
+    def reordered(self, flows: int = 1) -> NDArray[np.int64]:
+        """Numbers of those that came after a later one of their flow."""
+        return np.asarray(self.number[late(self.number, flows)])
+
     def gap(self, begin: int = 0, end: int = 1 << 62) -> tuple[int, int]:
         """The longest time without an arrival in [begin, end): that of the last before it, of the first after it."""
         times = np.sort(self.received[(self.received >= begin) & (self.received < end)])
@@ -65,6 +69,20 @@ class Record:
             raise ValueError("no two datagrams arrived")
         at = int(np.argmax(np.diff(times)))
         return int(times[at]), int(times[at + 1])
+
+
+def late(number: NDArray[np.int64], flows: int) -> NDArray[np.bool_]:
+    """Which arrivals came after a later one of their flow, duplicates left out; ``number`` in the order of arrival."""
+    order = np.argsort(number % flows, kind="stable")
+    turn = number[order] // flows
+    # flows one after the other, each above all of the one before: one running maximum serves them all
+    height = (number[order] % flows) * (int(turn.max(initial=0)) + 2) + turn + 1
+    highest = np.maximum.accumulate(np.concatenate([[0], height]))[:-1]
+    found = np.zeros(len(number), np.bool_)
+    found[order] = height < highest
+    first = np.zeros(len(number), np.bool_)
+    first[np.unique(number, return_index=True)[1]] = True
+    return found & first
 
 
 class _Ended(Exception):
@@ -147,6 +165,7 @@ def receive(address: str, port: int, flows: int, seconds: float, out: Path) -> d
     return {
         "received": count,
         "duplicates": count - len(distinct),
+        "reordered": int(late(number, flows).sum()),
         "flows": len(np.unique(distinct % flows)),
     }
 

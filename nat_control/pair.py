@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nat_control.config import Config
-from nat_control.dataplane import NO_RECORDS, Changes, DataPlane, Events, Mask, Records, changes
+from nat_control.dataplane import NO_RECORDS, Changes, DataPlane, Events, Front, Mask, Records, changes
 from nat_control.peer import PeerView
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Limits, Mode, State
@@ -79,7 +79,7 @@ class Pair:
 
     ``guard``: a peer that the heartbeat finds dead loses its connection at once. An owner that arms the watch for bytes of
     its own sees to that itself. ``ours``: sessions of which all packets are seen here, so that what we know is news to the
-    peer. Raises PairError, here and from ``run``.
+    peer. ``front``: the switch's side. Raises PairError, here and from ``run``.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Pair:
         counters: Sequence[int] = (),
         guard: bool = False,
         ours: Callable[[Records], Mask] | None = None,
+        front: Front | None = None,
     ) -> None:
         assert config.peer
         assert config.heartbeat
@@ -126,6 +127,7 @@ class Pair:
             listen=peer.listen,
             connect=peer.connect,
             tls=tls,
+            front=front,
         )
         self.view = PeerView(self.protocol, self.transport, plane, clock)
         key = heartbeat_key(config)
@@ -312,10 +314,11 @@ class Pair:
         shortest = min(self._timeouts.udp, self._timeouts.icmp, self._timeouts.tcp_transitory)
         return min(max(shortest / ACTIVITY_SHARE, ACTIVITY_PERIOD), shortest / 3)
 
-    async def activity_pause(self) -> None:
-        """Until it is time to look at what was carried; shorter timeouts ask for a look at once."""
+    async def activity_pause(self, most: float | None = None) -> None:
+        """Until it is time to look at what was carried, or ``most`` seconds; shorter timeouts ask for a look at once."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._shorter.wait(), self.activity_period)
+            period = self.activity_period
+            await asyncio.wait_for(self._shorter.wait(), min(period, most or period))
         self._shorter.clear()
 
     async def _tell_activity(self) -> None:

@@ -112,6 +112,18 @@ class Virtual:
     mac: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Offloading:
+    """From ``packets_per_second`` on, and ``age_seconds`` old, a session goes to the switch; below
+    ``keep_packets_per_second`` it comes back. ``max`` sessions at once, a look each ``interval_seconds``."""
+
+    packets_per_second: int
+    keep_packets_per_second: int
+    age_seconds: int = 10
+    interval_seconds: int = 5
+    max: int = 1000
+
+
 KEYS: Mapping[str, Mapping[str, bool]] = {
     "peer": {
         "listen": False,
@@ -149,6 +161,13 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
     },
     "tags": {"internal": False, "external": False},
     "virtual": {"mac": True},
+    "offload": {
+        "packets_per_second": True,
+        "keep_packets_per_second": False,
+        "age_seconds": False,
+        "interval_seconds": False,
+        "max": False,
+    },
 }
 
 _listener = text_like(r"\d{1,3}(?:\.\d{1,3}){3}:\d{1,5}", "ADDRESS:PORT, such as 127.0.0.1:7000")
@@ -296,12 +315,30 @@ def read_switch(section: Section) -> Switch:
     )
 
 
+def read_offload(section: Section) -> Offloading:
+    heavy = section.get("packets_per_second", integer(2, 10**8), 2)
+    keep = section.get("keep_packets_per_second", integer(1, 10**8), heavy // 2)
+    if keep >= heavy and section.reader.good(section.at):
+        section.reader.fault(
+            section.path("keep_packets_per_second"),
+            f"{keep} is not below packets_per_second ({heavy}): a session would go back and forth",
+        )
+    return Offloading(
+        heavy,
+        keep,
+        age_seconds=section.get("age_seconds", integer(0, 86_400), 10),
+        interval_seconds=section.get("interval_seconds", integer(1, 3600), 5),
+        max=section.get("max", integer(1, 65_535), 1000),
+    )
+
+
 def check_pair(
     reader: Reader,
     peer: Peer | None,
     heartbeat: Heartbeat | None,
     switch: Switch | None,
     virtual: Virtual | None,
+    offload: Offloading | None = None,
 ) -> None:
     """What must hold among these sections; one that could not be read has no consequences for the others."""
     active = peer is not None and peer.mode != "off" and reader.good("peer.mode")
@@ -318,6 +355,10 @@ def check_pair(
         )
     if (active or switch) and virtual is None:
         reader.fault("virtual", "missing: both halves of a pair have one MAC")
+    if offload and switch:
+        reader.fault("offload", "is the server's: the switch moves what the server asks for")
+    elif offload and not active:
+        reader.fault("offload", "there is no peer whose switch could carry sessions")
     if switch is None:
         return
     ports = switch.ports

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nat_control import config as configuration
-from nat_control.api import Api, ApiError
+from nat_control.api import Api, ApiError, Pages
 from nat_control.config import Config
 from nat_control.core_plane import CorePlane
 from nat_control.dataplane import Events
@@ -23,6 +23,7 @@ from nat_control.health import NO_RESOURCE, Health, drops_of, state_of, states_o
 from nat_control.live import Live
 from nat_control.loop import ControlLoop, ending_cleanly, monotonic, no_more_signals, start_epoch
 from nat_control.memory import buffer_mtu, buffers, packet_memory_mb
+from nat_control.offloader import Offloader, no_switch
 from nat_control.pair import Pair, PairError
 from nat_control.peer import line_of, no_peer
 from nat_control.reload import Reload
@@ -181,18 +182,21 @@ class Server:
         for i, cpu in enumerate(config.workers.cores):
             say(f"{self._worker_name(i)}: CPU {cpu}, {config.workers.idle}{bound}")
         self.pair: Pair | None = None
+        self.offloader: Offloader | None = None
         if paired:
+            plane = CorePlane(self.core)
             self.pair = Pair(
                 config,
-                CorePlane(self.core),
+                plane,
                 epoch=epoch,
                 clock=monotonic,
                 drain=lambda: self.loop.drain(),
-                notice=_say_notice,
+                notice=self._notice,
                 counters=self.workers.loops_addresses,  # all of them move, or we are dead
                 guard=True,
             )
             undo.callback(self.pair.watch.close)
+            self.offloader = Offloader(config, self.pair.protocol, self.pair.transport, plane, monotonic, say)
             # so that our sockets close at once if we are killed, however much memory we have
             undo.callback(hold_memory().close)
         self.live = Live(self.core, [port.name for port in config.ports])
@@ -229,6 +233,13 @@ class Server:
 
     def _reloaded(self, config: Config) -> None:
         self.config = config
+        if self.offloader is not None:
+            self.offloader.reconfigured(config)
+
+    def _notice(self, action: do.Action) -> None:
+        _say_notice(action)
+        if self.offloader is not None:
+            self.offloader.notice(action)
 
     def _refuses(self, config: Config) -> list[str]:
         """What is wrong with addresses of another configuration on the devices that we have."""
@@ -243,19 +254,32 @@ class Server:
     async def _run(self) -> None:
         asyncio.get_running_loop().set_exception_handler(self.health.unhandled)
         answers = {"status": self.status, "stats": self.stats, "pool": self.pool_use, "ports": self.port_list}
-        verbs = {**self.live.verbs, "reload": self.reload.verb, "peer": no_peer, **NO_PEER}
-        if self.pair:
+        verbs = {
+            **self.live.verbs,
+            "reload": self.reload.verb,
+            "peer": no_peer,
+            **NO_PEER,
+            "offload": no_switch,
+        }
+        sessions: Pages = self.core.sessions
+        if self.pair and self.offloader:
             traffic = Traffic(self.pair, sessions=lambda: self.core.counters()["sessions"])
-            verbs |= {"peer": self.pair.view.verb, **traffic.verbs}
-        api = Api({**answers, "hosts": self.live.hosts}, self.core.sessions, verbs)
+            verbs |= {"peer": self.pair.view.verb, **traffic.verbs, "offload": self.offloader.verb}
+            sessions = self.offloader.marked(sessions)
+        api = Api({**answers, "hosts": self.live.hosts}, sessions, verbs)
         await api.start(self.config.control.socket)
         pair = asyncio.ensure_future(self.pair.run()) if self.pair else None
+        offloading = asyncio.ensure_future(self.offloader.run()) if self.offloader else None
+        if offloading is not None:
+            offloading.add_done_callback(self.loop.end_with)
         if pair is not None:
             pair.add_done_callback(self.loop.end_with)
         try:
             say(f"control: {self.config.control.socket}")
             say(f"ended by {await self.loop.run(ready=lambda: say('ready'), leave=self._leave)}")
         finally:
+            if offloading is not None:
+                offloading.cancel()
             if pair is not None and self.pair is not None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.pair.stop(), 1)
@@ -266,6 +290,8 @@ class Server:
     def _events(self, events: Events) -> None:
         if self.pair is not None:
             self.pair.events(events)
+        if self.offloader is not None:
+            self.offloader.events(events)
         self.live.publish(events)
 
     async def _leave(self) -> None:
@@ -350,6 +376,7 @@ class Server:
             "filtering": nat.filtering,
             "max_sessions": nat.max_sessions,
             "peer": self.pair.state.value if self.pair else "none",
+            "offload": self.offloader.status() if self.offloader else None,
             **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
             "rates": {name: round(rate, 1) for name, rate in self.loop.rates.items()},
             "worker": max(workers, key=lambda worker: (worker["stalled"], worker["busy_share"])),

@@ -36,10 +36,12 @@ from nat_control.loop import (
     no_more_signals,
     start_epoch,
 )
+from nat_control.offloader import marked_pages
 from nat_control.pair import ACTIVITY_PERIOD, Pair, PairError, unusable
 from nat_control.pair_config import PROTOCOLS
 from nat_control.peer import no_peer
 from nat_control.reload import Reload
+from nat_control.sync import actions as do
 from nat_control.tls import Tls, TlsError
 from nat_control.traffic import NO_PEER, Traffic
 from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result
@@ -47,6 +49,7 @@ from switch_agent.carrier import Carrier
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Lost, PacketIn, PortStatus, Ready
 from switch_agent.failover import OneLinkWithGroup, WithGroup
+from switch_agent.front import SwitchFront
 from switch_agent.link import OneLink
 from switch_agent.nexthops import NextHops, Route, key
 from switch_agent.pipeline import ALL_LOCAL, ALL_PEER, NEW_AT_PEER, Partition, Pipeline, Side, by_protocol
@@ -192,18 +195,19 @@ class Agent:
             say=say,
         )
         self.live = Live(self.core, [port.name for port in config.ports])
+        self.front = SwitchFront(self.plane, monotonic, chosen=self.plane.fronts_by_choice)
         self.pair: Pair | None = None
         if config.peer and config.peer.mode != "off":
-            self.pair = self.carrier.pair = Pair(
+            self.pair = self.carrier.pair = self.front.pair = Pair(
                 config,
                 self.plane,
                 epoch=self.epoch,
                 clock=monotonic,
                 drain=self._drain,
-                notice=self.carrier.notice,
+                notice=self._notice,
                 ours=self.plane.seen_here_alone,
+                front=self.front,
             )
-            self.plane.tell = self.pair.carried
         self.reload = Reload(
             config,
             path,
@@ -231,12 +235,14 @@ class Agent:
         answers = {"status": self.status, "stats": self.stats, "hosts": self.live.hosts}
         # no threads: the core is this one's
         verbs = {**self.live.verbs, "reload": self.reload.verb, "peer": no_peer, **NO_PEER}
+        verbs["offload"] = self.front.verb
         if self.pair:
             traffic = Traffic(
                 self.pair, sessions=lambda: self.core.counters()["sessions"], arbiter=self.carrier
             )
             verbs |= {"peer": self.pair.view.verb, **traffic.verbs}
-        api = Api(answers, self.core.sessions, verbs, threads=False)
+        sessions = marked_pages(self.core.sessions, lambda: self.front.ids)
+        api = Api(answers, sessions, verbs, threads=False)
         asyncio.get_running_loop().set_exception_handler(self.health.unhandled)
         await api.start(self.config.control.socket)
         try:
@@ -384,20 +390,35 @@ class Agent:
 
     async def _activity(self) -> None:
         """Of what the switch carries only its counters tell which sessions live, and which deserve its rules."""
+        ranked = monotonic()
         while True:
-            await (self.pair.activity_pause() if self.pair else asyncio.sleep(ACTIVITY_PERIOD))
+            if self.pair:
+                await self.pair.activity_pause(self.front.period)
+            else:
+                await asyncio.sleep(ACTIVITY_PERIOD)
             if self.carrier.ready and (self.plane.carries_some or self.plane.full_at is not None):
-                self._work.put_nowait(self._refresh)
+                due = monotonic() - ranked >= (self.pair.activity_period if self.pair else ACTIVITY_PERIOD)
+                ranked = monotonic() if due else ranked
+                done = asyncio.Event()  # a look that waits behind others is not asked for twice
+                self._work.put_nowait(partial(self._refresh, done, rank=due))
+                await done.wait()
 
-    async def _refresh(self) -> None:
+    async def _refresh(self, done: asyncio.Event, *, rank: bool) -> None:
         try:
-            await self.plane.refresh()
-            if self.core.counters()["sessions"] > self.plane.offloaded:
+            await self.front.look()
+            if rank and self.core.counters()["sessions"] > self.plane.offloaded:
                 await self.plane.rerank()
         except ChannelLost:
             pass
         except SwitchError as error:
             say(str(error))
+        finally:
+            done.set()
+
+    def _notice(self, action: do.Action) -> None:
+        self.carrier.notice(action)
+        if isinstance(action, do.StateChanged) and action.after is do.State.OPERATIONAL:
+            self.front.greet()
 
     # -- the switch ----------------------------------------------------------------------------------------
 
@@ -453,6 +474,7 @@ class Agent:
             "offloaded": self.plane.offloaded,
             "in_front": len(self.plane.in_front),
             "tcp_ages": "by its state" if self.plane.tcp_control else "by its established timer",
+            "offload": self.front.status(),
             **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
             "takeover": self.carrier.last_takeover,
             "counts": {**self.counts, "takeovers": self.carrier.takeovers},

@@ -44,6 +44,7 @@ class PairLab:
         receive_buffer: int = 64 << 20,
         command: list[str] | None = None,
         peer: dict[str, Any] | None = None,
+        offload: dict[str, Any] | None = None,
     ) -> None:
         """``mark``: one link between switch and server, on which this tells the sides apart (vlan, dscp)."""
         self.lab = lab
@@ -108,6 +109,7 @@ class PairLab:
             workers=self.workers,
             peer={"connect": f"{AGENT}:7000", "tls": self._tls("server"), **both},
             heartbeat={"listen": f"{SERVER}:7001", "connect": f"{AGENT}:7001", **beats},
+            **({"offload": offload} if offload else {}),
         )
 
     def _tls(self, name: str) -> dict[str, str]:

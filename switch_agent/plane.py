@@ -233,11 +233,20 @@ class OpenFlowDataPlane(SessionRules):
         data = b"".join(openflow.flow_mod(rule, openflow.ADD, txid) for rule in rules)
         self._insist(await self._channel.transact(data, txid), "static rules")
 
-    async def _ensure(self, encode: Callable[[int, bool], bytes], exists: tuple[int, int], what: str) -> None:
-        """Adds, or changes what is there from an earlier connection."""
+    async def _ensure(
+        self,
+        encode: Callable[[int, bool], bytes],
+        exists: tuple[int, int],
+        what: str,
+        *,
+        keep: bool = False,
+    ) -> None:
+        """Adds, or changes what is there from an earlier connection; ``keep``: leaves it."""
         txid = self._channel.next_txid()
         errors = await self._channel.transact(encode(txid, False), txid)
         if any((error.type, error.code) == exists for error in errors):
+            if keep:
+                return
             txid = self._channel.next_txid()
             errors = await self._channel.transact(encode(txid, True), txid)
         self._insist(errors, what)
@@ -254,13 +263,15 @@ class OpenFlowDataPlane(SessionRules):
             if key in self._hops.groups:
                 await self._write_group(key)
 
-    async def _write_group(self, key: int) -> None:
-        group_id = self._hops.groups[key]
-        actions = self._pipeline.next_hop(self._hops.hop(key))
+    async def _write_group(self, key: int, *, new: bool = False) -> None:
+        """One that an earlier agent has left for a ``new`` next hop keeps its MAC until we know one: rules in front use it."""
+        group_id, hop = self._hops.groups[key], self._hops.hop(key)
+        actions = self._pipeline.next_hop(hop)
         await self._ensure(
             lambda txid, modify: openflow.group_mod(group_id, actions, txid, modify=modify),
             openflow.GROUP_EXISTS,
             f"group {group_id}",
+            keep=new and hop.mac is None,
         )
 
     async def _groups(self, records: Records) -> NextHopGroups:
@@ -275,7 +286,7 @@ class OpenFlowDataPlane(SessionRules):
             written = 0
             try:
                 for key in new:
-                    await self._write_group(key)
+                    await self._write_group(key, new=True)
                     written += 1
             except SwitchError as error:
                 self._report(str(error))

@@ -122,6 +122,16 @@ class SessionRules(ABC):
         return self._pipeline.partition
 
     @property
+    def room_in_front(self) -> int:
+        """For how many more there is room in front, whether they have rules behind or none."""
+        return max(self._room - len(self._front), 0)
+
+    @property
+    def fronts_by_choice(self) -> bool:
+        """Whether nothing is in front but what ``set_front`` has put there."""
+        return self.partition.forwards and not self.partition.settled_in_front
+
+    @property
     def full_at(self) -> int | None:
         """How many sessions have room in the switch's table, since it said that it is full; None: all that may."""
         return self._room if self._room < self._most else None

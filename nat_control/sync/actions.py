@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from nat_control.dataplane import Ids, NextHops, Records
 from nat_control.sync import codec
-from nat_control.sync.codec import Message
+from nat_control.sync.codec import Carried, Message
 
 MAX_OUTSTANDING = 64  # batches that a side may leave unacknowledged
 
@@ -64,6 +64,9 @@ class Input(Enum):
     NEXT_HOPS = "next hops"
     HAND_OVER = "hand over"
     CARRIER = "carrier"
+    ASK_FRONT = "ask front"
+    FRONT_MOVED = "front moved"
+    TELL_FRONT = "tell front"
     TICK = "tick"
     STOP = "stop"
     HELLO = "Hello"
@@ -83,6 +86,10 @@ class Input(Enum):
     BUCKET_ENTRIES = "BucketEntries"
     WANT_ENTRIES = "WantEntries"
     RESYNC = "Resync"
+    OFFLOAD = "Offload"
+    RECALL = "Recall"
+    MOVED = "Moved"
+    IN_FRONT = "InFront"
 
 
 # -- actions ----------------------------------------------------------------------------------------------
@@ -235,6 +242,33 @@ class Conflicts:
     here: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Move:
+    """Put these sessions in front of the peer, or leave them to it again; then ``front_moved(op, those in front, room)``."""
+
+    op: int
+    ids: Ids
+    front: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrontMoved:
+    """Of those that we asked the peer to move by ``ask_front``, these are in front; it has room for so many more."""
+
+    txid: int
+    room: int
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrontSeen:
+    """All that the peer carries in front of us, with packets of the last ``ms`` milliseconds; 0: not counted."""
+
+    ms: int
+    room: int
+    carried: Carried
+
+
 @dataclass(frozen=True, slots=True)
 class Close:
     """End the connection once everything is sent; then ``disconnected``."""
@@ -275,6 +309,9 @@ Action = (
     | Mended
     | Gap
     | Conflicts
+    | Move
+    | FrontMoved
+    | FrontSeen
     | Close
     | StateChanged
     | Unreachable

@@ -23,7 +23,7 @@ import numpy as np
 from nat_control.dataplane import NO_IDS, Ids, NextHops, Records
 from nat_fastpath.engine import NEIGHBOUR, RECORD
 
-VERSION = 3
+VERSION = 4
 MAGIC = 0x4E54  # "TN"
 HEADER = struct.Struct("<HBBII")
 MAX_PAYLOAD = 1 << 20
@@ -36,10 +36,14 @@ ENTRY = np.dtype([("id", "<u8"), ("hash", "<u8")])  # a session, and the digest'
 _BUCKET_BYTES = BUCKETS // 8
 MAX_ENTRIES = (MAX_PAYLOAD - 8 - _BUCKET_BYTES) // ENTRY.itemsize
 
+CARRIED = np.dtype([("id", "<u8"), ("packets", "<u8")])  # a session in front, and what it has carried
+MAX_FRONT = (MAX_PAYLOAD - 8) // CARRIED.itemsize  # sessions in front that one report can tell
+
 NO_KEY = bytes(16)
 
 Buckets = np.ndarray[Any, np.dtype[np.uint64]]
 Entries = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype ENTRY
+Carried = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype CARRIED
 
 
 class CodecError(Exception):
@@ -215,6 +219,41 @@ class Carries:
     why: str = ""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Offload:
+    """The receiver's switch shall carry these sessions in front of the sender."""
+
+    txid: int
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recall:
+    """It shall leave these to the sender again."""
+
+    txid: int
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moved:
+    """The answer to both: those named that are in front now; ``room`` for so many more."""
+
+    txid: int
+    room: int
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InFront:
+    """All sessions that the sender's switch carries in front of the receiver, with their packets in the last ``ms``
+    milliseconds; ``ms`` 0: not counted."""
+
+    ms: int
+    room: int
+    carried: Carried
+
+
 Message = (
     Hello
     | InitState
@@ -233,6 +272,10 @@ Message = (
     | BucketEntries
     | WantEntries
     | Resync
+    | Offload
+    | Recall
+    | Moved
+    | InFront
 )
 
 # record size, instance, slices, term, number of ranges, precedence, key of heartbeats
@@ -243,12 +286,14 @@ _U64 = struct.Struct("<Q")
 _TWO = struct.Struct("<QQ")
 _CODE = struct.Struct("<H")
 _CARRIER = struct.Struct("<BB")  # instance, lasting
+_MOVED = struct.Struct("<QI4x")  # txid, room
+_FRONT = struct.Struct("<II")  # milliseconds, room
 
 
 # -- fields -----------------------------------------------------------------------------------------------
 
 
-def _bytes_of(records: Records | NextHops | Entries, layout: np.dtype[np.void] = RECORD) -> bytes:
+def _bytes_of(records: Records | NextHops | Entries | Carried, layout: np.dtype[np.void] = RECORD) -> bytes:
     if records.dtype != layout:
         raise CodecError(f"records of {records.dtype.itemsize} bytes are not those of this version")
     return records.tobytes()
@@ -404,6 +449,20 @@ def _write_txid_ids(m: Ready | InstallComplete) -> bytes:
     return _U64.pack(m.txid) + m.refused.astype("<u8").tobytes()
 
 
+def _write_move(m: Offload | Recall) -> bytes:
+    return _U64.pack(m.txid) + m.ids.astype("<u8").tobytes()
+
+
+def _read_moved(payload: memoryview, epoch: int) -> Moved:
+    txid, room = _head(_MOVED, payload)
+    return Moved(txid, room, _ids(payload[_MOVED.size :]))
+
+
+def _read_in_front(payload: memoryview, epoch: int) -> InFront:
+    ms, room = _head(_FRONT, payload)
+    return InFront(ms, room, _records(payload[_FRONT.size :], CARRIED))
+
+
 LAYOUTS: Mapping[type, _Layout] = {
     Hello: _Layout(1, _write_hello, _read_hello),
     InitState: _Layout(2, lambda m: _INIT.pack(m.txid, m.chunk, m.last) + _bytes_of(m.records), _read_init),
@@ -432,6 +491,10 @@ LAYOUTS: Mapping[type, _Layout] = {
         16, lambda m: m.ids.astype("<u8").tobytes(), lambda payload, epoch: WantEntries(_ids(payload))
     ),
     Resync: _Layout(17, lambda m: _TWO.pack(m.first, m.last), _read_resync),
+    Offload: _Layout(18, _write_move, _txid_ids(Offload)),
+    Recall: _Layout(19, _write_move, _txid_ids(Recall)),
+    Moved: _Layout(20, lambda m: _MOVED.pack(m.txid, m.room) + m.ids.astype("<u8").tobytes(), _read_moved),
+    InFront: _Layout(21, lambda m: _FRONT.pack(m.ms, m.room) + _bytes_of(m.carried, CARRIED), _read_in_front),
 }
 _BY_NUMBER = {layout.number: layout for layout in LAYOUTS.values()}
 

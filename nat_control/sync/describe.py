@@ -14,9 +14,10 @@ from pathlib import Path
 
 from nat_control.sync import codec
 from nat_control.sync.actions import ErrorCode, Input, State
-from nat_control.sync.codec import BUCKETS, ENTRY, LAYOUTS
+from nat_control.sync.codec import BUCKETS, CARRIED, ENTRY, LAYOUTS
 from nat_control.sync.machine import Machine
 from nat_control.sync.merge import Merging
+from nat_control.sync.offloading import Offloading
 from nat_control.sync.outbox import Outbox
 from nat_control.sync.protocol import CONNECTED, INPUT_OF, TABLE, Protocol
 from nat_fastpath.engine import NEIGHBOUR, RECORD
@@ -53,6 +54,14 @@ FIELDS: Mapping[type, tuple[str, struct.Struct | None, str]] = {
     ),
     codec.WantEntries: ("", None, IDS),
     codec.Resync: ("first txid, last txid", codec._TWO, ""),
+    codec.Offload: ("txid", codec._U64, IDS),
+    codec.Recall: ("txid", codec._U64, IDS),
+    codec.Moved: ("txid, room", codec._MOVED, IDS + ", which are in front"),
+    codec.InFront: (
+        "milliseconds, room",
+        codec._FRONT,
+        f"entries of {CARRIED.itemsize} bytes, at most {codec.MAX_FRONT}: id and packets, u64 each",
+    ),
 }
 SIZES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64"}
 
@@ -62,7 +71,7 @@ SIZES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64"}
 
 def _functions() -> dict[str, ast.FunctionDef]:
     found: dict[str, ast.FunctionDef] = {}
-    for owner in (Outbox, Machine, Merging, Protocol):
+    for owner in (Outbox, Machine, Merging, Offloading, Protocol):
         tree = ast.parse(inspect.getsource(owner))
         found |= {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     return found

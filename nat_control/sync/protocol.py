@@ -8,7 +8,7 @@ row for is answered with Error and the end of the connection, and our own sessio
 What the shell owes:
 
 - actions in their order. Those on the data plane (Install, Update, Delete, TakeOwnership, Cede, SendState,
-  TakeDigest, TakeBuckets, Fetch) take effect and are answered one after the other, over connections too; Commit overtakes them all.
+  TakeDigest, TakeBuckets, Fetch, Move) take effect and are answered one after the other, over connections too; Commit overtakes them all.
 - an event that happened before an operation of the plane was finished is delivered before ``plane_done``,
   ``state_page``, ``digest_taken``, ``buckets_taken`` or ``fetched`` of that operation.
 """
@@ -47,24 +47,28 @@ from nat_control.sync.codec import (
     Error,
     HandOver,
     Hello,
+    InFront,
     InitState,
     InstallComplete,
     InstallEntries,
     Message,
+    Moved,
     NextHopsKnown,
+    Offload,
     Ready,
+    Recall,
     Resync,
     UpdateEntries,
     WantEntries,
 )
 from nat_control.sync.exchange import Exchange, misfit_of, rank
-from nat_control.sync.merge import Merging
+from nat_control.sync.offloading import Offloading
 from nat_control.sync.outbox import on_the_wire, pending
 
 MAX_REFUSED = (codec.MAX_PAYLOAD - 8) // 8
 
 
-class Protocol(Merging):
+class Protocol(Offloading):
     """One side. Every input returns the actions to carry out, in order. ``heartbeat_key`` is what Hello tells.
 
     ``epoch``: the number of the last connection of an earlier start, or anything that differs from it."""
@@ -117,6 +121,18 @@ class Protocol(Merging):
     def carries(self, carrier: int, now: float, *, lasting: bool = False, why: str = "") -> list[Action]:
         """Who carries the traffic, by our decision; or why nothing came of what the peer has asked for."""
         return self._step(Input.CARRIER, Carries(carrier, lasting, why))
+
+    def ask_front(self, txid: int, ids: Ids, front: bool, now: float) -> list[Action]:
+        """The peer's switch shall carry these sessions in front of us, or leave them to us; ``txid`` comes back in FrontMoved."""
+        return self._step(Input.ASK_FRONT, txid, ids, front)
+
+    def front_moved(self, op: int, ids: Ids, room: int, now: float) -> list[Action]:
+        """A Move is done; ``ids``: those of it that are in front."""
+        return self._step(Input.FRONT_MOVED, op, room, ids)
+
+    def tell_front(self, ms: int, room: int, carried: codec.Carried, now: float) -> list[Action]:
+        """All that is in front, with packets of the last ``ms`` milliseconds; 0: not counted."""
+        return self._step(Input.TELL_FRONT, InFront(ms, room, carried))
 
     def tick(self, now: float) -> list[Action]:
         """At least every second."""
@@ -435,6 +451,10 @@ INPUT_OF: Mapping[type, Input] = {
     BucketEntries: Input.BUCKET_ENTRIES,
     WantEntries: Input.WANT_ENTRIES,
     Resync: Input.RESYNC,
+    Offload: Input.OFFLOAD,
+    Recall: Input.RECALL,
+    Moved: Input.MOVED,
+    InFront: Input.IN_FRONT,
 }
 
 _P = Protocol
@@ -450,6 +470,8 @@ _IDLE: Mapping[Input, Handler] = {
     Input.NEXT_HOPS: _P._nothing,
     Input.HAND_OVER: _P._nothing,
     Input.CARRIER: _P._nothing,
+    Input.ASK_FRONT: _P._nothing,
+    Input.TELL_FRONT: _P._nothing,
 }
 # What an earlier connection asked the data plane for.
 _LATE: Mapping[Input, Handler] = {
@@ -458,6 +480,7 @@ _LATE: Mapping[Input, Handler] = {
     Input.DIGEST_TAKEN: _P._nothing,
     Input.BUCKETS_TAKEN: _P._nothing,
     Input.FETCHED: _P._nothing,
+    Input.FRONT_MOVED: _P._nothing,
 }
 _ENDS: Mapping[Input, Handler] = {
     Input.DISCONNECTED: _P._disconnected,
@@ -510,6 +533,13 @@ _ROWS: Mapping[State, Mapping[Input, Handler]] = {
         Input.CARRIER: _P._carrier,
         Input.PEER_HANDS_OVER: _P._peer_hands_over,
         Input.CARRIES: _P._peer_tells_carrier,
+        Input.ASK_FRONT: _P._ask_front,
+        Input.OFFLOAD: _P._offload,
+        Input.RECALL: _P._recall,
+        Input.FRONT_MOVED: _P._front_moved,
+        Input.MOVED: _P._moved,
+        Input.TELL_FRONT: _P._tell_front,
+        Input.IN_FRONT: _P._in_front,
         Input.DIGEST: _P._digest,
         Input.DIGEST_TAKEN: _P._digest_taken,
         Input.BUCKET_ENTRIES: _P._bucket_entries,

@@ -17,9 +17,9 @@ from functools import partial
 
 import numpy as np
 
-from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Ids, NextHops, Records
+from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Front, Ids, NextHops, Records
 from nat_control.sync import actions as do
-from nat_control.sync.codec import CodecError, Decoder, Error, Hello, VersionError, encode
+from nat_control.sync.codec import Carried, CodecError, Decoder, Error, Hello, VersionError, encode
 from nat_control.sync.digest import Summary, within
 from nat_control.sync.protocol import Protocol
 from nat_control.tls import reason
@@ -45,7 +45,8 @@ class Transport:
 
     ``clock``: seconds, monotonic. ``drain``: takes the plane's events and passes them to ``events``; called
     before the machine is told that an operation is done. ``notice``: every StateChanged, Conflicts,
-    DigestCompared, Mended, Gap, Carry and CarrierTold, for logs, metrics and takeover.
+    DigestCompared, Mended, Gap, Carry, CarrierTold, FrontMoved and FrontSeen, for logs, metrics and takeover. ``front``
+    moves sessions in front of the peer, where there is a switch that can.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Transport:
         listen: tuple[str, int] | None = None,
         connect: tuple[str, int] | None = None,
         tls: ssl.SSLContext | None = None,
+        front: Front | None = None,
     ) -> None:
         if (listen is None) == (connect is None):
             raise ValueError("one side listens, the other connects")
@@ -70,6 +72,7 @@ class Transport:
         self._listen = listen
         self._connect = connect
         self._tls = tls
+        self._front = front
         self._unreachable = ""
         self._server: asyncio.Server | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -104,6 +107,14 @@ class Transport:
     def carries(self, carrier: int, *, lasting: bool = False, why: str = "") -> None:
         """Who carries, by our decision, also after ``notice`` got Carry; ``why`` nothing came of that."""
         self._carry_out(self.protocol.carries(carrier, self._clock(), lasting=lasting, why=why))
+
+    def ask_front(self, txid: int, ids: Ids, front: bool) -> None:
+        """The peer's switch shall carry these; ``notice`` gets FrontMoved, unless the connection ends."""
+        self._carry_out(self.protocol.ask_front(txid, ids, front, self._clock()))
+
+    def tell_front(self, ms: int, room: int, carried: Carried) -> None:
+        """All that our switch carries in front of the peer."""
+        self._carry_out(self.protocol.tell_front(ms, room, carried, self._clock()))
 
     def verify(self) -> None:
         """A digest soon, if there is a peer; ``notice`` gets DigestCompared."""
@@ -285,6 +296,8 @@ class Transport:
                 | do.Gap()
                 | do.Carry()
                 | do.CarrierTold()
+                | do.FrontMoved()
+                | do.FrontSeen()
             ):
                 self._notice(action)
             case do.Learn(next_hops):
@@ -307,6 +320,8 @@ class Transport:
                 self._queue(partial(self._gather_buckets, at, buckets, besides))
             case do.Fetch(op, ids):
                 self._queue(partial(self._fetch, op, ids), len(ids))
+            case do.Move(op, ids, front):
+                self._queue(partial(self._move, op, ids, front), len(ids))
 
     def _send(self, data: bytes, *, last: bool) -> None:
         writer = self._writer
@@ -402,6 +417,10 @@ class Transport:
     async def _fetch(self, op: int, ids: Ids) -> None:
         found = await self._gather(lambda page: page[np.isin(page["id"], ids)])
         self._done(lambda now: self.protocol.fetched(op, found, now))
+
+    async def _move(self, op: int, ids: Ids, front: bool) -> None:
+        there, room = (NO_IDS, 0) if self._front is None else await self._front.move(ids, front)
+        self._done(lambda now: self.protocol.front_moved(op, there, room, now))
 
     def _done(self, answer: Answer) -> None:
         self._drain()

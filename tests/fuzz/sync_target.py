@@ -4,14 +4,14 @@
 The input is a script. Each step is a byte ``kind | flags``, and for a message 2 bytes of length and its payload:
 
     0       bytes as they are (length, bytes)
-    1..17   a message of this type (length, payload); flags: FOREIGN of another epoch, LYING with a length that is a
+    1..21   a message of this type (length, payload); flags: FOREIGN of another epoch, LYING with a length that is a
             power of two too large, HALVED in two parts with a step of the plane between them
-    18      time passes: 1 byte, in quarters of a second
-    19      the plane carries out the next operation
-    20      an inside host opens a session (1 byte names it)
-    21      one of our sessions ends
-    22      the connection ends, and a new one begins
-    23      the pair hands over, or we leave on purpose (1 byte chooses)
+    22      time passes: 1 byte, in quarters of a second
+    23      the plane carries out the next operation
+    24      an inside host opens a session (1 byte names it)
+    25      one of our sessions ends
+    26      the connection ends, and a new one begins
+    27      the pair hands over, we leave on purpose, or ask the peer's switch to carry (1 byte chooses)
 
 Whatever comes: nothing is raised, what is sent can be sent, an Error ends the connection, nobody's packets stay
 held, and our own sessions go on but for those that the peer was told of and deleted.
@@ -28,6 +28,7 @@ from nat_control.dataplane import NO_IDS, NO_RECORDS, Ids, Records, changes
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Limits, Mode, State
 from nat_control.sync.codec import (
+    CARRIED,
     HEADER,
     MAGIC,
     MAX_PAYLOAD,
@@ -41,13 +42,17 @@ from nat_control.sync.codec import (
     Error,
     HandOver,
     Hello,
+    InFront,
     InitState,
     InstallComplete,
     InstallEntries,
     Message,
+    Moved,
     NextHopsKnown,
+    Offload,
     PoolRange,
     Ready,
+    Recall,
     Resync,
     UpdateEntries,
     WantEntries,
@@ -58,7 +63,7 @@ from nat_control.sync.protocol import Protocol
 from nat_fastpath.engine import FLAG_PENDING, NEIGHBOUR, RECORD, Core
 from tests.packets import CLIENT, INSIDE, POOL, SERVER, START, config, frame, number, small_pool, udp
 
-RAW, LAST_MESSAGE, TIME, PLANE, OPEN, END, RECONNECT, ELSE = 0, 17, 18, 19, 20, 21, 22, 23
+RAW, LAST_MESSAGE, TIME, PLANE, OPEN, END, RECONNECT, ELSE = 0, 21, 22, 23, 24, 25, 26, 27
 KIND, FOREIGN, LYING, HALVED = 0x1F, 0x20, 0x40, 0x80
 EPOCH = 7  # the peer's
 ADDRESS = number(POOL[0])
@@ -173,6 +178,8 @@ class Side:
                     self.work.append(partial(self.gather, at_position, buckets, besides))
                 case do.Fetch(op, ids):
                     self.work.append(partial(self.fetch, op, ids))
+                case do.Move(op, ids, _):
+                    self.work.append(partial(self.move, op, ids))
                 case do.Carry():
                     self.carry_out(self.protocol.carries(1, self.now))
 
@@ -208,6 +215,13 @@ class Side:
         found = self.sessions()
         self.drain()
         self.carry_out(self.protocol.fetched(op, found[np.isin(found["id"], ids)], self.now))
+
+    def move(self, op: int, ids: Ids) -> None:
+        self.drain()
+        self.carry_out(self.protocol.front_moved(op, ids[::2], 3, self.now))
+
+    def ask_front(self) -> list[do.Action]:
+        return self.protocol.ask_front(1, self.sessions()["id"], True, self.now)
 
     def plane(self) -> None:
         if self.work:
@@ -261,7 +275,11 @@ class Side:
             self.connect()
         elif kind == ELSE:
             self.carry_out(
-                self.protocol.stop(self.now) if script.byte() % 2 else self.protocol.hand_over(2, self.now)
+                (
+                    lambda: self.protocol.hand_over(2, self.now),
+                    lambda: self.protocol.stop(self.now),
+                    self.ask_front,
+                )[script.byte() % 3]()
             )
 
     def finish(self) -> None:
@@ -334,6 +352,7 @@ def seeds() -> list[bytes]:
     ready = [hello, plane, step(InitState(1, 0, True, records(3))), plane, step(Ready(1)), plane * 3]
     hops = np.zeros(2, NEIGHBOUR)
     hops["address"], hops["mac"] = number("10.0.0.99") + np.arange(2), 0x02_00_00_00_00_10
+    carried = np.ones(2, CARRIED)
     stories = [
         ready,
         [*ready, opened, step(InstallComplete(1)), bytes((END, 0)), step(DeleteComplete(2)), plane],
@@ -344,6 +363,8 @@ def seeds() -> list[bytes]:
         [*ready, step(InstallComplete(1)), bytes((TIME, 8)), plane, step(BucketEntries(1, tuple(range(256)))), plane * 3],
         [*ready, step(InstallEntries(3, records(4, 8))), plane, step(WantEntries(records(9)["id"])), plane * 2,
          step(Resync(1, 1)), plane],
+        [*ready, step(InstallComplete(1)), bytes((ELSE, 2)), step(Moved(1, 5, records(1)["id"])), step(InFront(2000, 4, carried)),
+         step(Offload(1, records(5)["id"])), plane, step(Recall(2, records(2)["id"])), plane, *[step(Offload(3, NO_IDS))] * 9],
         [hello, plane, step(InitState(9, 0, False, records(2))), step(InitState(9, 1, True, contradicting(2))),
          plane * 2, step(Ready(1, records(1)["id"])), plane * 2, opened, bytes((RECONNECT,)), *ready],
         [hello, step(Error(2, "no")), bytes((RECONNECT,)), *ready, bytes((ELSE, 0, ELSE, 1))],

@@ -28,6 +28,16 @@ def test_a_record_knows_what_was_lost() -> None:
     assert record.gap() == (5 * MS, 9 * MS)
 
 
+def test_a_record_knows_what_came_late() -> None:
+    sent = np.arange(10, dtype=np.int64)
+    one = Record(sent, np.array([0, 2, 1, 3, 3, 2]), sent[:6])
+    assert one.reordered().tolist() == [1]
+    two = Record(sent, np.array([0, 1, 3, 2, 7, 4, 5, 5]), sent[:8])
+    assert two.reordered(flows=2).tolist() == [5], "of another flow it may come after"
+    assert two.reordered().tolist() == [2, 4, 5]
+    assert Record(sent, np.zeros(0, np.int64), sent[:0]).reordered(3).tolist() == []
+
+
 def test_an_interruption_is_found_where_it_was(tmp_path: Path) -> None:
     sent, received = tmp_path / "sent.npy", tmp_path / "received.npz"
     with Lab() as lab:

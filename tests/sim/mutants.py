@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Ids, Records
+from nat_control.offload import FrontView
 from nat_control.sync import machine, outbox
 from nat_control.sync.actions import (
     CarrierTold,
@@ -39,6 +40,7 @@ from nat_control.sync.codec import (
     InitState,
     InstallComplete,
     InstallEntries,
+    Offload,
     Ready,
 )
 from nat_control.sync.outbox import Outbox
@@ -174,6 +176,17 @@ def nobody_elses(records: Records) -> Ids:
     return np.zeros(len(records), np.uint64)
 
 
+def moved_before(self: Protocol, message: Offload, now: float) -> None:
+    Protocol._offload(self, message, now)
+    self._front_moved(next(reversed(self._moves)), 0, message.ids)
+
+
+def all_moved(self: FrontView, txid: int, room: int, ids: Ids, now: float) -> Ids:
+    asked, front = self._asked.pop(txid)
+    self._put(self.fronts[~np.isin(self.ids, asked)], asked if front else NO_IDS, now)
+    return NO_IDS
+
+
 EVENTS = (State.OPERATIONAL, Input.EVENTS)
 BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "packets leave before the peer holds the session": instead(*EVENTS, release_at_once),
@@ -208,6 +221,8 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "nothing is deleted": without(Delete),
     "next hops are not learned": without(Learn),
     "next hops are not told": instead(State.OPERATIONAL, Input.NEXT_HOPS, Protocol._nothing),
+    "a move is answered before it is done": instead(State.OPERATIONAL, Input.OFFLOAD, moved_before),
+    "what was asked for is taken for what is there": method(FrontView, "moved", all_moved),
     "a request is taken for its answer": instead(
         State.OPERATIONAL,
         Input.PEER_HANDS_OVER,
@@ -232,6 +247,7 @@ def row_bug(row: tuple[State, Input]) -> Plant:
     if usual is Protocol._nothing or kind in (
         Input.PLANE_DONE,
         Input.FETCHED,
+        Input.FRONT_MOVED,
     ):  # of an unknown operation: nothing
         return lambda patch: patch.delitem(TABLE, row)
     return instead(state, kind, usual)
@@ -254,7 +270,7 @@ def found_by_simulation() -> bool:
 
 def found_by_unit_tests() -> bool:
     unit = Path(__file__).parents[1] / "unit"
-    files = [str(unit / f"test_{name}.py") for name in ("protocol", "merge")]
+    files = [str(unit / f"test_{name}.py") for name in ("protocol", "merge", "offload_protocol")]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files])

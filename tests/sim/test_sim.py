@@ -53,6 +53,7 @@ def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         Input.BUCKETS_TAKEN,
         Input.FETCHED,
         Input.CARRIER,
+        Input.FRONT_MOVED,
     }
     wanted = {
         row

@@ -32,6 +32,7 @@ from nat_control.sync.digest import Summary, within
 from nat_control.sync.protocol import Protocol
 from nat_fastpath.engine import FLAG_FOREIGN, FLAG_PENDING, NEIGHBOUR
 from tests.memory_plane import UDP, Endpoint, MemoryPlane, inside, key_of, together
+from tests.sim.front import Front
 from tests.sim.link import Link
 
 FAULTS = ("none", "crash", "loss", "split", "full", "forgetful", "gaps", "early", "mute")
@@ -95,6 +96,7 @@ class Node:
         self.answered = 0.0  # when the last operation is
         self.hung_until = 0.0  # its data plane does nothing until then
         self.compared: tuple[int, ...] | None = None
+        self.front = Front(self)
         self.does(world.rng.uniform(0, 0.1), lambda: self.run(self.protocol.plane_ready()))
         self.does(1.0, self.tick)
 
@@ -166,7 +168,7 @@ class Node:
         self.drain()
         world, protocol = self.world, self.protocol
         if self.alive and world.carrier() is self and not world.healed and world.rng.random() < 0.3:
-            world.renumber(world.rng.choice(ROUTERS))
+            world.macs[world.rng.choice(ROUTERS)] += 1
             for router, mac in world.macs.items():
                 self.macs[router] = mac, world.now
         if protocol.state is State.ALONE and not self.operations and not self.working:
@@ -177,6 +179,7 @@ class Node:
         if self.alive and world.hands_over and not world.healed and world.rng.random() < 0.05:
             self.asked = protocol.state is State.OPERATIONAL
             self.run(protocol.hand_over(world.rng.choice((1, 2)), world.now))
+        self.run(self.front.tick())
         if self.alive:
             self.run(protocol.tick(world.now))
             self.does(1.0, self.tick)
@@ -197,6 +200,7 @@ class Node:
 
     def drain(self) -> None:
         events = self.plane.events()
+        self.front.ended(events)
         if len(events) and self.world.strikes("forgetful", 0.1):
             self.world.note(f"{self.index} loses {len(events)} events of its plane")
         elif len(events):
@@ -215,6 +219,7 @@ class Node:
         self.world.must(p.outstanding <= p.limits.window, "the window is exceeded")
 
     def carry_out(self, action: do.Action) -> None:
+        self.front.notice(action)
         match action:
             case do.Send(epoch, message):
                 change = isinstance(message, InstallEntries | DeleteEntries)
@@ -230,6 +235,8 @@ class Node:
                 self.commit(records)
             case do.StateChanged(_, after, why):
                 self.world.note(f"{self.index} is {after.value}: {why}")
+            case do.FrontMoved() | do.FrontSeen():
+                pass
             case do.Conflicts(ids):
                 self.world.conflicting.update(ids.tolist())
             case do.DigestCompared(buckets):
@@ -324,6 +331,8 @@ class Node:
                 records = plane.records()
                 found = within(records[~np.isin(records["id"], besides)], buckets)
                 self.report(lambda: protocol.buckets_taken(at, buckets, found, world.now))
+            case do.Move():
+                self.front.move(action)
             case do.Fetch(op, ids):
                 records = plane.records()
                 found = records[np.isin(records["id"], ids)]
@@ -423,9 +432,6 @@ class World:
 
     def strikes(self, fault: str, rate: float) -> bool:
         return self.faults == fault and not self.healed and self.rng.random() < rate
-
-    def renumber(self, router: int) -> None:
-        self.macs[router] += 1
 
     # -- who carries
 
@@ -540,6 +546,7 @@ class World:
             node.compared = None
         self.must(self.until(BUSY + 2 * PATIENCE, self.merged), "the sides never become equal")
         self.must(self.until(BUSY + 3 * PATIENCE, self.same_next_hops), "next hops differ")
+        self.must(self.until(BUSY + 4 * PATIENCE, self.nodes[0].front.known), "the front is not as known")
         self.check_agreement()
 
     def merged(self) -> bool:

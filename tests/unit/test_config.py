@@ -494,7 +494,9 @@ def test_schema_and_parser_know_the_same_keys_and_choices() -> None:
     by_kind = {
         "": SCHEMA,
         **{name: SCHEMA["properties"][name] for name in ("ports", "nat", "workers", "control")},
-        **{name: SCHEMA["properties"][name] for name in ("peer", "heartbeat", "switch", "virtual")},
+        **{
+            name: SCHEMA["properties"][name] for name in ("peer", "heartbeat", "switch", "virtual", "offload")
+        },
         **{name: nat[name] for name in ("pool", "timeouts", "limits")},
         **{
             name: parts[name]
@@ -580,7 +582,11 @@ PATHS = [
     *(f"nat.{key}" for key in c.KEYS["nat"]),
     *(f"nat.{kind}.{key}" for kind in ("pool", "timeouts", "limits") for key in c.KEYS[kind]),
     *(f"{kind}.{key}" for kind in ("workers", "control") for key in c.KEYS[kind]),
-    *(f"{kind}.{key}" for kind in ("peer", "heartbeat", "switch", "virtual") for key in c.KEYS[kind]),
+    *(
+        f"{kind}.{key}"
+        for kind in ("peer", "heartbeat", "switch", "virtual", "offload")
+        for key in c.KEYS[kind]
+    ),
     *(f"peer.hold.{key}" for key in c.KEYS["hold"]),
     *(f"switch.ports.{key}" for key in c.KEYS["switch_ports"]),
 ]

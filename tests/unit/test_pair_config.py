@@ -97,6 +97,25 @@ def test_openflow_by_tls_or_in_plain_where_it_is_trusted() -> None:
     assert "the switch could pass for the peer" in problems(document)["switch.tls.ca"]
 
 
+def test_offloading_is_the_servers_and_needs_a_peer() -> None:
+    sections = {**PAIR, "offload": {"packets_per_second": 1000}}
+    document = with_sections(sections, devices=True)
+    SCHEMA_CHECK.validate(document)
+    assert c.parse(document).offload == pair_config.Offloading(1000, 500, 10, 5, 1000)
+    sections["offload"]["keep_packets_per_second"] = 1000
+    assert problems(with_sections(sections, devices=True)) == {
+        "offload.keep_packets_per_second": "1000 is not below packets_per_second (1000): a session would go back and forth"
+    }
+    at_switch = {**SWITCH, "offload": {"packets_per_second": 1000}}
+    assert problems(with_sections(at_switch, devices=False)) == {
+        "offload": "is the server's: the switch moves what the server asks for"
+    }
+    alone = {"offload": {"packets_per_second": 1000}}
+    assert problems(with_sections(alone, devices=True)) == {
+        "offload": "there is no peer whose switch could carry sessions"
+    }
+
+
 def test_a_switch_without_a_peer() -> None:
     alone = {
         "virtual": SWITCH["virtual"],

@@ -31,6 +31,7 @@ from nat_control.sync.actions import (
 )
 from nat_control.sync.codec import (
     BUCKETS,
+    CARRIED,
     MAX_RECORDS,
     BucketEntries,
     Bye,
@@ -39,12 +40,16 @@ from nat_control.sync.codec import (
     Digest,
     Error,
     Hello,
+    InFront,
     InitState,
     InstallComplete,
     InstallEntries,
     Message,
+    Moved,
+    Offload,
     PoolRange,
     Ready,
+    Recall,
     Resync,
     UpdateEntries,
     WantEntries,
@@ -69,6 +74,10 @@ MESSAGES: list[Message] = [
     BucketEntries(0),
     WantEntries(NO_IDS),
     Resync(1, 1),
+    Offload(1, NO_IDS),
+    Recall(1, NO_IDS),
+    Moved(1, 0, NO_IDS),
+    InFront(0, 0, np.zeros(0, CARRIED)),
 ]
 
 
