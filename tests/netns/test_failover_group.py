@@ -35,7 +35,8 @@ def by_rules(net: PairLab) -> None:
 @pytest.fixture(params=["", "dscp"])
 def net(request: pytest.FixtureRequest) -> Iterator[PairLab]:
     with Lab() as lab:
-        net = PairLab(lab, mark=request.param, switch={"failover": "group"})
+        barrier = "probe" if request.param else "trusted"
+        net = PairLab(lab, mark=request.param, switch={"failover": "group", "barrier": barrier})
         net.mark = request.param
         net.start_agent()
         net.outside.start("python3", "-u", "-c", ECHO, OUTSIDE, name="echo").ready("bound")
