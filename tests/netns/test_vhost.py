@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,17 @@ import yaml
 
 from nat_control.demo import CLIENT, NAT_INSIDE, NAT_OUTSIDE, POOL, ROUTER, SERVER, server_command
 from nat_control.lab import Lab, Process, until
+from switch_agent.channel import Channel
+from switch_agent.codec import Ready
+from switch_agent.failover import WithGroup
 from switch_agent.ovs import OpenVSwitch
+from switch_agent.pipeline import Side
+from switch_agent.plane import OpenFlowDataPlane
+from tests.memory_plane import AsyncMemoryPlane, MemoryPlane
 from tests.netns.hugepages import hugepages
+from tests.netns.test_one_link import ASK, ECHO
 from tests.netns.test_server import CLI
+from tests.switch.net import GATEWAY_KEY, INTERNAL_PORT, address, mac_number, next_hops, record
 
 PROGRAM = Path("/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk")
 OPTIONS = (
@@ -182,3 +192,45 @@ def test_jumbo_frames_in_several_buffers(net: Net) -> None:
     net.client.run("ping", "-c", "2", "-W", "2", "-s", "8000", "-M", "do", SERVER)
     assert net.transfer() > 20
     assert server.stop() == 0, server.output
+
+
+async def _prepared(net: Net, macs: dict[str, str]) -> None:
+    """What an agent writes for one session of the client, with the server in front; then there is no agent any more."""
+    channel = Channel(1)
+    await channel.listen(f"unix:{net.ovs.controller_socket}")
+    net.ovs.set_controllers(f"unix:{net.ovs.controller_socket}")
+    while not any(isinstance(event, Ready) for event in await channel.events()):
+        pass
+    pipe = WithGroup(Side(1, 3), Side(2, 4), mac_number("02:00:5e:00:01:01"))
+    hops = next_hops(pipe)
+    plane = OpenFlowDataPlane(channel, pipe, hops, AsyncMemoryPlane(MemoryPlane(1, [])))
+    await plane.prepare()
+    ends = {"internal_addr": address(CLIENT), "remote_addr": address(SERVER), "remote_port": 7}
+    await plane.set_next_hop(GATEWAY_KEY, mac_number(macs["outside"]))
+    assert await plane.install(record(internal_mac=mac_number(macs["client"]), **ends)) == 1
+    await plane.install_static_peer_rules()
+    await channel.close()
+
+
+def test_a_killed_server_is_found_by_a_group_alone(net: Net, server: Process) -> None:
+    """Its links end with it: the switch goes over to the rules of sessions without an agent (failover.py)."""
+    net.works()
+    macs = {
+        name: end.run("cat", "/sys/class/net/eth0/address").strip()
+        for name, end in (("client", net.client), ("outside", net.outside))
+    }
+    net.ovs.ofctl("del-flows")
+    asyncio.run(_prepared(net, macs))
+    net.outside.start(sys.executable, "-u", "-c", ECHO, SERVER, name="echo").ready("bound")
+    ask = (sys.executable, "-c", ASK, SERVER, str(INTERNAL_PORT), "100", "184")
+    until("the server carries it", lambda: net.client.run(*ask).strip() == "[(184, 184)]")
+    assert not any(
+        "n_packets=0" not in flow for flow in net.ovs.flows("cookie=0x1000000000000000/0x7000000000000000")
+    )
+    net.server.popen.kill()
+    net.server.popen.wait()
+    assert net.client.run(*ask).strip() == "[(184, 184)]", "the rules of its session carry it"
+    assert "load:0x1->NXM_NX_REG0[]" in "".join(net.ovs.flows("table=1")), "and go on to"
+    net.ovs.set_controllers()
+    net.ovs.ofctl("del-flows")
+    net.join()
