@@ -23,12 +23,13 @@ import numpy as np
 
 from bench import core
 from nat_control import api
+from nat_control.client import Client
 from nat_control.lab import Lab, LabError, Process, until
 from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
 
 SOURCE = Path(__file__).with_name("stream.c")
 FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
-HOWS = ("kill", "stop", "link", "planned", "failback")
+HOWS = ("kill", "stop", "link", "planned", "failback", "takeover", "release")
 PORT, OTHER_PORT, ECHO_PORT = 9000, 9001, 9002
 LEAD, REST = 0.6, 1.3  # seconds of the stream before and after the end
 SETTLED, BIN = 0.1, 0.01  # seconds
@@ -178,13 +179,25 @@ class Pair:
                 self.net.server.signal(signal.SIGSTOP)
             case "planned":
                 self.net.server.signal(signal.SIGTERM)
+            case "takeover" | "release":
+                self.move(self.case.how)
             case "link":
                 for device in ("nat-in", "nat-out"):
                     self.net.nat.ip("link", "set", device, "down")
 
+    def move(self, verb: str) -> None:
+        """As an operator does at the agent: the traffic moves on purpose."""
+        moved = Client(self.directory / "agent.sock").move(verb)
+        if moved["result"] != "done":
+            raise LabError(f"peer {verb}: {moved['why'] or moved['result']}")
+
     def bring_back(self) -> None:
         returns = self._returns()
         match self.case.how:
+            case "takeover":
+                self.move("release")
+            case "release":
+                pass
             case "stop":
                 self.net.server.signal(signal.SIGCONT)
             case "link":
@@ -199,6 +212,8 @@ class Pair:
         if self.case.how == "failback":
             self.net.server.signal(signal.SIGKILL)
             self.carrier("switch")
+        if self.case.how == "release":
+            self.move("takeover")
         after = LONGEST if self.case.how == "failback" else REST
         before = self.agent()
         receiver, received = self.receive()
@@ -218,7 +233,7 @@ class Pair:
             self.end_server()
         sender.wait(60)
         if self.case.how != "failback":
-            self.carrier("switch")
+            self.carrier("server" if self.case.how == "release" else "switch")
         time.sleep(0.1)
         receiver.stop()
         status = self.agent()
@@ -238,7 +253,7 @@ def evaluate(
     """``sent``: shape (n,), time of each sequence number; ``ended``: when the server did."""
     came = np.zeros(len(sent), np.bool_)
     came[arrivals["sequence"]] = True
-    takeover = status["takeover"] if case.how not in ("failback",) else {}
+    takeover = status["takeover"] if case.how not in ("failback", "takeover", "release") else {}
     detected, written = takeover.get("detected"), takeover.get("written")
     if detected is not None and detected < ended:
         detected = written = None  # of an earlier trial

@@ -26,6 +26,7 @@ from nat_control.cli_output import user_errors as _user_errors
 from nat_control.cli_output import words as _words
 from nat_control.client import Client, SessionPages, find_socket
 from nat_control.config import Config, ConfigError, load, to_core, warnings
+from nat_control.sync import codec
 from nat_control.tls import TlsError, context
 from nat_fastpath.devargs import driver_of, no_driver
 
@@ -195,7 +196,7 @@ def _dpdk_drivers(wanted: str) -> set[str]:
 
 @app.command()
 def version(as_json: Json = False) -> None:
-    """Print the version, and whether DPDK is built in."""
+    """Print the version, whether DPDK is built in, and the version of the sync protocol: both halves of a pair need the same."""
     try:
         import nat_fastpath.dpdk  # noqa: F401
 
@@ -204,9 +205,10 @@ def version(as_json: Json = False) -> None:
         dpdk = False
     number = package_version("tandem-nat")
     if as_json:
-        _print_json({"version": number, "dpdk": dpdk})
+        _print_json({"version": number, "dpdk": dpdk, "sync": codec.VERSION})
     else:
-        print(f"tandem-nat {number}, {'with' if dpdk else 'without'} DPDK")
+        with_dpdk = "with" if dpdk else "without"
+        print(f"tandem-nat {number}, {with_dpdk} DPDK, version {codec.VERSION} of the sync protocol")
 
 
 # -- show ---------------------------------------------------------------------------------------------------

@@ -57,9 +57,10 @@ class DataPlane(Protocol):
         """Returns when the plane really holds them (a switch: after the barrier), and how many it holds.
 
         A session that is held already (see ``holds``) counts, and takes the record's ownership (FLAG_FOREIGN).
-        One that contradicts a held session is refused: its inside endpoint has another external one, its
-        external endpoint another inside one, or its 5-tuple is taken under another id. So is one for which
-        there is no room.
+        One that contradicts a held session is refused: its external endpoint has another inside one, or its 5-tuple is
+        taken under another id, which ends for a record with FLAG_PREVAILS. So is one for which there is no room. Where its
+        inside endpoint has another external one both are held; new sessions use the one that was first, or that of a
+        record with FLAG_PREVAILS.
         """
 
     async def holds(self, records: Records) -> Mask:

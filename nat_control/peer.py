@@ -23,6 +23,26 @@ AGAIN = 1.0  # seconds until a digest that did not come about is tried again
 NAMES = ("id", "protocol", "internal", "external", "remote")
 
 
+class StateLog:
+    """What the log says of states; a greeting that fails again for the same reason is not told again."""
+
+    def __init__(self) -> None:
+        self._why = ""
+        self._again = False  # this attempt may end like the one before
+
+    def line_of(self, change: do.StateChanged) -> str | None:
+        if (change.before, change.after) == (State.HANDSHAKE, State.FAILED):
+            told, self._why = self._why == change.why, change.why
+            self._again = True
+            if told:
+                return None
+        elif self._again and change.after in (State.ALONE, State.HANDSHAKE):
+            return None
+        else:
+            self._why, self._again = "", False
+        return f"peer: {change.before.value} -> {change.after.value}: {change.why}"
+
+
 def line_of(action: do.Action) -> str | None:
     """What the log says of what both sides hold; None: nothing, or not this module's."""
     match action:

@@ -25,7 +25,7 @@ from nat_control.loop import ControlLoop, ending_cleanly, monotonic, no_more_sig
 from nat_control.memory import buffer_mtu, buffers, packet_memory_mb
 from nat_control.offloader import Offloader, no_switch
 from nat_control.pair import Pair, PairError
-from nat_control.peer import line_of, no_peer
+from nat_control.peer import StateLog, line_of, no_peer
 from nat_control.reload import Reload
 from nat_control.sync import actions as do
 from nat_control.traffic import NO_PEER, Traffic
@@ -46,19 +46,6 @@ def say(line: str) -> None:
     """What the server tells; it goes on when nobody can hear it."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
-
-
-def _say_notice(action: do.Action) -> None:
-    match action:
-        case do.StateChanged(before, after, why):
-            say(f"peer: {before.value} -> {after.value}: {why}")
-        case do.Unreachable(why):
-            say(f"peer: not reached: {why}")
-        case do.CarrierTold(carrier, lasting, ""):
-            say(f"peer: instance {carrier} carries{', and keeps the traffic' if lasting else ''}")
-        case _:
-            if line := line_of(action):
-                say(line)
 
 
 def serve(config: Config, path: Path, *, force: bool = False) -> None:
@@ -181,6 +168,7 @@ class Server:
         )
         for i, cpu in enumerate(config.workers.cores):
             say(f"{self._worker_name(i)}: CPU {cpu}, {config.workers.idle}{bound}")
+        self._states = StateLog()
         self.pair: Pair | None = None
         self.offloader: Offloader | None = None
         if paired:
@@ -220,6 +208,21 @@ class Server:
             hang_up=self.reload.hang_up,
         )
 
+    def _notice(self, action: do.Action) -> None:
+        match action:
+            case do.StateChanged():
+                line = self._states.line_of(action)
+            case do.Unreachable(why):
+                line = f"peer: not reached: {why}"
+            case do.CarrierTold(carrier, lasting, ""):
+                line = f"peer: instance {carrier} carries{', and keeps the traffic' if lasting else ''}"
+            case _:
+                line = line_of(action)
+        if line:
+            say(line)
+        if self.offloader is not None:
+            self.offloader.notice(action)
+
     def _stop_workers(self) -> None:
         try:
             self.workers.stop()
@@ -235,11 +238,6 @@ class Server:
         self.config = config
         if self.offloader is not None:
             self.offloader.reconfigured(config)
-
-    def _notice(self, action: do.Action) -> None:
-        _say_notice(action)
-        if self.offloader is not None:
-            self.offloader.notice(action)
 
     def _refuses(self, config: Config) -> list[str]:
         """What is wrong with addresses of another configuration on the devices that we have."""

@@ -40,6 +40,7 @@ FLAG_PENDING: int
 FLAG_FOREIGN: int
 FLAG_INBOUND: int
 FLAG_OFFLOAD: int
+FLAG_PREVAILS: int
 SLICE_ANY: int  # whoever receives such a frame does what is to be done
 SLICE_ALL: int  # likewise, and all other cores get a copy (ARP)
 

@@ -25,7 +25,7 @@ from nat_control import config as configuration
 from nat_control.api import Api, ApiError
 from nat_control.config import Config
 from nat_control.core_plane import CorePlane
-from nat_control.dataplane import Events, Records, changes
+from nat_control.dataplane import Events, Records, changes, sessions_of
 from nat_control.health import RISING, Health, drops_of, state_of, states_of
 from nat_control.live import Live
 from nat_control.loop import (
@@ -44,7 +44,7 @@ from nat_control.reload import Reload
 from nat_control.sync import actions as do
 from nat_control.tls import Tls, TlsError
 from nat_control.traffic import NO_PEER, Traffic
-from nat_fastpath.engine import NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result
+from nat_fastpath.engine import EVENT_CLOSE, NEIGHBOUR, VERDICT_NAMES, Core, CoreError, Result
 from switch_agent.carrier import Carrier
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Lost, PacketIn, PortStatus, Ready
@@ -321,8 +321,9 @@ class Agent:
             self.pair.events(events)
         elif len(found.opened):
             self._change(partial(self.plane.commit, found.opened))
-        if len(found.closed):
-            self._change(partial(self.plane.withdraw, found.closed))
+        # also those of the peer that have ended for others
+        if len(closed := sessions_of(events[events["type"] == EVENT_CLOSE])):
+            self._change(partial(self.plane.withdraw, closed))
 
     def _change(self, operation: Callable[[], Awaitable[object]]) -> None:
         """Of rules of sessions: put behind the others; where the switch is too far behind, all are compared later instead."""

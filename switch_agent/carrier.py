@@ -16,7 +16,7 @@ from typing import Any
 from nat_control.config import Config
 from nat_control.loop import monotonic_ns
 from nat_control.pair import Pair
-from nat_control.peer import line_of
+from nat_control.peer import StateLog, line_of
 from nat_control.sync import actions as do
 from nat_control.sync.actions import Precedence, State
 from switch_agent.channel import Channel, ChannelLost
@@ -70,6 +70,7 @@ class Carrier:
         self.ready = False  # the switch is connected and prepared
         self.settled = asyncio.Event()  # it was so once
         self._forwarding = False  # the server carries
+        self._states = StateLog()
         self.takeovers = 0
         self.last_takeover: dict[str, Any] = {}
         self.unproved = ""  # why the switch may still forward to the server
@@ -222,7 +223,8 @@ class Carrier:
     def notice(self, action: do.Action) -> None:
         match action:
             case do.StateChanged(before, after, why):
-                self._say(f"peer: {before.value} -> {after.value}: {why}")
+                if line := self._states.line_of(action):
+                    self._say(line)
                 if after is State.OPERATIONAL:
                     self._all_known()
                     self._differ = False

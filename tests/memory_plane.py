@@ -20,6 +20,7 @@ from nat_fastpath.engine import (
     FLAG_FOREIGN,
     FLAG_OFFLOAD,
     FLAG_PENDING,
+    FLAG_PREVAILS,
     NEIGHBOUR,
     RECORD,
     TCP_STATES,
@@ -72,13 +73,13 @@ class MemoryPlane:
         self.instance = instance
         self.synchronous = synchronous
         self.held: dict[Key, np.void] = {}
-        self.mapping: dict[Endpoint, Endpoint] = {}  # inside -> external
+        self.mapping: dict[Endpoint, Endpoint] = {}  # inside -> external, of new sessions
         self.owner: dict[Endpoint, Endpoint] = {}  # external -> inside
         self.ended: set[int] = set()  # ids of all sessions that were held once
         self.hops: dict[tuple[int, int], np.void] = {}  # port, address -> dtype NEIGHBOUR; ages stand still
         self._own = own
         self._rng = rng or random.Random(0)
-        self._users: dict[Endpoint, int] = {}  # sessions of each inside endpoint
+        self._users: dict[Endpoint, int] = {}  # sessions of each external endpoint
         self._base = 1 << 60 | instance << 52 | (epoch & 0xFFFFF) << 32
         self._counter = 0
         self._sequence = 0
@@ -122,10 +123,12 @@ class MemoryPlane:
     def close(self, key: Key, reason: int = IDLE) -> None:
         record = self.held.pop(key)
         self.ended.add(int(record["id"]))
-        client = inside(record)
-        self._users[client] -= 1
-        if not self._users[client]:
-            del self._users[client], self.owner[self.mapping.pop(client)]
+        client, external = inside(record), outside(record)
+        self._users[external] -= 1
+        if not self._users[external]:
+            del self._users[external], self.owner[external]
+            if self.mapping.get(client) == external:
+                del self.mapping[client]
         self._event(EVENT_CLOSE, reason, record)
 
     def events(self) -> Events:
@@ -201,6 +204,10 @@ class MemoryPlane:
                 self.hops[place] = hop.copy()
         return news
 
+    def taken(self, record: np.void) -> bool:
+        """Whether its external endpoint has another user here."""
+        return self.owner.get(outside(record), inside(record)) != inside(record)
+
     def records(self) -> Records:
         return together(list(self.held.values()))
 
@@ -224,22 +231,29 @@ class MemoryPlane:
             known["flags"] = known["flags"] & (0xFF ^ FLAG_FOREIGN) | record["flags"] & FLAG_FOREIGN
             return True
         key, client, external = key_of(record), inside(record), outside(record)
+        prevails = bool(record["flags"] & FLAG_PREVAILS)
+        if prevails and key in self.held:
+            self.close(key, COMMAND)
         if (
             key in self.held
-            or self.mapping.get(client, external) != external
             or self.owner.get(external, client) != client
             or len(self) >= self.capabilities.max_sessions
         ):
             return False
-        self._add(key, record.copy())
+        record = record.copy()
+        record["flags"] &= 0xFF ^ FLAG_PREVAILS
+        self._add(key, record)
+        if prevails and client in self.mapping:
+            self.mapping[client] = external
         return True
 
     def _add(self, key: Key, record: np.void) -> None:
         client, external = inside(record), outside(record)
         assert key not in self.held
-        assert self.mapping.setdefault(client, external) == external, "two external endpoints"
         assert self.owner.setdefault(external, client) == client, "an external endpoint used twice"
-        self._users[client] = self._users.get(client, 0) + 1
+        if external not in self._users:
+            self.mapping.setdefault(client, external)
+        self._users[external] = self._users.get(external, 0) + 1
         self.held[key] = record
 
     def _event(self, kind: int, reason: int, record: np.void) -> None:

@@ -110,7 +110,7 @@ class SendState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Install:
-    """Then ``plane_done(op, ids of those refused)``."""
+    """Of the records as ``prevailing`` gives them when their turn has come; then ``plane_done(op, ids of those refused)``."""
 
     op: int
     records: Records

@@ -31,7 +31,7 @@ from nat_control.sync.actions import (
 from nat_control.sync.codec import Digest, Entries, Error, Hello, Message, PoolRange
 from nat_control.sync.exchange import Exchange, instances
 from nat_control.sync.outbox import Outbox, pending
-from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND
+from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, FLAG_PREVAILS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,7 +87,7 @@ class Machine:
 
     def _forget(self) -> None:
         """All that belongs to one connection."""
-        self.yields = False  # the peer's sessions stay where they contradict ours
+        self.yields = False  # of two sessions that cannot be held beside each other the peer's stays
         self.carrier: int | None = None  # as the peer says, who decides it
         self.lasting = False
         self._exchange = Exchange(0)
@@ -129,6 +129,15 @@ class Machine:
     def apart(self) -> bool:
         """Whether a session is refused at one side."""
         return len(self.refused_here) + len(self.refused_there) > 0
+
+    def prevailing(self, op: int, records: Records) -> Records:
+        """The records of an Install when it is carried out: if we yield they end what contradicts them, unless their
+        connection is over. Else both sides might, one after the other."""
+        if not self.yields or op not in self._plane:
+            return records
+        found = records.copy()
+        found["flags"] |= FLAG_PREVAILS
+        return found
 
     # -- steps
 

@@ -372,6 +372,7 @@ class Transport:
 
     async def _install(self, op: int, records: Records) -> None:
         refused: Ids = NO_IDS
+        records = self.protocol.prevailing(op, records)
         if await self._in_parts(self._plane.install, records) < len(records):
             refused = records["id"][~await self._plane.holds(records)]
         self._done(lambda now: self.protocol.plane_done(op, now, refused))

@@ -57,7 +57,8 @@ struct mapping {
     uint16_t internal_port, external_port;
     uint8_t protocol; /* 0: free, and `slot` links it */
     uint8_t rests;    /* its port, when it ends: not all of its sessions were seen to end */
-    uint8_t reserved[2];
+    uint8_t unlisted; /* another one of its inside endpoint has the new sessions: the two sides of a split */
+    uint8_t reserved;
 };
 static_assert(sizeof(struct mapping) == 32, "memory per mapping is promised");
 
@@ -160,6 +161,7 @@ struct nat_core {
     struct flow_table mapping_index; /* endpoint-independent only; value: 1 + mapping */
     struct mapping *mappings;
     struct slab mapping_slab;
+    uint32_t unlisted; /* mappings */
 
     struct flow_table permission_index;
     struct permission *permissions;

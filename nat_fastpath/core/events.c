@@ -158,6 +158,11 @@ static bool for_records(struct nat_core *core, struct nat_command *command)
         if (command->op == NAT_CMD_CHECK)
             record->reserved0 = held;
         if (command->op == NAT_CMD_INSTALL) {
+            if (at != NONE32 && !held && record->flags & NAT_SESSION_PREVAILS) {
+                if (!session_close(core, at, NAT_CLOSE_COMMAND))
+                    return false;
+                at = NONE32;
+            }
             if (held)
                 session_own(&core->sessions[at], record->flags & NAT_SESSION_FOREIGN);
             command->result += held || (at == NONE32 && session_install(core, record));

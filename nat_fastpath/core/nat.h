@@ -185,6 +185,9 @@ enum nat_session_flag {
     NAT_SESSION_INBOUND = 4, /* opened by a packet from outside */
     NAT_SESSION_OFFLOAD = 8, /* of an update: what a switch has carried beside us */
     NAT_SESSION_DYING = 16,  /* delete when the event ring has room */
+    /* Of a record to be installed: one of the same 5-tuple ends for it, and new sessions of its inside
+     * endpoint use its external one. Never of a session. */
+    NAT_SESSION_PREVAILS = 32,
 };
 
 enum nat_tcp_state {
@@ -325,7 +328,8 @@ struct nat_memory {
 enum nat_command_op {
     NAT_CMD_SESSIONS = 1, /* gather records of slots [cursor, …) into buffer; cursor moves on, 0 at the end */
     NAT_CMD_INSTALL,      /* install the `count` records at buffer; result: how many are held now. One that
-                             was held under its id already only takes the record's ownership */
+                             was held under its id already only takes the record's ownership. One that has
+                             NAT_SESSION_PREVAILS ends another of its 5-tuple */
     NAT_CMD_DELETE,       /* delete the sessions of the `count` records at buffer, by 5-tuple and id */
     NAT_CMD_COMMIT,       /* commit the sessions of the `count` records at buffer: their packets may leave */
     NAT_CMD_FIND,         /* buffer: one record with its 5-tuple filled in; filled whole if it exists */

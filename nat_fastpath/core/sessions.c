@@ -4,6 +4,7 @@
  * takes everything that it needs or nothing at all.
  */
 #include "core.h"
+#include "mappings.h"
 
 #define ADDRESS_TRIES 64u /* addresses that turn out to have no port, for one packet */
 
@@ -74,63 +75,6 @@ static void host_drop_if_idle(struct nat_core *core, uint32_t at)
         return;
     flow_table_remove(&core->host_index, host_hash(core, host->address), at + 1);
     SLAB_GIVE(&core->host_slab, core->hosts, address, at);
-}
-
-/* --- mappings --------------------------------------------------------------------------------------- */
-
-static uint32_t mapping_hash(const struct nat_core *core, uint8_t protocol, uint32_t address, uint16_t port)
-{
-    uint32_t plain = mix32(mix32(address) + ((uint32_t)port << 8 | protocol));
-    return small_hash_of(&core->hasher, plain, address, port, protocol);
-}
-
-static uint32_t mapping_find(const struct nat_core *core, uint8_t protocol, uint32_t address, uint16_t port)
-{
-    if (!core->mapping_index.n_buckets)
-        return NONE32;
-    struct flow_cursor cursor =
-        flow_cursor(&core->mapping_index, mapping_hash(core, protocol, address, port));
-    uint32_t value;
-    while ((value = flow_cursor_next(&cursor)) != FLOW_TABLE_NONE) {
-        const struct mapping *m = &core->mappings[value - 1];
-        if (m->internal_addr == address && m->internal_port == port && m->protocol == protocol)
-            return value - 1;
-    }
-    return NONE32;
-}
-
-static void mapping_remove(struct nat_core *core, uint32_t at)
-{
-    struct mapping *m = &core->mappings[at];
-    if (core->mapping_index.n_buckets)
-        flow_table_remove(&core->mapping_index,
-                          mapping_hash(core, m->protocol, m->internal_addr, m->internal_port), at + 1);
-    m->protocol = 0;
-    SLAB_GIVE(&core->mapping_slab, core->mappings, slot, at);
-}
-
-static uint32_t mapping_add(struct nat_core *core, const struct session_request *r, uint32_t slot,
-                            uint64_t id)
-{
-    uint32_t at = SLAB_TAKE(&core->mapping_slab, core->mappings, slot);
-    if (at == NONE32)
-        return NONE32;
-    if (core->mapping_index.n_buckets &&
-        !flow_table_insert(&core->mapping_index,
-                           mapping_hash(core, r->protocol, r->internal_addr, r->internal_port), at + 1)) {
-        SLAB_GIVE(&core->mapping_slab, core->mappings, slot, at);
-        return NONE32;
-    }
-    core->mappings[at] = (struct mapping){
-        .id = id,
-        .internal_addr = r->internal_addr,
-        .external_addr = r->external_addr,
-        .internal_port = r->internal_port,
-        .external_port = r->external_port,
-        .protocol = r->protocol,
-        .slot = slot,
-    };
-    return at;
 }
 
 /* --- sessions --------------------------------------------------------------------------------------- */
@@ -296,7 +240,7 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *r, 
         }
         slot = pool_slot(&core->pool, r->external_addr, r->protocol, r->external_port);
         if (core->has_mappings) {
-            mapping = mapping_add(core, r, slot, 0);
+            mapping = mapping_add(core, r, slot, 0, true);
             if (mapping == NONE32)
                 goto refuse_port;
         }
@@ -411,11 +355,12 @@ enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, u
         permission_find(core, user - 1, remote_addr) == NONE32)
         return NAT_DROP_FILTERED;
     const struct mapping *m = &core->mappings[user - 1];
-    /* Endpoint-dependent only: these two ends have a session by another external port, by which the answer
-     * would leave. Two sessions with one outbound key would be the end of telling them apart. */
+    /* Endpoint-dependent, or after a split: these two ends may have a session by another external port, by
+     * which the answer would leave. Two sessions with one outbound key would be the end of telling them
+     * apart. */
     struct flow_key outbound = flow_key(net32(m->internal_addr), net32(remote_addr), net16(m->internal_port),
                                         net16(r->remote_port), protocol);
-    if (core->config.mapping == NAT_MAPPING_ENDPOINT_DEPENDENT &&
+    if ((core->config.mapping == NAT_MAPPING_ENDPOINT_DEPENDENT || core->unlisted) &&
         session_find(core, &outbound, flow_hash_of(&core->hasher, outbound.addrs, outbound.ports, protocol),
                      OUT) != NONE32)
         return NAT_DROP_FILTERED;
@@ -545,7 +490,7 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
     if (h == NONE32 && (h = host_add(core, r.internal_addr)) == NONE32)
         return false;
     struct host *host = &core->hosts[h];
-    uint32_t mapping = NONE32;
+    uint32_t mapping = NONE32, known = NONE32;
     bool new_mapping = false;
     if (core->has_mappings) {
         uint32_t user = *pool_user(&core->pool, slot);
@@ -553,16 +498,17 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
         if (mapping != NONE32 && (core->mappings[mapping].internal_addr != r.internal_addr ||
                                   core->mappings[mapping].internal_port != r.internal_port))
             goto refuse;
-        /* one internal endpoint never gets two external ones */
-        uint32_t known = mapping_find(core, r.protocol, r.internal_addr, r.internal_port);
-        if (known != NONE32 && known != mapping)
-            goto refuse;
+        known = mapping_find(core, r.protocol, r.internal_addr, r.internal_port);
     }
+    /* After a split one inside endpoint has two external ones: both serve the sessions that they have, and
+     * packets from outside, and one of them the new sessions. */
+    const bool second = known != NONE32 && known != mapping;
     if (mapping == NONE32) {
         if (!pool_claim(&core->pool, slot))
             goto refuse;
         new_mapping = true;
-        if (core->has_mappings && (mapping = mapping_add(core, &r, slot, record->mapping_id)) == NONE32)
+        if (core->has_mappings &&
+            (mapping = mapping_add(core, &r, slot, record->mapping_id, !second)) == NONE32)
             goto refuse_port;
     }
     uint32_t at = add_session(core, &r, mapping, record->id);
@@ -584,6 +530,8 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
     core->cold[at].opened_ms = core->now_ms - record->age_ms;
     take_counters(core, at, record);
     core->stats.sessions_installed++;
+    if (second && record->flags & NAT_SESSION_PREVAILS)
+        mapping_prefer(core, mapping, known);
     return true;
 
 refuse_mapping:

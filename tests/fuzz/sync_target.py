@@ -184,7 +184,7 @@ class Side:
                     self.carry_out(self.protocol.carries(1, self.now))
 
     def install(self, op: int, records: Records) -> None:
-        held = self.core.install(records)
+        held = self.core.install(records := self.protocol.prevailing(op, records))
         refused = records["id"][~self.core.holds(records)] if held < len(records) else NO_IDS
         self.drain()
         self.carry_out(self.protocol.plane_done(op, self.now, refused))

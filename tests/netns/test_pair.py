@@ -208,7 +208,7 @@ for i in range(int(sys.argv[2])):
 """
 
 
-def stream(net: PairLab, seconds: float, rate: int = 1000, flows: int = 1) -> Callable[[], Record]:
+def stream(net: PairLab, seconds: float, rate: int = 1000, flows: int = 1) -> Callable[..., Record]:
     """Numbered datagrams from the client to the outside; what is returned waits for their end."""
     sent, received = (net.lab.directory / name for name in ("sent.npy", "received.npz"))
     module = [sys.executable, "-m", "nat_control.lab_stream"]
@@ -219,7 +219,9 @@ def stream(net: PairLab, seconds: float, rate: int = 1000, flows: int = 1) -> Ca
     arguments = ["--rate", str(rate), "--flows", str(flows), "--seconds", str(seconds), "--out", str(sent)]
     sender = net.client.start(*module, "send", OUTSIDE, "9000", *arguments)
 
-    def record() -> Record:
+    def record(*, now: bool = False) -> Record:
+        if now:
+            sender.signal(signal.SIGTERM)
         assert sender.wait(seconds + 20) == 0, sender.output
         time.sleep(0.2)
         receiver.stop()

@@ -21,12 +21,13 @@ import numpy as np
 from scapy.layers.inet import TCP, UDP
 
 from nat_control.core_plane import CorePlane
-from nat_control.dataplane import DataPlane, Events, Records
+from nat_control.dataplane import DataPlane, Events, Records, sessions_of
 from nat_control.lab import until
 from nat_fastpath.core_config import CoreConfig
 from nat_fastpath.cores import Cores
 from nat_fastpath.engine import (
     EVENT,
+    EVENT_CLOSE,
     FLAG_PENDING,
     RECORD,
     TCP_STATES,
@@ -259,6 +260,7 @@ class Switch(OwnCore):
         net.channel.prove = prove
         pipe = pipeline()
         self.lines: list[str] = []
+        self.closed: list[Records] = []
         self.plane = AgentPlane(net.channel, pipe, next_hops(pipe), self.store, report=self.lines.append)
         self.run(self.plane.prepare())
 
@@ -266,8 +268,16 @@ class Switch(OwnCore):
         self.net.channel.prove = False
         super().close()
 
+    def events(self) -> Events:
+        found = super().events()
+        self.closed.append(sessions_of(found[found["type"] == EVENT_CLOSE]))
+        return found
+
     def check(self) -> None:
         super().check()
+        for closed in self.closed:  # as the agent does: what the store itself has ended loses its rules
+            self.run(self.plane.withdraw(closed))
+        self.closed.clear()
         ruled = self.held()
         ruled = ruled[ruled["flags"] & FLAG_PENDING == 0]
         assert sorted(map(rule_of, self.net.session_flows())) == sorted(

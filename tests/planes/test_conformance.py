@@ -16,6 +16,7 @@ from nat_fastpath.engine import (
     FLAG_FOREIGN,
     FLAG_OFFLOAD,
     FLAG_PENDING,
+    FLAG_PREVAILS,
     NEIGHBOUR,
     TCP_STATES,
 )
@@ -74,8 +75,6 @@ def test_installing_again_counts_and_takes_the_ownership_and_nothing_else(subjec
 
 BESIDE = {"id": int(session(2)["id"][0]), "remote_port": 99}  # another session than 1
 CONTRADICTIONS = {
-    "its inside endpoint has another external port": {**BESIDE, "external_port": 5000},
-    "its inside endpoint has another external address": {**BESIDE, "external_addr": number("198.51.100.10")},
     "its external endpoint has another inside host": {**BESIDE, "internal_addr": number(HOSTS[8])},
     "its external endpoint has another inside port": {**BESIDE, "internal_port": 5000},
     "its 5-tuple is taken under another id": {"id": BESIDE["id"]},
@@ -97,6 +96,41 @@ def test_what_contradicts_a_held_session_is_refused(subject: Subject, why: str) 
     assert subject.run(subject.plane.delete(held)) == 1
     assert subject.run(subject.plane.install(bad)) == 1
     assert plain(subject.held()) == plain(np.concatenate([bad, good]))
+    subject.check()
+
+
+BOTH = {
+    "another external port": {**BESIDE, "external_port": 5000},
+    "another external address": {**BESIDE, "external_addr": number("198.51.100.10")},
+}
+
+
+@pytest.mark.parametrize("what", BOTH)
+def test_one_inside_endpoint_may_have_two_external_ones(subject: Subject, what: str) -> None:
+    """The two sides of a split have used it: no session of either is lost."""
+    batch = np.concatenate([session(1), session(1, **BOTH[what])])
+    assert subject.run(subject.plane.install(batch)) == 2
+    assert plain(subject.held()) == plain(batch)
+    subject.check()
+    for one in (batch[:1], batch[1:]):
+        assert subject.run(subject.plane.delete(one)) == 1
+        subject.check()
+    assert subject.run(subject.plane.install(batch)) == 2
+    subject.check()
+
+
+@pytest.mark.parametrize(
+    "why", ["its 5-tuple is taken under another id", "it is held with another external endpoint"]
+)
+def test_a_session_that_prevails_ends_another_of_its_5_tuple(subject: Subject, why: str) -> None:
+    held, other = session(1), session(7)
+    prevailing = session(1, **{**CONTRADICTIONS[why], "id": BESIDE["id"]})
+    prevailing["flags"] |= FLAG_PREVAILS
+    subject.run(subject.plane.install(np.concatenate([held, other])))
+    assert subject.run(subject.plane.install(prevailing)) == 1
+    prevailing["flags"] = 0
+    assert plain(subject.held()) == plain(np.concatenate([prevailing, other]))
+    assert subject.events()["id"].tolist() == held["id"].tolist()
     subject.check()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nat_control.dataplane import CLOSED_BY_COMMAND, Records
-from nat_fastpath.engine import EVENT_CLOSE, FLAG_FOREIGN
+from nat_fastpath.engine import EVENT_CLOSE, FLAG_FOREIGN, FLAG_PREVAILS
 from tests.memory_plane import MemoryPlane
 from tests.packets import number
 from tests.planes.conftest import Make
@@ -42,7 +42,7 @@ def universe(rng: random.Random) -> Records:
 
 def some(rng: random.Random, records: Records) -> Records:
     chosen = records[[rng.randrange(len(records)) for _ in range(rng.randrange(8))]]
-    chosen["flags"] = [rng.choice([0, FLAG_FOREIGN]) for _ in chosen]
+    chosen["flags"] = [rng.choice([0, FLAG_FOREIGN]) | rng.choice([0, FLAG_PREVAILS]) for _ in chosen]
     chosen["packets_out"] = [rng.randrange(1 << 40) for _ in chosen]
     chosen["tcp_state"] = [rng.randrange(1, 9) if one["protocol"] == 6 else 0 for one in chosen]
     return chosen

@@ -190,7 +190,7 @@ def test_the_steps_of_a_takeover_have_their_times() -> None:
 
 def test_version() -> None:
     assert command("version").stdout.startswith("tandem-nat 0.")
-    assert set(json.loads(command("version", "--json").stdout)) == {"version", "dpdk"}
+    assert set(json.loads(command("version", "--json").stdout)) == {"version", "dpdk", "sync"}
 
 
 def test_sessions_as_json_are_one_document(operator: Path) -> None:
