@@ -92,8 +92,11 @@ WATCH = ("heartbeat", "heartbeat_packet", "memory_holder")
 watch = Extension(
     "nat_fastpath.watch",
     sources=["nat_fastpath/watch.pyx", *(f"nat_fastpath/{part}.c" for part in WATCH)],
-    depends=[f"nat_fastpath/{part}.h" for part in WATCH],
-    include_dirs=["nat_fastpath"],
+    depends=[
+        *(f"nat_fastpath/{part}.h" for part in (*WATCH, "heartbeat_cpus", "heartbeat_role")),
+        str(CORE / "role.h"),
+    ],
+    include_dirs=["nat_fastpath", str(CORE)],
     extra_compile_args=[*compile_args(), "-pthread"],
     extra_link_args=[*link_args(), "-pthread"],
 )

@@ -92,3 +92,4 @@ class CoreConfig:
     instance: int = 0
     epoch: int = 0
     seed: int = 0  # of the port choice; 0 takes one from the system
+    role: int = 0  # Role.address (nat_fastpath/role.py); 0: it always carries

@@ -163,6 +163,7 @@ cdef extern from "engine_tables.h" nogil:
         nat_route_config *routes
         nat_pool_range *pool
         const nat_neighbour_config *neighbours
+        void *role
     struct nat_memory:
         uint64_t sessions
         uint64_t index
@@ -349,7 +350,7 @@ cdef class _Configuration:
         c.n_port_spans = len(config.port_ranges)
         for i, (first, last) in enumerate(config.port_ranges):
             c.port_spans[i].first, c.port_spans[i].last = first, last
-        c.seed = config.seed
+        c.seed, c.role = config.seed, <void *><uintptr_t>config.role
         c.n_ports = len(config.ports)
         for i, port in enumerate(config.ports):
             c.ports[i].side = _choice(_SIDES, port.side, f"ports[{i}].side")

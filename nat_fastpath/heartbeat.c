@@ -8,6 +8,8 @@
  */
 #define _GNU_SOURCE
 #include "heartbeat.h"
+#include "heartbeat_cpus.h"
+#include "heartbeat_role.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -24,7 +26,6 @@
 #define SECOND 1000000000u
 #define PRIORITY 20 /* above ordinary realtime work, below the kernel's own threads (50) */
 #define STACK_BYTES (256u * 1024u)
-#define RUNNERS 2u
 #define LEAVE_COPIES 3u /* a datagram may be lost, and nothing follows this one */
 /* Datagrams read in one lap: more than a default receive buffer holds, so that what waited when the lap began
  * has been read when the peer is judged, and a flood does not keep the thread from judging. */
@@ -68,6 +69,8 @@ struct heartbeat {
     /* the reaction */
     bool armed;
     enum hb_reason fired;
+    struct nat_role *role; /* NULL: none */
+    uint32_t at_death;
     int stream_fd; /* -1: nothing to write */
     int tcp_fds[HB_TCP_FDS];
     unsigned generation; /* of the descriptors: what ppoll said about an older one does not count */
@@ -128,6 +131,7 @@ static void die(struct heartbeat *hb, enum hb_reason reason)
     hb->fired = reason;
     hb->times.last_heartbeat = hb->last_heartbeat;
     hb->times.detected = clock_ns();
+    role_take_over(hb->role, hb->at_death, (uint32_t)hb->stats.peer_term);
     write_prepared(hb);
     signal_fd(hb->event_fd);
 }
@@ -226,6 +230,7 @@ static void hear(struct heartbeat *hb, const struct hb_packet *p, uint64_t now)
     hb->stats.received++;
     hb->stats.received_stalled += hb->stalled > 0;
     hb->stats.peer_progress = p->progress;
+    role_hear(hb->role, &hb->stats, p);
     expect_next(hb, now);
     if (hb->stalled >= hb->config.misses)
         die(hb, HB_STALL);
@@ -294,6 +299,7 @@ static void send_heartbeat(struct heartbeat *hb, uint64_t now)
     uint64_t progress = 0;
     packet.flags = (hb->leave ? HB_LEAVE : 0) | (look_at_workers(hb, now, &progress) ? HB_STALLED : 0);
     packet.progress = progress;
+    role_tell(hb->role, &packet);
     if (!hb->config.connected && !hb->peer_length)
         return;
     hb_seal(&packet, hb->config.key);
@@ -422,19 +428,6 @@ void hb_destroy(struct heartbeat *hb)
     free(hb);
 }
 
-/* For each thread one half of our CPUs, or the only one. Neighbours may be one core, and are in one half. */
-static unsigned split_cpus(cpu_set_t halves[RUNNERS])
-{
-    cpu_set_t all;
-    pthread_getaffinity_np(pthread_self(), sizeof all, &all);
-    const int n = CPU_COUNT(&all);
-    memset(halves, 0, RUNNERS * sizeof *halves);
-    for (int cpu = 0, seen = 0; cpu < CPU_SETSIZE; cpu++)
-        if (CPU_ISSET(cpu, &all))
-            CPU_SET(cpu, &halves[seen++ >= (n + 1) / 2]);
-    return n > 1 ? 2 : 1;
-}
-
 int hb_start(struct heartbeat *hb)
 {
     if (hb->running)
@@ -546,6 +539,13 @@ bool hb_disarm(struct heartbeat *hb)
     pthread_mutex_unlock(&hb->mutex);
     kick(hb);
     return in_time;
+}
+
+void hb_follow(struct heartbeat *hb, struct nat_role *role, uint32_t at_death)
+{
+    pthread_mutex_lock(&hb->mutex);
+    hb->role = role, hb->at_death = at_death;
+    pthread_mutex_unlock(&hb->mutex);
 }
 
 void hb_rekey(struct heartbeat *hb, const uint8_t key[HB_KEY_BYTES])

@@ -11,6 +11,7 @@
 #define HEARTBEAT_H
 
 #include "heartbeat_packet.h"
+#include "role.h"
 
 #define HB_MAX_COUNTERS 64u
 #define HB_MAX_PREPARED 65536u
@@ -52,6 +53,9 @@ struct hb_config {
     F(realtime) /* the threads run with SCHED_FIFO */                                                        \
     F(peer_instance)                                                                                         \
     F(peer_epoch)                                                                                            \
+    F(peer_term)                                                                                             \
+    F(peer_carries) /* by its last heartbeat that counts; and so the next one */                             \
+    F(peer_unfit)                                                                                            \
     F(peer_progress)                                                                                         \
     F(write_error) /* errno that ended the writing of the prepared bytes, 0 if none did */
 
@@ -80,6 +84,9 @@ int hb_arm(struct heartbeat *hb, const void *data, size_t n, int fd);
 int hb_update(struct heartbeat *hb, const void *data, size_t n);
 /* After it returns nothing is written. Whether it came before the death (false: fired, bytes may be out). */
 bool hb_disarm(struct heartbeat *hb);
+/* Heartbeats tell this role (NULL: none), which must live until hb_destroy. At the peer's death, if armed,
+ * STANDBY becomes `at_death`, and its term the highest one plus 1; with STANDBY it stays. */
+void hb_follow(struct heartbeat *hb, struct nat_role *role, uint32_t at_death);
 /* Both sides must change their keys; what comes with another one meanwhile counts as no heartbeat. */
 void hb_rekey(struct heartbeat *hb, const uint8_t key[HB_KEY_BYTES]);
 /* From the next heartbeat on, one of which is sent at once, say that we leave (or that we do not). */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The heartbeat as bytes: one fixed layout of 56 bytes, little-endian, authenticated with SipHash-2-4.
+ * The heartbeat as bytes: one fixed layout of 64 bytes, little-endian, authenticated with SipHash-2-4.
  */
 #ifndef HEARTBEAT_PACKET_H
 #define HEARTBEAT_PACKET_H
@@ -10,13 +10,15 @@
 #include <stdint.h>
 
 #define HB_MAGIC 0x42484e54u /* "TNHB" */
-#define HB_VERSION 1u
-#define HB_PACKET_BYTES 56u
+#define HB_VERSION 2u
+#define HB_PACKET_BYTES 64u
 #define HB_KEY_BYTES 16u
 
 enum hb_flag {
     HB_LEAVE = 1,   /* the sender goes away, or hands over, on purpose */
     HB_STALLED = 2, /* the process lives, and one of its workers does not advance */
+    HB_CARRIES = 4, /* of two servers, the one that answers for their addresses */
+    HB_UNFIT = 8,   /* it should not be: a port has no link */
 };
 
 struct hb_packet {
@@ -32,7 +34,9 @@ struct hb_packet {
         echo; /* the nonce that the sender last heard: a recording of an earlier conversation has another */
     uint64_t sequence; /* counts up from 1 */
     uint64_t progress; /* sum of the workers' loop counters */
-    uint64_t tag;      /* SipHash-2-4 of all the bytes before it */
+    uint32_t term;     /* of its role, or 0 */
+    uint32_t reserved;
+    uint64_t tag; /* SipHash-2-4 of all the bytes before it */
 } __attribute__((packed));
 
 uint64_t hb_siphash(const uint8_t key[HB_KEY_BYTES], const uint8_t *data, size_t n);

@@ -82,6 +82,10 @@ class Watch:
     def disarm(self) -> bool:
         """When this returns nothing is written any more. False: the peer died first, so bytes may have been."""
 
+    def follow(self, role_address: int, at_death: int) -> None:
+        """Heartbeats tell this role (``Role.address``; 0: none), which must be kept until ``close``. When the peer dies
+        while the watch is armed, STANDBY becomes ``at_death`` (a RoleState), and the term one more than both had."""
+
     def rekey(self, key: bytes) -> None:
         """Another key of 16 bytes from now on; the peer must change, too. Raises ValueError."""
 
@@ -116,7 +120,8 @@ class Watch:
         ``unproved`` (authentic, but no answer to us), ``bad_auth``, ``bad_replay``, ``bad_foreign``, ``missed``,
         ``late_wakeups`` (of ours, by more than half an interval), ``max_late_ns``, ``longest_silence_ns``.
         Present state: ``alive``, ``left``, ``armed``, ``realtime`` (0 or 1), ``peer_instance``, ``peer_epoch``,
-        ``peer_progress`` (sum of the peer's loop counters), ``write_error`` (errno, 0 for none)."""
+        ``peer_progress`` (sum of the peer's loop counters), ``write_error`` (errno, 0 for none); of the peer's role
+        ``peer_term``, ``peer_carries`` and ``peer_unfit``, by its last heartbeat."""
 
 class MemoryHolder:
     """A tiny process that shares this one's memory, so that our sockets close at once if we are killed."""

@@ -46,6 +46,7 @@ cdef extern from "heartbeat.h" nogil:
     int hb_arm(heartbeat *hb, const void *data, size_t n, int fd)
     int hb_update(heartbeat *hb, const void *data, size_t n)
     bint hb_disarm(heartbeat *hb)
+    void hb_follow(heartbeat *hb, void *role, uint32_t at_death)
     void hb_rekey(heartbeat *hb, const uint8_t *key)
     void hb_leave(heartbeat *hb, bint leave)
     void hb_watch_tcp(heartbeat *hb, const int *fds)
@@ -215,6 +216,10 @@ cdef class Watch:
         with nogil:
             in_time = hb_disarm(hb)
         return in_time
+
+    def follow(self, role_address, unsigned at_death):
+        cdef heartbeat *hb = self._open()
+        hb_follow(hb, <void *><uintptr_t>role_address, at_death)
 
     def rekey(self, bytes key not None):
         cdef heartbeat *hb = self._open()

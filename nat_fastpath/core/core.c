@@ -194,6 +194,7 @@ struct nat_core *nat_create(const struct nat_config *config, char *error, size_t
     core->has_mappings = kept;
     core->has_permissions = by_address;
     core->announce_at = UINT64_MAX;
+    standby_init(core);
     /* buckets start full */
     core->new_sessions.credit_ns = core->icmp_errors.credit_ns = UINT64_MAX / 2;
     if (!neighbours_configure(core, config, error, error_size)) {
@@ -232,10 +233,14 @@ bool bucket_spend(struct token_bucket *bucket, uint32_t rate, uint32_t depth, ui
 
 bool nat_poll(struct nat_core *core, uint64_t now)
 {
-    core_time(core, now);
+    if (core->config.role)
+        standby_follow(core, now);
+    else
+        core_time(core, now);
     bool did = commands_step(core);
     did |= ageing_step(core);
-    did |= neighbour_step(core);
+    did |= !core->standby.silent && neighbour_step(core);
+    did |= standby_step(core);
     did |= hold_step(core);
     did |= fragments_step(core);
     return did;

@@ -12,6 +12,7 @@
 #include "flow_table.h"
 #include "nat.h"
 #include "port_pool.h"
+#include "standby.h"
 #include "tcp_state.h"
 #include "wire.h"
 
@@ -201,6 +202,7 @@ struct nat_core {
     uint64_t sweep_ns; /* when the sweep last moved */
 
     struct token_bucket new_sessions, icmp_errors;
+    struct standby standby;
 
     struct explain *explain; /* NULL: packets are real */
     bool tracing;            /* all bursts go the slow way */

@@ -177,7 +177,9 @@ void explain(struct nat_core *core, struct nat_explain *question)
     uint32_t session_id = core->next_session_id, mapping_id = core->next_mapping_id;
 
     core->explain = &explained;
-    enum nat_verdict verdict = is_ours ? packet_handed(core, &packet) : hand_off(core, &packet, slice, 0);
+    enum nat_verdict verdict = core->standby.silent ? NAT_DROP_STANDBY
+                               : is_ours            ? packet_handed(core, &packet)
+                                                    : hand_off(core, &packet, slice, 0);
     while (explained.n)
         undo_one(core, &explained.undo[--explained.n]);
     core->explain = NULL;

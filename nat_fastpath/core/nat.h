@@ -14,6 +14,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "role.h"
+
 #define NAT_BURST 32u          /* packets handled together; a caller may pass any number */
 #define NAT_MAX_PORTS 8u       /* interfaces of one core */
 #define NAT_MAX_ROUTES 64u     /* per core, connected ones included */
@@ -77,7 +79,8 @@ enum nat_flow_hash { NAT_HASH_FNV = 0, NAT_HASH_AES = 1 };
     V(DROP_HOLD_TIMEOUT, "drop_hold_timeout", "held, and the peer did not acknowledge the session in time")  \
     V(DROP_SESSION_GONE, "drop_session_gone", "held, and its session ended meanwhile")                       \
     V(DROP_LOCAL, "drop_local", "to one of our own addresses, and not for a service that we offer")          \
-    V(DROP_OUTBOX, "drop_outbox", "the answer found no room to be sent")
+    V(DROP_OUTBOX, "drop_outbox", "the answer found no room to be sent")                                     \
+    V(DROP_STANDBY, "drop_standby", "this server stands by, and the other one carries")
 
 #define NAT_VERDICT_ENUM(name, text, help) NAT_##name,
 enum nat_verdict { NAT_VERDICTS(NAT_VERDICT_ENUM) NAT_VERDICT_COUNT };
@@ -315,6 +318,7 @@ struct nat_config {
     struct nat_route_config routes[NAT_MAX_ROUTES];
     struct nat_pool_range pool[NAT_MAX_RANGES];
     const struct nat_neighbour_config *neighbours;
+    struct nat_role *role; /* NULL: it always carries. Kept as long as the core, and by a reload */
 };
 #define NAT_EVERY_SLICE 0xffu
 #define NAT_ABI 1u

@@ -171,12 +171,11 @@ static void put_arp(uint8_t *arp, uint16_t operation, const uint8_t *sender_mac,
     put32(arp + 24, target);
 }
 
-static bool send_request(struct nat_core *core, uint8_t port, const uint8_t *to, uint32_t sender,
-                         uint32_t target)
+static bool put_request(struct nat_core *core, uint8_t port, const struct nat_port_config *config,
+                        const uint8_t *to, uint32_t sender, uint32_t target)
 {
     if (core->outbox_tail - core->outbox_head == NAT_OUTBOX || core->explain)
         return false;
-    const struct nat_port_config *config = &core->config.ports[port];
     struct outbox_frame *frame = &core->outbox[core->outbox_tail++ % NAT_OUTBOX];
     memset(frame->bytes, 0, sizeof frame->bytes);
     unsigned l2 = put_link(frame->bytes, to, config, ETHERTYPE_ARP);
@@ -185,6 +184,12 @@ static bool send_request(struct nat_core *core, uint8_t port, const uint8_t *to,
     frame->length = (uint8_t)(46 + l2); /* the least that Ethernet carries, when the tag is taken away too */
     core->stats.arp_requests_sent++;
     return true;
+}
+
+static bool send_request(struct nat_core *core, uint8_t port, const uint8_t *to, uint32_t sender,
+                         uint32_t target)
+{
+    return !core->standby.silent && put_request(core, port, &core->config.ports[port], to, sender, target);
 }
 
 unsigned nat_outbox(struct nat_core *core, uint8_t *bytes, uint8_t *port)
@@ -199,24 +204,47 @@ unsigned nat_outbox(struct nat_core *core, uint8_t *bytes, uint8_t *port)
     return frame->length;
 }
 
-/* One address after the other, port by port: its own, then the pool's that lie in its subnet. */
+/* Each port's own address first: all have one MAC, so a switch needs no more; then those of the pool. */
 static bool announce_step(struct nat_core *core)
 {
-    uint64_t per_port = 1u + (uint64_t)core->pool.view.n_addresses;
-    uint64_t end = per_port * core->config.n_ports;
+    uint64_t n_ports = core->config.n_ports, n_pool = core->pool.view.n_addresses;
+    uint64_t end = n_ports + n_ports * n_pool;
     bool did = core->announce_at < end;
     for (unsigned budget = SWEEP_STEP; core->announce_at < end && budget; budget--, core->announce_at++) {
-        uint8_t port = (uint8_t)(core->announce_at / per_port);
-        uint32_t index = (uint32_t)(core->announce_at % per_port);
+        bool own = core->announce_at < n_ports;
+        uint64_t at = own ? 0 : core->announce_at - n_ports;
+        uint8_t port = (uint8_t)(own ? core->announce_at : at / n_pool);
         const struct nat_port_config *config = &core->config.ports[port];
-        uint32_t address = index ? pool_address_at(&core->pool, index - 1) : config->address;
-        bool due = index ? config->side == NAT_EXTERNAL && address != config->address &&
-                               is_on_link(core, port, address)
-                         : address != 0;
+        uint32_t address = own ? config->address : pool_address_at(&core->pool, (uint32_t)(at % n_pool));
+        bool due = own ? address != 0
+                       : config->side == NAT_EXTERNAL && address != config->address &&
+                             is_on_link(core, port, address);
         if (due && !send_request(core, port, broadcast_mac, address, address))
             break;
     }
     return did;
+}
+
+void neighbour_announce(struct nat_core *core)
+{
+    for (uint8_t port = 0; port < core->config.n_ports; port++)
+        if (core->config.ports[port].address)
+            send_request(core, port, broadcast_mac, core->config.ports[port].address,
+                         core->config.ports[port].address);
+}
+
+void neighbour_probe(struct nat_core *core)
+{
+    for (uint8_t port = 0; port < core->config.n_ports; port++) {
+        const struct nat_port_config *config = &core->config.ports[port];
+        struct nat_port_config another = *config;
+        /* the shared MAC would be learned here by the switches */
+        another.mac[0] |= 2;
+        another.mac[3] ^= 0x80;
+        another.mac[4] = (uint8_t)(another.mac[4] + core->config.instance);
+        if (config->address)
+            put_request(core, port, &another, broadcast_mac, 0, config->address);
+    }
 }
 
 /* --- waiting ----------------------------------------------------------------------------------------- */
@@ -465,7 +493,8 @@ enum nat_verdict neighbour_arp(struct nat_core *core, struct nat_packet *packet,
 
     uint8_t asker[6];
     memcpy(asker, sender_mac, 6);
-    memcpy(packet->data, asker, 6);
+    /* the other server asks from a MAC that is no station's: all hear the answer */
+    memcpy(packet->data, core->config.role && !sender ? broadcast_mac : asker, 6);
     memcpy(packet->data + 6, config->mac, 6);
     put_arp(arp, ARP_REPLY, config->mac, target, asker, sender);
     core->stats.arp_replies_sent++;

@@ -550,6 +550,10 @@ void nat_burst(struct nat_core *core, struct nat_packet *packets, unsigned n, ui
 {
     if (!n)
         return;
+    if (core->config.role && standby_follow(core, now)) {
+        standby_burst(core, packets, n, false);
+        return;
+    }
     core_time(core, now);
     if (core->tracing) {
         trace_burst(core, packets, n);

@@ -132,6 +132,7 @@ struct nat_change *nat_prepare(const struct nat_core *core, const struct nat_con
     }
     new->epoch = old->epoch;
     new->seed = old->seed;
+    new->role = old->role;
     change->rerouted = old->n_routes != new->n_routes ||
                        memcmp(old->routes, new->routes, new->n_routes * sizeof new->routes[0]) != 0;
     for (unsigned i = 0; i < new->n_pool; i++)

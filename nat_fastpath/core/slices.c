@@ -64,6 +64,10 @@ enum nat_verdict packet_handed(struct nat_core *core, struct nat_packet *packet)
 
 void nat_handed(struct nat_core *core, struct nat_packet *packets, unsigned n, uint64_t now)
 {
+    if (core->config.role && standby_follow(core, now)) {
+        standby_burst(core, packets, n, true);
+        return;
+    }
     core_time(core, now);
     for (unsigned i = 0; i < n; i++) {
         struct nat_packet *packet = &packets[i];

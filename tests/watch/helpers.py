@@ -162,7 +162,7 @@ def siphash(key: bytes, data: bytes) -> int:
     return v[0] ^ v[1] ^ v[2] ^ v[3]
 
 
-BODY = struct.Struct("<4sBBBBIIQQQQ")
+BODY = struct.Struct("<4sBBBBIIQQQQII")
 
 
 class Forger:
@@ -174,8 +174,9 @@ class Forger:
         self.socket.settimeout(20)
         self.target = target
         self.fields: dict[str, Any] = {
-            "magic": b"TNHB", "version": 1, "instance": 2, "flags": 0, "workers": 0, "epoch": 200,
+            "magic": b"TNHB", "version": 2, "instance": 2, "flags": 0, "workers": 0, "epoch": 200,
             "interval_us": 20_000, "nonce": nonce, "echo": 0, "sequence": 0, "progress": 0,
+            "term": 0, "reserved": 0,
         }  # fmt: skip
 
     def heartbeat(self, key: bytes = KEY, **changes: Any) -> bytes:

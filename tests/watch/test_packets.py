@@ -20,9 +20,9 @@ def test_the_packet_is_as_documented() -> None:
     with watch(None, epoch=0xABCDE) as w, Forger(w, nonce=99) as peer:
         peer.send(peer.heartbeat())
         heard = peer.hear()
-    assert BODY.size + 8 == 56
+    assert BODY.size + 8 == 64
     assert heard["magic"] == b"TNHB"
-    assert (heard["version"], heard["instance"], heard["epoch"]) == (1, 1, 0xABCDE)
+    assert (heard["version"], heard["instance"], heard["epoch"]) == (2, 1, 0xABCDE)
     assert (heard["flags"], heard["workers"], heard["progress"]) == (0, 0, 0)
     assert heard["interval_us"] == 20_000
     assert heard["echo"] == 99
@@ -33,7 +33,7 @@ def test_the_packet_is_as_documented() -> None:
 BAD: dict[str, tuple[Callable[[Forger, list[bytes]], bytes], str]] = {
     "another key": (lambda peer, sent: peer.heartbeat(key=bytes(16)), "bad_auth"),
     "a changed bit": (lambda peer, sent: flip(peer.heartbeat()), "bad_auth"),
-    "another version": (lambda peer, sent: peer.heartbeat(version=2), "bad_auth"),
+    "another version": (lambda peer, sent: peer.heartbeat(version=1), "bad_auth"),
     "another magic": (lambda peer, sent: peer.heartbeat(magic=b"BHNT"), "bad_auth"),
     "cut short": (lambda peer, sent: peer.heartbeat()[:-1], "bad_auth"),
     "too long": (lambda peer, sent: peer.heartbeat() + b"\0", "bad_auth"),
