@@ -219,6 +219,14 @@ def _one(what: str, config: Path | None, path: Path | None) -> dict[str, Any]:
     return Client(find_socket(config, path)).show(what)
 
 
+def _role(role: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Of one of two servers."""
+    if role is None:
+        return []
+    peer = f"the {'secondary' if role['configured'] == 'primary' else 'primary'} {role['peer']}"
+    return [("role", f"{role['configured']}, {role['role']} (term {role['term']}): {role['why']}; {peer}")]
+
+
 def _rate(bits: float) -> str:
     for unit in ("bit/s", "kbit/s", "Mbit/s"):
         if bits < 1000:
@@ -302,6 +310,7 @@ def show_status(config: ConfigOption = None, socket: SocketOption = None, as_jso
         *(("degraded", why) for why in status["degraded"]),
         *_draining(status),
         ("process", f"{status['pid']}, up {status['uptime']:.0f} s, {status['dpdk']}"),
+        *_role(status.get("role")),
         ("behaviour", f"{status['mapping']} mapping, {status['filtering']} filtering"),
         ("sessions", f"{status['sessions']} of {status['max_sessions']}"),
         *_offload(status["offload"]),

@@ -208,8 +208,9 @@ class Config:
 
     @property
     def number(self) -> int:
-        """The instance in session ids (8 bits): 1 a server, 2 a switch agent."""
-        return 2 if self.switch else 1
+        """The instance in session ids (8 bits): 1 a server, 2 a switch agent, or the secondary of two servers."""
+        twin = self.peer.twin if self.peer else None
+        return 2 if self.switch or (twin and not twin.primary) else 1
 
     @property
     def slices(self) -> int:

@@ -116,6 +116,7 @@ class Pair:
             Mode(peer.mode),
             epoch=epoch,
             slices=config.slices,
+            kind=0 if peer.twin is None else 1 if peer.twin.primary else 2,
             limits=Limits(digest=DIGEST_PERIOD),
         )
         self.transport = Transport(

@@ -29,6 +29,10 @@ FAILOVERS = ("rules", "group")
 MARKS = ("vlan", "dscp")  # what tells the sides apart on a link that both share
 MAX_OPENFLOW_PORT = 65279
 TLS_PLACE = "tls:"
+WITH = ("switch", "server")
+ROLES = ("primary", "secondary")
+ON_SPLIT = ("primary", "both")
+RETURNS = ("manual", "automatic")
 
 Address = tuple[str, int]  # host and port
 
@@ -43,6 +47,16 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
+class Twin:
+    """What makes a server one of two, and not the server of a switch; see nat_control/standby.py."""
+
+    primary: bool
+    on_split: str = ON_SPLIT[0]
+    returns: str = RETURNS[0]
+    probe_ms: int = 5
+
+
+@dataclass(frozen=True, slots=True)
 class Peer:
     """The sync channel; one side listens, the other connects. ``plain``: without TLS over a network that is trusted."""
 
@@ -54,6 +68,7 @@ class Peer:
     hold: Hold = Hold()
     tls: Tls | None = None
     plain: bool = False
+    twin: Twin | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +149,11 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "hold": False,
         "tls": False,
         "plain": False,
+        "with": False,
+        "role": False,
+        "on_split": False,
+        "return": False,
+        "probe_ms": False,
     },
     "tls": {"ca": True, "certificate": True, "key": True},
     "hold": {"packets": False, "ms": False, "on_limit": False},
@@ -239,6 +259,7 @@ def read_peer(section: Section) -> Peer:
         ),
         tls=_read_tls(section.section("tls", "tls")) if "tls" in section.values else None,
         plain=section.get("plain", flag, False),
+        twin=_read_twin(section),
     )
 
 
@@ -264,6 +285,25 @@ def _protocols(value: object) -> tuple[str, ...]:
     if not 0 < len(set(value)) < len(PROTOCOLS) or len(set(value)) < len(value):
         raise ValueError("one or two of icmp, tcp, udp, each once; for all of them there is `all_local`")
     return tuple(sorted(value))
+
+
+def _read_twin(section: Section) -> Twin | None:
+    """Present where the peer is a server like us."""
+    fault = section.reader.fault
+    twin = Twin(
+        primary=section.get("role", choice(ROLES), "") == "primary",
+        on_split=section.get("on_split", choice(ON_SPLIT), ON_SPLIT[0]),
+        returns=section.get("return", choice(RETURNS), RETURNS[0]),
+        probe_ms=section.get("probe_ms", integer(1, 1000), 5),
+    )
+    if section.get("with", choice(WITH), WITH[0]) == "server":
+        if "role" not in section.values:
+            fault(section.path("role"), "missing: of two servers one is `primary`, the other `secondary`")
+        return twin
+    for key in ("role", "on_split", "return", "probe_ms"):
+        if key in section.values and section.reader.good(section.path("with")):
+            fault(section.path(key), "only of a pair of servers (`with: server`)")
+    return None
 
 
 def _read_tls(section: Section) -> Tls:
@@ -357,10 +397,14 @@ def check_pair(
         reader.fault("virtual", "missing: both halves of a pair have one MAC")
     if offload and switch:
         reader.fault("offload", "is the server's: the switch moves what the server asks for")
+    elif offload and peer and peer.twin:
+        reader.fault("offload", "the peer is a server: there is no switch that could carry sessions")
     elif offload and not active:
         reader.fault("offload", "there is no peer whose switch could carry sessions")
     if switch is None:
         return
+    if peer and peer.twin and reader.good("peer.with"):
+        reader.fault("peer.with", "a switch agent's peer is a server by itself: leave it out")
     ports = switch.ports
     lacking = active and not (ports.server_internal and ports.server_external)
     if lacking and reader.good(*(f"switch.ports.{key}" for key in KEYS["switch_ports"])):

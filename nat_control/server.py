@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from nat_control.peer import StateLog, line_of, no_peer
 from nat_control.reload import Reload
 from nat_control.sync import actions as do
 from nat_control.traffic import NO_PEER, Traffic
+from nat_control.twin import Twin, role_of
 from nat_fastpath import cores, engine
 from nat_fastpath.core_config import CoreConfig
 from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port, Workers, WorkerStuck, repair
@@ -132,9 +134,11 @@ class Server:
                 say(f"{port.name}: {change}")
 
         epoch = start_epoch()
+        self.role = role_of(config)
 
         def to_core(config: Config) -> CoreConfig:
-            return configuration.to_core(config, [port.mac for port in self.ports], epoch=epoch)
+            core = configuration.to_core(config, [port.mac for port in self.ports], epoch=epoch)
+            return replace(core, role=self.role.address if self.role else 0)
 
         self.core = cores.make(to_core(config), len(config.workers.cores))
         undo.callback(self.core.close)
@@ -171,6 +175,15 @@ class Server:
         self._states = StateLog()
         self.pair: Pair | None = None
         self.offloader: Offloader | None = None
+        self.twin: Twin | None = None
+        if self.role is not None:
+            self.twin = Twin(
+                config,
+                self.role,
+                clock=monotonic,
+                say=say,
+                fit=lambda: all(port.link().up for port in self.ports),
+            )
         if paired:
             plane = CorePlane(self.core)
             self.pair = Pair(
@@ -184,7 +197,12 @@ class Server:
                 guard=True,
             )
             undo.callback(self.pair.watch.close)
-            self.offloader = Offloader(config, self.pair.protocol, self.pair.transport, plane, monotonic, say)
+            if self.twin is not None:
+                self.twin.bind(self.pair)
+            else:
+                self.offloader = Offloader(
+                    config, self.pair.protocol, self.pair.transport, plane, monotonic, say
+                )
             # so that our sockets close at once if we are killed, however much memory we have
             undo.callback(hold_memory().close)
         self.live = Live(self.core, [port.name for port in config.ports])
@@ -222,6 +240,8 @@ class Server:
             say(line)
         if self.offloader is not None:
             self.offloader.notice(action)
+        if self.twin is not None:
+            self.twin.notice(action)
 
     def _stop_workers(self) -> None:
         try:
@@ -260,13 +280,15 @@ class Server:
             "offload": no_switch,
         }
         sessions: Pages = self.core.sessions
-        if self.pair and self.offloader:
-            traffic = Traffic(self.pair, sessions=lambda: self.core.counters()["sessions"])
-            verbs |= {"peer": self.pair.view.verb, **traffic.verbs, "offload": self.offloader.verb}
+        if self.pair:
+            traffic = Traffic(self.pair, sessions=lambda: self.core.counters()["sessions"], arbiter=self.twin)
+            verbs |= {"peer": self.pair.view.verb, **traffic.verbs}
+        if self.offloader:
+            verbs |= {"offload": self.offloader.verb}
             sessions = self.offloader.marked(sessions)
         api = Api({**answers, "hosts": self.live.hosts}, sessions, verbs)
         await api.start(self.config.control.socket)
-        pair = asyncio.ensure_future(self.pair.run()) if self.pair else None
+        pair = asyncio.ensure_future(self._pair(self.pair)) if self.pair else None
         offloading = asyncio.ensure_future(self.offloader.run()) if self.offloader else None
         if offloading is not None:
             offloading.add_done_callback(self.loop.end_with)
@@ -285,6 +307,13 @@ class Server:
                 await asyncio.wait([pair])
             await api.close()
 
+    async def _pair(self, pair: Pair) -> None:
+        await pair.listen()  # what keeps it from that is one line, and no group of them
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(pair.run())
+            if self.twin is not None:
+                tasks.create_task(self.twin.run())
+
     def _events(self, events: Events) -> None:
         if self.pair is not None:
             self.pair.events(events)
@@ -294,7 +323,7 @@ class Server:
 
     async def _leave(self) -> None:
         """A planned end: the peer has the traffic before we stop forwarding."""
-        if self.pair is not None:
+        if self.pair is not None and (self.twin is None or self.twin.here):
             why = await self.pair.hand_over()
             say(f"the peer is not asked to carry: {why}" if why else "the peer carries")
 
@@ -336,6 +365,7 @@ class Server:
                 stats = port.stats()
                 found |= {f"{name}.{config.name}": stats[name] for name in ("rx_nombuf", "imissed")}
         states = states_of(self.core, self.pool.in_use, self.pool.count) | state_of(self.pair)
+        states |= self.twin.conditions() if self.twin else {}
         self.health.look(states, found)
 
     def _worker_name(self, i: int) -> str:
@@ -375,6 +405,7 @@ class Server:
             "max_sessions": nat.max_sessions,
             "peer": self.pair.state.value if self.pair else "none",
             "offload": self.offloader.status() if self.offloader else None,
+            "role": self.twin.status() if self.twin else None,
             **{name: counters[name] for name in ("sessions", "mappings", "hosts", "neighbours", "held")},
             "rates": {name: round(rate, 1) for name, rate in self.loop.rates.items()},
             "worker": max(workers, key=lambda worker: (worker["stalled"], worker["busy_share"])),

@@ -49,6 +49,7 @@ class ErrorCode(IntEnum):
     CONFLICTS = 9  # more contradictions than a message can name
     SLICES = 10  # the peer gives hosts other ports
     VERSION = 11  # the peer speaks another version of this protocol
+    KIND = 12  # one is of a pair of servers, and the other is not its counterpart
 
 
 class Input(Enum):

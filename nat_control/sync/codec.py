@@ -83,7 +83,8 @@ class PoolRange(NamedTuple):
 class Hello:
     """The first message of both. ``pools`` are the sender's own sets, ``term`` counts takeovers, ``slices`` those of
     hosts and ports, which say what port a host may get. ``precedence`` (``actions.Precedence``), then ``term``, then the
-    lower number say whose sessions stay where two contradict each other.
+    lower number say whose sessions stay where two contradict each other. ``kind``: 0 half of a pair with a switch, 1 the
+    primary of two servers, 2 the secondary.
 
     ``heartbeat_key`` (16 bytes) is zeros without TLS; else that of the side that listens is used by both.
     """
@@ -96,6 +97,7 @@ class Hello:
     heartbeat_key: bytes = NO_KEY
     slices: int = 1
     precedence: int = 1
+    kind: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -278,8 +280,8 @@ Message = (
     | InFront
 )
 
-# record size, instance, slices, term, number of ranges, precedence, key of heartbeats
-_HELLO = struct.Struct("<HBBIHBx16s")
+# record size, instance, slices, term, number of ranges, precedence, kind, key of heartbeats
+_HELLO = struct.Struct("<HBBIHBB16s")
 _RANGE = struct.Struct("<IIHH")
 _INIT = struct.Struct("<QIB3x")  # txid, chunk, last
 _U64 = struct.Struct("<Q")
@@ -328,12 +330,13 @@ def _exactly(payload: memoryview, size: int) -> None:
 def _write_hello(m: Hello) -> bytes:
     if len(m.pools) > MAX_POOLS:
         raise CodecError(f"{len(m.pools)} address ranges, and {MAX_POOLS} at most fit a hello")
-    fixed = (m.record_size, m.instance, m.slices, m.term, len(m.pools), m.precedence, m.heartbeat_key)
-    return _HELLO.pack(*fixed) + b"".join(_RANGE.pack(*pool) for pool in m.pools)
+    whose = (m.precedence, m.kind, m.heartbeat_key)
+    head = _HELLO.pack(m.record_size, m.instance, m.slices, m.term, len(m.pools), *whose)
+    return head + b"".join(_RANGE.pack(*pool) for pool in m.pools)
 
 
 def _read_hello(payload: memoryview, epoch: int) -> Hello:
-    size, instance, slices, term, count, precedence, key = _head(_HELLO, payload)
+    size, instance, slices, term, count, precedence, kind, key = _head(_HELLO, payload)
     if count > MAX_POOLS:
         raise CodecError(f"hello with {count} address ranges, {MAX_POOLS} at most")
     _exactly(payload, _HELLO.size + count * _RANGE.size)
@@ -341,7 +344,7 @@ def _read_hello(payload: memoryview, epoch: int) -> Hello:
     for pool in pools:
         if pool.first > pool.last or pool.port_first > pool.port_last:
             raise CodecError(f"hello with an empty range: {pool}")
-    return Hello(instance, epoch, term, pools, size, key, slices, precedence)
+    return Hello(instance, epoch, term, pools, size, key, slices, precedence, kind)
 
 
 def _read_init(payload: memoryview, epoch: int) -> InitState:

@@ -26,7 +26,7 @@ IDS, RECORDS = "ids of sessions, u64 each", f"records of {RECORD.itemsize} bytes
 # The names of each message's fixed fields, the struct that packs them, and what follows.
 FIELDS: Mapping[type, tuple[str, struct.Struct | None, str]] = {
     codec.Hello: (
-        "record size, instance, slices, term, ranges, precedence, key of heartbeats",
+        "record size, instance, slices, term, ranges, precedence, kind, key of heartbeats",
         codec._HELLO,
         f"ranges, at most {codec.MAX_POOLS}: first and last address u32, first and last port u16",
     ),

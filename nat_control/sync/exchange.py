@@ -11,6 +11,12 @@ from nat_control.dataplane import Ids, Records
 from nat_control.sync.actions import ErrorCode
 from nat_control.sync.codec import Hello
 
+KINDS = {
+    0: "half of a pair with a switch",
+    1: "the primary of two servers",
+    2: "the secondary of two servers",
+}
+FITTING = {(0, 0), (1, 2), (2, 1)}
 INSTANCE_SHIFT = np.uint64(52)  # of an id; see nat_id() in nat.h
 
 
@@ -18,6 +24,11 @@ def misfit_of(own: Hello, other: Hello) -> tuple[ErrorCode, str] | None:
     """Why these two cannot be a pair."""
     if other.record_size != own.record_size:
         return ErrorCode.RECORD, f"records of {other.record_size} bytes, not {own.record_size}"
+    if (own.kind, other.kind) not in FITTING:
+        return (
+            ErrorCode.KIND,
+            f"{KINDS[own.kind]} here, {KINDS.get(other.kind, 'something new')} there (peer.with, peer.role)",
+        )
     if other.instance == own.instance:
         return ErrorCode.INSTANCE, f"both are instance {own.instance}"
     if other.slices != own.slices:

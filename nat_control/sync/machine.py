@@ -63,6 +63,7 @@ class Machine:
         epoch: int = 0,
         term: int = 0,
         slices: int = 1,
+        kind: int = 0,
         limits: Limits | None = None,
     ) -> None:
         self.instance = instance
@@ -71,6 +72,7 @@ class Machine:
         self.epoch = epoch
         self.term = term
         self.slices = slices
+        self.kind = kind  # of pair; see Hello
         self.limits = limits or Limits()
         self.state = State.STARTING
         self.heartbeat_key = codec.NO_KEY

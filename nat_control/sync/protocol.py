@@ -203,6 +203,7 @@ class Protocol(Offloading):
             heartbeat_key=self.heartbeat_key,
             slices=self.slices,
             precedence=self.precedence,
+            kind=self.kind,
         )
 
     def _disconnected(self, why: str) -> None:

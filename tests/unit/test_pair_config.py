@@ -35,6 +35,11 @@ ONE_LINK = {"internal": 1, "external": 2, "server": 3}
 
 
 TLS = {"ca": "/o/ca.pem", "certificate": "/o/agent.pem", "key": "/o/agent.key"}
+TWIN = {
+    **PAIR,
+    "peer": {"connect": "127.0.0.1:7000", "with": "server", "role": "secondary", "on_split": "both"},
+}
+TWINS = {(c.Peer, name) for name in ("with", "on_split", "return", "probe_ms")}  # Peer.twin has them
 
 
 def with_sections(sections: dict[str, Any], *, devices: bool) -> dict[str, Any]:
@@ -116,6 +121,52 @@ def test_offloading_is_the_servers_and_needs_a_peer() -> None:
     }
 
 
+def test_the_examples_of_two_servers_are_one_pair() -> None:
+    one, two = (c.load(ROOT / f"examples/servers-{side}.yaml") for side in ("primary", "secondary"))
+    assert (one.number, two.number) == (1, 2)
+    assert one.peer.listen == two.peer.connect
+    assert one.heartbeat.listen == two.heartbeat.connect
+    assert one.virtual == two.virtual
+    assert [port.address for port in one.ports] == [port.address for port in two.ports]
+    assert one.nat.pool.ranges == two.nat.pool.ranges
+    assert (one.nat.pool.ports, two.nat.pool.ports) == ((1024, 32767), (32768, 65535))
+    assert one.peer.twin == pair_config.Twin(primary=True)
+    assert not two.peer.twin.primary
+
+
+def test_one_of_two_servers() -> None:
+    document = with_sections(TWIN, devices=True)
+    SCHEMA_CHECK.validate(document)
+    config = c.parse(document)
+    assert config.peer.twin == pair_config.Twin(primary=False, on_split="both")
+    assert (config.number, c.to_core(config, []).instance) == (2, 2)
+    schema = SCHEMA["properties"]["peer"]["properties"]
+    for name, field in (("on_split", "on_split"), ("return", "returns"), ("probe_ms", "probe_ms")):
+        assert schema[name]["default"] == getattr(pair_config.Twin(primary=True), field)
+    for name, choices in (
+        ("with", "WITH"),
+        ("role", "ROLES"),
+        ("on_split", "ON_SPLIT"),
+        ("return", "RETURNS"),
+    ):
+        assert schema[name]["enum"] == list(getattr(pair_config, choices))
+
+
+def test_what_does_not_fit_two_servers() -> None:
+    peer = {"connect": "127.0.0.1:7000", "with": "server"}
+    assert problems(with_sections({**PAIR, "peer": peer}, devices=True)) == {
+        "peer.role": "missing: of two servers one is `primary`, the other `secondary`"
+    }
+    peer = {"connect": "127.0.0.1:7000", "role": "primary", "probe_ms": 3}
+    assert problems(with_sections({**PAIR, "peer": peer}, devices=True)) == dict.fromkeys(
+        ("peer.role", "peer.probe_ms"), "only of a pair of servers (`with: server`)"
+    )
+    peer = {"listen": "127.0.0.1:7000", "with": "server", "role": "primary"}
+    assert problems(with_sections({**SWITCH, "peer": peer}, devices=False)) == {
+        "peer.with": "a switch agent's peer is a server by itself: leave it out"
+    }
+
+
 def test_a_switch_without_a_peer() -> None:
     alone = {
         "virtual": SWITCH["virtual"],
@@ -153,7 +204,7 @@ def test_defaults_and_choices_are_those_of_the_schema() -> None:
     for kind, schema in kinds.items():
         values = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
         for name, part in schema["properties"].items():
-            if "default" in part:
+            if "default" in part and (kind, name) not in TWINS:
                 assert values[name] == part["default"], name
     assert SCHEMA["properties"]["peer"]["properties"]["mode"]["enum"] == list(pair_config.MODES)
     assert SCHEMA["properties"]["peer"]["properties"]["partition"]["enum"] == list(pair_config.PARTITIONS)
