@@ -56,7 +56,8 @@ class DataPlane(Protocol):
     async def install(self, records: Records) -> int:
         """Returns when the plane really holds them (a switch: after the barrier), and how many it holds.
 
-        A session that is held already (see ``holds``) counts, and takes the record's ownership (FLAG_FOREIGN).
+        A session that is held already (see ``holds``) counts, and takes the record's ownership (FLAG_FOREIGN); its timer
+        goes by the later packet, ours or the record's.
         One that contradicts a held session is refused: its external endpoint has another inside one, or its 5-tuple is
         taken under another id, which ends for a record with FLAG_PREVAILS. So is one for which there is no room. Where its
         inside endpoint has another external one both are held; new sessions use the one that was first, or that of a
@@ -67,7 +68,8 @@ class DataPlane(Protocol):
         """Which of them are held under this 5-tuple, external endpoint and id; asked after an install fell short."""
 
     async def update(self, records: Records) -> int:
-        """TCP state, times and counters of sessions that are held; others are left out. Returns how many are.
+        """What the peer knows of sessions that are held; others are left out. Returns how many are. Counters never go back;
+        TCP state and times are taken unless we have seen a later packet.
 
         With FLAG_OFFLOAD a record says what a switch has carried beside all that the plane knows: its counters are added, its
         idle time counts if it is the shorter one, and no more than a handshake's last ACK is concluded from it.
@@ -115,6 +117,8 @@ class Changes(NamedTuple):
 
 def changes(events: Events) -> Changes:
     """Sorts events by kind. Closes that the peer itself has ordered are left out."""
+    if not len(events):
+        return Changes()
     kind = events["type"]
     ordered = (events["reason"] == CLOSED_BY_COMMAND) & (events["flags"] & FLAG_FOREIGN != 0)
     return Changes(

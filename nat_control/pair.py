@@ -22,7 +22,6 @@ from nat_control.sync.codec import PoolRange
 from nat_control.sync.protocol import Protocol
 from nat_control.sync.transport import Transport
 from nat_control.tls import TlsError, context, reason
-from nat_fastpath.engine import FLAG_FOREIGN
 from nat_fastpath.watch import Watch
 
 DIGEST_PERIOD = 2.0  # seconds; what a return waits for at most once nothing is under way
@@ -327,12 +326,11 @@ class Pair:
         while True:
             period = self.activity_period
             await self.activity_pause()
+            self.transport.hearsay.look()
             if self.state is not State.OPERATIONAL:
                 continue
             async for page in self._plane.sessions():
-                foreign = page["flags"] & FLAG_FOREIGN != 0
                 if self._ours is not None:
-                    foreign &= self._ours(page)
-                active = page[foreign & (page["idle_ms"] < np.uint32(period * 1000))]
-                if len(active):
-                    self.transport.events(Changes(NO_RECORDS, active, NO_RECORDS))
+                    page = page[self._ours(page)]
+                if len(active := self.transport.hearsay.carried(page, period)):
+                    self.transport.events(Changes(updated=active))

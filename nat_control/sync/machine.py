@@ -109,6 +109,7 @@ class Machine:
         self.only_theirs = NO_IDS
         self.refused_here = NO_RECORDS  # the peer's sessions that could not be held beside ours
         self.refused_there = NO_IDS
+        self._offered = NO_IDS  # refused once, and told again without an answer yet
 
     # -- what others may ask
 
@@ -130,7 +131,7 @@ class Machine:
     @property
     def apart(self) -> bool:
         """Whether a session is refused at one side."""
-        return len(self.refused_here) + len(self.refused_there) > 0
+        return len(self.refused_here) + len(self.refused_there) + len(self._offered) > 0
 
     def prevailing(self, op: int, records: Records) -> Records:
         """The records of an Install when it is carried out: if we yield they end what contradicts them, unless their

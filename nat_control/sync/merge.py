@@ -51,6 +51,7 @@ class Merging(Machine):
             self._next_digest = now + self.limits.digest
             if self._may_fit and now >= self._next_offer:
                 # They differ again, so that they are offered again.
+                self._offered = np.union1d(self._offered, self.refused_there)
                 self.refused_there, self._may_fit = NO_IDS, False
                 self._next_offer = now + self.limits.offer
             self._take_digest()
@@ -193,22 +194,25 @@ class Merging(Machine):
 
     def _answered_here(self, records: Records, refused: Ids) -> None:
         """Our plane has tried to hold these sessions of the peer."""
-        others = self.refused_here[~np.isin(self.refused_here["id"], records["id"])]
-        self.refused_here = np.concatenate([others, records[np.isin(records["id"], refused)]])
+        if len(self.refused_here) or len(refused):
+            others = self.refused_here[~np.isin(self.refused_here["id"], records["id"])]
+            self.refused_here = np.concatenate([others, records[np.isin(records["id"], refused)]])
         self._count(refused, here=True)
 
     def _answered_there(self, records: Records, refused: Ids) -> None:
         """The peer's plane has tried to hold these sessions of ours."""
         taken = records[~np.isin(records["id"], refused)]
         self.refused_there = np.union1d(np.setdiff1d(self.refused_there, records["id"]), refused)
+        self._offered = np.setdiff1d(self._offered, records["id"])
         self._count(refused, here=False)
-        # Once it could not take these of its own back; now it holds and owns them again.
+        # Once it could not take these of its own back; now it holds and owns them again. Of others it has not said so yet.
         if self.peer is not None and bool((instances(taken) == self.peer.instance).any()):
-            self._out.append(Cede(self.peer.instance, self.refused_there))
+            self._out.append(Cede(self.peer.instance, np.union1d(self.refused_there, self._offered)))
 
     def _ended(self, records: Records) -> None:
         """Either side ended these; what was refused for them may have room."""
         ids = records["id"]
         self.refused_there = np.setdiff1d(self.refused_there, ids)
+        self._offered = np.setdiff1d(self._offered, ids)
         self.refused_here = self.refused_here[~np.isin(self.refused_here["id"], ids)]
         self._may_fit = self._may_fit or len(self.refused_there) > 0

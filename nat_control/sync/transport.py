@@ -21,6 +21,7 @@ from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Front,
 from nat_control.sync import actions as do
 from nat_control.sync.codec import Carried, CodecError, Decoder, Error, Hello, VersionError, encode
 from nat_control.sync.digest import Summary, within
+from nat_control.sync.hearsay import Hearsay
 from nat_control.sync.protocol import Protocol
 from nat_control.tls import reason
 
@@ -88,6 +89,7 @@ class Transport:
         self._tasks = asyncio.TaskGroup()
         self._leaving = False
         self._newcomers = 0
+        self.hearsay = Hearsay()
         self.address: tuple[str, int] | None = None  # where it listens, once it does
 
     # -- what the owner says
@@ -307,7 +309,7 @@ class Transport:
             case do.Delete(op, records):
                 self._queue(partial(self._delete, op, records), len(records))
             case do.Update(records):
-                self._queue(partial(self._in_parts, self._plane.update, records), len(records))
+                self._queue(partial(self._update, records), len(records))
             case do.TakeOwnership():
                 self._queue(self._plane.adopt)
             case do.Cede(instance, besides):
@@ -373,9 +375,14 @@ class Transport:
     async def _install(self, op: int, records: Records) -> None:
         refused: Ids = NO_IDS
         records = self.protocol.prevailing(op, records)
+        self.hearsay.heard(records)
         if await self._in_parts(self._plane.install, records) < len(records):
             refused = records["id"][~await self._plane.holds(records)]
         self._done(lambda now: self.protocol.plane_done(op, now, refused))
+
+    async def _update(self, records: Records) -> None:
+        self.hearsay.heard(records)
+        await self._in_parts(self._plane.update, records)
 
     async def _delete(self, op: int, records: Records) -> None:
         await self._in_parts(self._plane.delete, records)

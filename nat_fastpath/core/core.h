@@ -330,6 +330,7 @@ static inline void session_own(struct session *session, uint8_t foreign)
 {
     session->flags = (uint8_t)((session->flags & ~NAT_SESSION_FOREIGN) | foreign);
 }
+void session_used(struct nat_core *core, uint32_t at, uint32_t idle_ms);
 uint32_t session_by_record(const struct nat_core *core, const struct nat_record *record);
 void session_set_timer(struct session *session);
 /* Undoes what session_open has done. `rests`: its port must not be used again at once. */

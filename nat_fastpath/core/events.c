@@ -163,8 +163,10 @@ static bool for_records(struct nat_core *core, struct nat_command *command)
                     return false;
                 at = NONE32;
             }
-            if (held)
+            if (held) {
                 session_own(&core->sessions[at], record->flags & NAT_SESSION_FOREIGN);
+                session_used(core, at, record->idle_ms);
+            }
             command->result += held || (at == NONE32 && session_install(core, record));
             continue;
         }

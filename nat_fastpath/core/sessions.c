@@ -383,17 +383,28 @@ uint32_t session_by_record(const struct nat_core *core, const struct nat_record 
     return session_find(core, &key, flow_hash_of(&core->hasher, key.addrs, key.ports, key.protocol), OUT);
 }
 
-static void take_counters(struct nat_core *core, uint32_t at, const struct nat_record *record)
+/* Somebody saw its last packet so long ago; we may have seen a later one. */
+void session_used(struct nat_core *core, uint32_t at, uint32_t idle_ms)
 {
     struct session *s = &core->sessions[at];
-    struct session_cold *cold = &core->cold[at];
-    s->last_ms = core->now_ms - record->idle_ms;
-    s->packets[OUT] = (uint32_t)record->packets_out;
-    s->packets[IN] = (uint32_t)record->packets_in;
-    cold->packets_high[OUT] = (uint16_t)(record->packets_out >> 32);
-    cold->packets_high[IN] = (uint16_t)(record->packets_in >> 32);
-    s->bytes[OUT] = record->bytes_out;
-    s->bytes[IN] = record->bytes_in;
+    if (idle_ms < core->now_ms - s->last_ms)
+        s->last_ms = core->now_ms - idle_ms;
+}
+
+/* Unless they are to be added they never go back: who tells them may have seen fewer packets than we. */
+static void take_counters(struct nat_core *core, uint32_t at, const struct nat_record *record, bool add)
+{
+    struct session *s = &core->sessions[at];
+    const uint64_t told[2][2] = {{record->packets_in, record->bytes_in},
+                                 {record->packets_out, record->bytes_out}};
+    for (int d = 0; d < 2; d++) {
+        uint16_t *high = &core->cold[at].packets_high[d];
+        uint64_t had = (uint64_t)*high << 32 | s->packets[d], packets = told[d == OUT][0];
+        uint64_t bytes = told[d == OUT][1], total = add ? had + packets : packets > had ? packets : had;
+        s->packets[d] = (uint32_t)total;
+        *high = (uint16_t)(total >> 32);
+        s->bytes[d] = add ? s->bytes[d] + bytes : bytes > s->bytes[d] ? bytes : s->bytes[d];
+    }
 }
 
 bool session_follow(struct nat_core *core, uint32_t at, int direction, uint16_t neighbour)
@@ -418,19 +429,13 @@ bool session_follow(struct nat_core *core, uint32_t at, int direction, uint16_t 
 static void session_carried(struct nat_core *core, uint32_t at, const struct nat_record *record)
 {
     struct session *s = &core->sessions[at];
-    struct session_cold *cold = &core->cold[at];
-    const uint64_t packets[2] = {record->packets_out, record->packets_in};
-    for (int d = 0; d < 2; d++) {
-        uint64_t total = ((uint64_t)cold->packets_high[d] << 32 | s->packets[d]) + packets[d];
-        s->packets[d] = (uint32_t)total;
-        cold->packets_high[d] = (uint16_t)(total >> 32);
-        s->bytes[d] += d == OUT ? record->bytes_out : record->bytes_in;
-        if (packets[d] && s->protocol == PROTO_TCP && s->tcp_state == NAT_TCP_SYN_BOTH)
+    take_counters(core, at, record, true);
+    for (int d = 0; d < 2; d++)
+        if ((d == OUT ? record->packets_out : record->packets_in) && s->protocol == PROTO_TCP &&
+            s->tcp_state == NAT_TCP_SYN_BOTH)
             s->tcp_state = tcp_next[s->tcp_state][d][TCP_KIND_ACK];
-    }
     session_set_timer(s);
-    if (record->idle_ms < core->now_ms - s->last_ms)
-        s->last_ms = core->now_ms - record->idle_ms;
+    session_used(core, at, record->idle_ms);
 }
 
 void session_update(struct nat_core *core, uint32_t at, const struct nat_record *record)
@@ -440,11 +445,15 @@ void session_update(struct nat_core *core, uint32_t at, const struct nat_record 
         return;
     }
     struct session *s = &core->sessions[at];
+    take_counters(core, at, record, false);
+    /* Whoever saw its last packet knows its state: traffic may have moved, and the news be old. */
+    if (record->idle_ms > core->now_ms - s->last_ms)
+        return;
+    s->last_ms = core->now_ms - record->idle_ms;
     if (s->protocol == PROTO_TCP && record->tcp_state < NAT_TCP_STATES)
         s->tcp_state = record->tcp_state;
     s->flags = (uint8_t)((s->flags & ~NAT_SESSION_INBOUND) | (record->flags & NAT_SESSION_INBOUND));
     session_set_timer(s);
-    take_counters(core, at, record);
     enum nat_verdict why;
     if (record->internal_mac)
         session_follow(core, at, IN,
@@ -528,7 +537,8 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
     struct session *s = &core->sessions[at];
     s->flags = record->flags & (NAT_SESSION_FOREIGN | NAT_SESSION_INBOUND | NAT_SESSION_OFFLOAD);
     core->cold[at].opened_ms = core->now_ms - record->age_ms;
-    take_counters(core, at, record);
+    s->last_ms = core->now_ms - record->idle_ms;
+    take_counters(core, at, record, false);
     core->stats.sessions_installed++;
     if (second && record->flags & NAT_SESSION_PREVAILS)
         mapping_prefer(core, mapping, known);

@@ -58,7 +58,7 @@ def test_what_is_installed_is_held_as_it_was_given(subject: Subject) -> None:
     subject.check()
 
 
-def test_installing_again_counts_and_takes_the_ownership_and_nothing_else(subject: Subject) -> None:
+def test_installing_again_counts_and_takes_the_ownership_and_no_state(subject: Subject) -> None:
     given = sessions(4)
     subject.run(subject.plane.install(given))
     for flags in (FLAG_FOREIGN, FLAG_FOREIGN, 0):
@@ -199,7 +199,7 @@ def test_holds_goes_by_5_tuple_external_endpoint_and_id(subject: Subject) -> Non
 
 
 def test_update_changes_state_times_and_counters_of_what_is_held(subject: Subject) -> None:
-    held = sessions(6, flags=FLAG_FOREIGN)
+    held = sessions(6, flags=FLAG_FOREIGN, idle_ms=120_000)
     subject.run(subject.plane.install(held))
     seen = held.copy()
     seen["packets_out"], seen["packets_in"], seen["bytes_out"], seen["bytes_in"] = 1, 1 << 33, 3, 1 << 50
@@ -234,6 +234,34 @@ def test_what_a_switch_has_carried_is_added(subject: Subject) -> None:
     subject.run(subject.plane.update(carried))
     assert (subject.held()["idle_ms"] < 30_000).all()
     assert len(subject.events()) == 0
+
+
+def test_an_update_by_whoever_saw_fewer_packets_takes_nothing_back(subject: Subject) -> None:
+    """Traffic moves, and who had it before tells of it once more."""
+    held = sessions(
+        6, flags=FLAG_FOREIGN, idle_ms=60_000, packets_out=7, packets_in=1 << 33, bytes_in=1 << 40
+    )
+    held["tcp_state"][held["protocol"] == 6] = TCP_STATES.index("established")
+    subject.run(subject.plane.install(held))
+    old = held.copy()
+    old["packets_out"], old["packets_in"], old["bytes_in"], old["bytes_out"] = 6, 1, 2, 9
+    old["tcp_state"][old["protocol"] == 6] = TCP_STATES.index("closing")
+    old["idle_ms"] = 120_000
+    assert subject.run(subject.plane.update(old)) == 6
+    held["bytes_out"] = 9
+    assert plain(subject.held()) == plain(held)
+    assert (subject.held()["idle_ms"] < 90_000).all()
+
+
+def test_a_session_that_both_hold_ages_by_its_last_packet(subject: Subject) -> None:
+    """Two sides meet again: one carried it meanwhile, and the other, who owns it, has seen nothing."""
+    held = sessions(2, idle_ms=120_000)
+    subject.run(subject.plane.install(held))
+    for idle, least in ((60_000, 60_000), (240_000, 60_000)):
+        held["idle_ms"] = idle
+        assert subject.run(subject.plane.install(held)) == 2
+        assert (subject.held()["idle_ms"] >= least).all()
+        assert (subject.held()["idle_ms"] < least + 30_000).all()
 
 
 def test_update_leaves_out_what_is_not_held(subject: Subject) -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.sim SEED`` replays one run and says what happens; ``FIRST LAST`` runs many, on all cores."""
+"""``python -m tests.sim SEED`` replays one run and says what happens; ``FIRST LAST [PROCESSES]`` runs many, on all cores."""
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 
 from tests.sim.world import simulate
 
@@ -23,17 +24,17 @@ def main() -> None:
     if len(seeds) == 1:
         simulate(seeds[0], print)
         return
-    if len(seeds) != 2:
-        sys.exit("usage: python -m tests.sim SEED | FIRST LAST")
-    failed, wanted = 0, range(seeds[0], seeds[1] + 1)
-    with multiprocessing.Pool() as pool:
+    if len(seeds) not in (2, 3):
+        sys.exit("usage: python -m tests.sim SEED | FIRST LAST [PROCESSES]")
+    failed, wanted, began = 0, range(seeds[0], seeds[1] + 1), time.monotonic()
+    with multiprocessing.Pool(*seeds[2:]) as pool:
         for done, text in enumerate(pool.imap(failure, wanted, chunksize=16), 1):
             if text:
                 failed += 1
                 print(text, flush=True)
             if done % 1000 == 0:
                 print(f"{done} of {len(wanted)} seeds done, {failed} fail", flush=True)
-    print(f"{len(wanted)} seeds, {failed} fail")
+    print(f"{len(wanted)} seeds, {failed} fail, in {time.monotonic() - began:.0f} s")
     sys.exit(failed > 0)
 
 

@@ -15,7 +15,7 @@ from nat_control.sync.codec import CARRIED, Moved
 from nat_fastpath.engine import EVENT_CLOSE
 
 if TYPE_CHECKING:
-    from tests.sim.world import Node
+    from tests.sim.node import Node
 
 ROOM = 5  # sessions that the switch has room for in front of the server
 
@@ -45,7 +45,7 @@ class Front:
     def tell(self) -> list[do.Action]:
         carried = np.zeros(len(self.there), CARRIED)
         carried["id"], carried["packets"] = sorted(self.there), 1
-        return self.node.protocol.tell_front(1000, self.room, carried, self.node.world.now)
+        return self.node.protocol.tell_front(1000, self.room, carried, self.node.clock())
 
     def ask(self) -> list[do.Action]:
         """Sessions go to the peer's switch, or come back; one question at a time."""
@@ -55,7 +55,7 @@ class Front:
         if self.view.asked:
             return []
         txid = self.view.ask(ids, front) if node.protocol.state is State.OPERATIONAL else 1
-        return node.protocol.ask_front(txid, ids, front, node.world.now)
+        return node.protocol.ask_front(txid, ids, front, node.clock())
 
     def move(self, action: do.Move) -> None:
         node = self.node
@@ -65,14 +65,14 @@ class Front:
         else:
             self.there -= held
         there, room = action.ids[np.isin(action.ids, list(self.there))], self.room
-        node.report(lambda: node.protocol.front_moved(action.op, there, room, node.world.now))
+        node.report(lambda: node.protocol.front_moved(action.op, there, room, node.clock()))
 
     def notice(self, action: do.Action) -> None:
-        node, now = self.node, self.node.world.now
+        node, now = self.node, self.node.clock()
         match action:
             case do.Send(_, Moved(_, _, ids)):
                 claimed = set(ids.tolist()) - self.there - node.plane.ended
-                node.world.must(not claimed, f"said to be in front, and is not: {claimed}")
+                node.rules.must(not claimed, "front", f"said to be in front, and is not: {claimed}")
             case do.StateChanged(before, after):
                 if before is State.OPERATIONAL:
                     self.view.lost()
@@ -83,12 +83,14 @@ class Front:
                 assert node.link is not None
                 if node.peer.alive and node.peer.incarnation == node.link.incarnations[node.peer.index]:
                     known = node.peer.front.there | node.peer.plane.ended
-                    node.world.must(set(self.view.ids.tolist()) <= known, "taken for in front, and is not")
+                    node.rules.must(
+                        set(self.view.ids.tolist()) <= known, "front", "taken for in front, and is not"
+                    )
             case do.FrontSeen(ms, room, carried):
                 self.view.seen(ms, room, carried, now, 1)
 
     def known(self) -> bool:
         """Whether the server knows what the peer has in front."""
         there = self.node.peer.front.there
-        self.node.world.must(len(there) <= ROOM, "more in front than there is room for")
+        self.node.rules.must(len(there) <= ROOM, "front", "more in front than there is room for")
         return set(self.view.ids.tolist()) == there and not self.view.asked

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tests.sim.world import Node, World
+    from tests.sim.node import Node
+    from tests.sim.world import World
 
 
 class Link:
@@ -30,6 +31,9 @@ class Link:
         node, flying, rng = self.ends[towards], self.flying[towards], self.world.rng
         if node is None or self.cut:
             return
+        if node.stalled:
+            self.world.later(node.stalled_until - self.world.now, lambda: self.deliver(towards))
+            return
         if flying:
             n = rng.choice([len(flying), rng.randint(1, len(flying)), min(len(flying), rng.randint(1, 40))])
             part = bytes(flying[:n])
@@ -48,7 +52,10 @@ class Link:
         self.world.later(self.world.rng.uniform(0, 1), lambda: self.tell(side))
 
     def tell(self, side: int) -> None:
-        if (node := self.ends[side]) is not None:
+        node = self.ends[side]
+        if node is not None and node.stalled:
+            self.world.later(node.stalled_until - self.world.now, lambda: self.tell(side))
+        elif node is not None:
             node.lose(self)
 
     def lose(self) -> None:

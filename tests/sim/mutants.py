@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Planted bugs: ``python -m tests.sim.mutants`` plants one after the other, prints how many are found, and fails when one is not.
+"""Planted bugs: ``python -m tests.sim.mutants [PROCESSES]`` plants one after the other, prints how many are found, and fails when one is not.
 
 A bug in every row of TABLE (it does nothing; where it should do nothing, what it does while operational, or it is not
-there), found by the unit tests of the machine or by simulation; and bugs by hand, which simulation alone must find.
+there), found by the unit tests of the machine or by simulation; bugs by hand, which simulation alone must find; and for every
+rule of the simulation a bug that breaks this one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import io
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,15 +42,24 @@ from nat_control.sync.codec import (
     InitState,
     InstallComplete,
     InstallEntries,
+    Message,
     Offload,
     Ready,
+    encode,
 )
+from nat_control.sync.hearsay import Hearsay
+from nat_control.sync.merge import Merging
 from nat_control.sync.outbox import Outbox
 from nat_control.sync.protocol import TABLE, Handler, Protocol
 from nat_fastpath.engine import FLAG_FOREIGN
+from tests.memory_plane import IDLE, Endpoint, Key, MemoryPlane, inside, outside
+from tests.sim import node
+from tests.sim.plane import AgeingPlane
+from tests.sim.rules import Violation
 from tests.sim.world import simulate
 
 MUTANT_SEEDS = 400  # by then a planted bug must be found
+FEW = 20  # that cost less than the unit tests
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -172,6 +183,47 @@ def own_what_comes(self: Protocol, answer: Input, txid: int, records: Records) -
     self._out.append(Install(self._operation(answer, txid, ours), ours))
 
 
+def dropped_later(self: Protocol, message: InstallEntries, now: float) -> None:
+    if (earlier := vars(self).get("earlier")) is not None:
+        self._delete_at_plane(Input.EVENTS, 0, earlier)
+    vars(self)["earlier"] = message.records
+    Protocol._install(self, message, now)
+
+
+def never_finished(self: Protocol, op: int, refused: Ids, now: float) -> None:
+    operation = self._plane.get(op)
+    Protocol._plane_done(self, op, refused, now)
+    if operation is not None and operation.answer is Input.DELETE:
+        self._plane[op] = operation
+
+
+def ceded_before_the_answer(self: Merging, records: Records, refused: Ids) -> None:
+    self._offered = NO_IDS
+    answered_there(self, records, refused)
+
+
+answered_there = Merging._answered_there
+
+
+def any_port(self: MemoryPlane, protocol: int) -> Endpoint:
+    address, port = self._rng.choice(self._own)
+    return protocol, address, port
+
+
+def kept_port(self: MemoryPlane, key: Key, reason: int = IDLE) -> None:
+    record = self.held[key]
+    endpoints = outside(record), inside(record)
+    close(self, key, reason)
+    self.owner.setdefault(*endpoints)
+
+
+close = MemoryPlane.close
+
+
+def cut_short(message: Message, epoch: int) -> bytes:
+    return encode(message, epoch)[: -1 if isinstance(message, DeleteEntries) else None]
+
+
 def nobody_elses(records: Records) -> Ids:
     return np.zeros(len(records), np.uint64)
 
@@ -230,6 +282,24 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     ),
     "what comes is owned": method(Protocol, "_install_at_plane", own_what_comes),
     "what comes is foreign": method(machine, "instances", nobody_elses),
+    "what was acknowledged is dropped later": instead(State.OPERATIONAL, Input.INSTALL, dropped_later),
+    "an operation is never finished": instead(State.OPERATIONAL, Input.PLANE_DONE, never_finished),
+    "Ready is not heard": instead(State.EXCHANGING, Input.READY, Protocol._nothing),
+    "any number of changes may wait": method(Protocol, "_bound", lambda self: None),
+    "TCP states are not told": instead(State.OPERATIONAL, Input.UPDATE, Protocol._nothing),
+    "what was heard is told back": method(
+        Hearsay, "_is_heard", lambda self, ids: np.zeros(len(ids), np.bool_)
+    ),
+    "traffic is not told to the owner": method(Hearsay, "carried", lambda self, page, within: NO_RECORDS),
+    "what both hold ages as if nobody else had seen it": method(
+        AgeingPlane, "_used", lambda self, held, idle_ms: None
+    ),
+    "given back before the peer says that it holds it": method(
+        Merging, "_answered_there", ceded_before_the_answer
+    ),
+    "a plane gives a port twice": method(MemoryPlane, "_free", any_port),
+    "a plane never gives a port back": method(MemoryPlane, "close", kept_port),
+    "a message is cut short": method(node, "encode", cut_short),
     "late answers end the exchange": instead(
         State.EXCHANGING,
         Input.PLANE_DONE,
@@ -256,15 +326,40 @@ def row_bug(row: tuple[State, Input]) -> Plant:
 ROWS: dict[str, Plant] = {f"{state.value}, {kind.value}": row_bug((state, kind)) for state, kind in TABLE}
 
 
+# The rules that a bug must be seen to break: each of them can fail.
+SHOWN: dict[str, str] = {
+    "released": "packets leave before the peer holds the session",
+    "protected": "what was acknowledged is dropped later",
+    "endpoint": "a plane gives a port twice",
+    "live": "traffic is not told to the owner",
+    "alone": "ownership is not taken",
+    "bounded": "any number of changes may wait",
+    "bytes": "a message is cut short",
+    "held": "acknowledged, not released",
+    "operational": "Ready is not heard",
+    "front": "a move is answered before it is done",
+    "rest": "an operation is never finished",
+    "equal": "ends are not told",
+    "content": "TCP states are not told",
+    "owner": "nothing is ceded",
+    "ports": "a plane never gives a port back",
+    "digest": "digests of different moments are compared",
+    "asked": "a request is taken for its answer",
+    "next hops": "next hops are not learned",
+}
+
+
 # -- who finds them -------------------------------------------------------------------------------------------
 
 
-def found_by_simulation() -> bool:
-    for seed in range(MUTANT_SEEDS):
+def found_by_simulation(seeds: int = MUTANT_SEEDS, rule: str = "") -> bool:
+    """``rule``: this one must be broken, not just any."""
+    for seed in range(seeds):
         try:
             simulate(seed)
-        except Exception:
-            return True
+        except Exception as error:
+            if not rule or (isinstance(error, Violation) and error.rule == rule):
+                return True
     return False
 
 
@@ -280,25 +375,32 @@ def found_by_unit_tests() -> bool:
 
 
 def is_found(name: str) -> tuple[str, bool]:
+    """Of a bug by its name, or of a rule that it breaks."""
     with pytest.MonkeyPatch.context() as patch:
-        if plant := BUGS.get(name):
-            plant(patch)
-            return name, found_by_simulation()
-        ROWS[name](patch)
-        return name, found_by_unit_tests() or found_by_simulation()
+        if name in ROWS:
+            ROWS[name](patch)
+            return name, found_by_simulation(FEW) or found_by_unit_tests() or found_by_simulation()
+        BUGS[SHOWN.get(name, name)](patch)
+        return name, found_by_simulation(rule=name if name in SHOWN else "")
 
 
 def main() -> None:
     if found_by_unit_tests():
         sys.exit("the unit tests fail without any bug")
-    names, found = [*ROWS, *BUGS], 0
-    with multiprocessing.Pool() as pool:
-        for name, killed in pool.imap_unordered(is_found, names):
-            found += killed
+    began, kinds = time.monotonic(), {"rows of the table": ROWS, "bugs by hand": BUGS, "rules broken": SHOWN}
+    found = dict.fromkeys([name for kind in kinds.values() for name in kind], False)
+    workers = int(sys.argv[1]) if len(sys.argv) > 1 else None
+    with multiprocessing.Pool(workers) as pool:
+        for done, (name, killed) in enumerate(pool.imap_unordered(is_found, found), 1):
+            found[name] = killed
             if not killed:
                 print(f"not found: {name}", flush=True)
-    print(f"{found} of {len(names)} planted bugs are found; {len(ROWS)} of them in the rows of the table")
-    sys.exit(found < len(names))
+            if done % 20 == 0:
+                print(f"{done} of {len(found)} tried, {time.monotonic() - began:.0f} s", flush=True)
+    for kind, names in kinds.items():
+        print(f"{kind}: {sum(found[name] for name in names)}/{len(names)}")
+    print(f"planted bugs killed: {sum(found.values())}/{len(found)}, in {time.monotonic() - began:.0f} s")
+    sys.exit(not all(found.values()))
 
 
 if __name__ == "__main__":

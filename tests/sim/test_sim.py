@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+
 import pytest
 
 from nat_control.sync.actions import Input, State
 from nat_control.sync.protocol import TABLE, Handler, Protocol
-from tests.sim.mutants import BUGS, MUTANT_SEEDS, ROWS, found_by_simulation
+from tests.sim.mutants import BUGS, MUTANT_SEEDS, ROWS, SHOWN, found_by_simulation
+from tests.sim.rules import RULES
+from tests.sim.scenario import FAULTS, draw
 from tests.sim.world import simulate
 
 SEEDS = 240
@@ -21,13 +30,37 @@ def test_no_rule_is_broken(seed: int) -> None:
         pytest.fail(f"{type(error).__name__}: {error}\nreplay: python -m tests.sim {seed}")
 
 
-def test_a_seed_replays() -> None:
-    first: list[str] = []
-    second: list[str] = []
-    simulate(7, first.append)
-    simulate(7, second.append)
-    assert first == second
-    assert len(first) > 100
+def trace_of(seed: int) -> str:
+    """A hash of all that happens."""
+    lines: list[str] = []
+    simulate(seed, lines.append)
+    assert len(lines) > 100
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("seed", [7, 38])
+def test_a_seed_replays_in_any_process(seed: int) -> None:
+    """Not even the order of a set may tell one run from another."""
+    told = {trace_of(seed)}
+    for hashing in ("1", "2"):
+        ask = f"from tests.sim.test_sim import trace_of; print(trace_of({seed}))"
+        done = subprocess.run(
+            [sys.executable, "-c", ask],
+            env={**os.environ, "PYTHONHASHSEED": hashing},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        told.add(done.stdout.strip())
+    assert len(told) == 1
+
+
+def test_every_fault_strikes() -> None:
+    struck = sum((simulate(seed).struck for seed in range(60)), Counter[str]())
+    assert set(+struck) == set(FAULTS)
+    drawn = [draw(seed, random.Random(seed)).faults for seed in range(SEEDS)]
+    assert all(sum(fault in faults for faults in drawn) > SEEDS / 20 for fault in FAULTS)
+    assert frozenset() in drawn
 
 
 def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +115,13 @@ def test_a_planted_bug_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> No
     BUGS[bug](monkeypatch)
     if not found_by_simulation():
         pytest.fail(f"{MUTANT_SEEDS} seeds do not find it")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_can_be_broken(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    BUGS[SHOWN[rule]](monkeypatch)
+    if not found_by_simulation(rule=rule):
+        pytest.fail(f"{MUTANT_SEEDS} seeds do not break it")
 
 
 def test_every_row_has_its_bug() -> None:
