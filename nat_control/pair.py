@@ -31,6 +31,9 @@ NEXT_HOPS_PERIOD = 0.25  # seconds between two looks at next hops
 NEXT_HOPS_AGAIN = (
     10.0  # seconds that a MAC was confirmed later than the peer has heard; it asks itself after 30
 )
+# ms that a worker may stand still. A process that does is silent, and found by that; but a worker that shares its CPU waits
+# for its turn now and then, and the heartbeat, which has a higher priority, tells of it.
+STALLED = 100.0
 HAND_OVER = 2.0  # seconds that the peer has to take the traffic
 
 
@@ -142,6 +145,7 @@ class Pair:
                 epoch=epoch,
                 interval_ms=heartbeat.interval_ms,
                 misses=heartbeat.misses,
+                patience_ms=max(STALLED, heartbeat.interval_ms * heartbeat.misses),
                 counters=counters,
             )
         except OSError as error:
