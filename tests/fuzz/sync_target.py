@@ -60,7 +60,7 @@ from nat_control.sync.codec import (
 )
 from nat_control.sync.digest import Summary, within
 from nat_control.sync.protocol import Protocol
-from nat_fastpath.engine import FLAG_PENDING, NEIGHBOUR, RECORD, Core
+from nat_fastpath.engine import FLAG_PENDING, FLAG_PREVAILS, NEIGHBOUR, RECORD, Core
 from tests.packets import CLIENT, INSIDE, POOL, SERVER, START, config, frame, number, small_pool, udp
 
 RAW, LAST_MESSAGE, TIME, PLANE, OPEN, END, RECONNECT, ELSE = 0, 21, 22, 23, 24, 25, 26, 27
@@ -184,7 +184,9 @@ class Side:
                     self.carry_out(self.protocol.carries(1, self.now))
 
     def install(self, op: int, records: Records) -> None:
+        before = self.sessions()
         held = self.core.install(records := self.protocol.prevailing(op, records))
+        self.ended |= displaced(before, self.sessions(), records)
         refused = records["id"][~self.core.holds(records)] if held < len(records) else NO_IDS
         self.drain()
         self.carry_out(self.protocol.plane_done(op, self.now, refused))
@@ -298,6 +300,22 @@ class Side:
         external = np.unique(found[["protocol", "internal_addr", "internal_port"]])
         triples = np.unique(found[["protocol", "external_addr", "external_port"]])
         assert len(external) == len(triples), "an endpoint has two others"
+
+
+# What two sessions cannot both be: one 5-tuple inside, or one outside.
+INNER = ["protocol", "internal_addr", "internal_port", "remote_addr", "remote_port"]
+OUTER = ["protocol", "external_addr", "external_port", "remote_addr", "remote_port"]
+
+
+def displaced(before: Records, after: Records, installed: Records) -> set[int]:
+    """Sessions that made room for such as prevail over them, and only for such."""
+    gone = before[~np.isin(before["id"], after["id"])]
+    prevailing = installed[installed["flags"] & FLAG_PREVAILS != 0]
+    for one in gone:
+        assert any((one[fields] == prevailing[fields]).any() for fields in (INNER, OUTER)), (
+            "ended for nothing"
+        )
+    return set(gone["id"].tolist())
 
 
 def one_line(error: Exception) -> str:
