@@ -28,7 +28,7 @@ NO_NEXT_HOPS.flags.writeable = False
 NO_IDS: Ids = np.empty(0, np.uint64)
 NO_IDS.flags.writeable = False
 
-CLOSED_BY_COMMAND = 2  # enum nat_close_reason
+CLOSED_BY_TIMER, CLOSED_BY_COMMAND = 1, 2  # enum nat_close_reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +108,12 @@ class Front(Protocol):
 
 
 class Changes(NamedTuple):
-    """What a step of a plane did to its sessions, to be told to the peer."""
+    """What a step of a plane did to its sessions, to be told to the peer. ``aged``: those of ``closed`` that had no packets."""
 
     opened: Records = NO_RECORDS
     updated: Records = NO_RECORDS
     closed: Records = NO_RECORDS
+    aged: Ids = NO_IDS
 
 
 def changes(events: Events) -> Changes:
@@ -120,11 +121,13 @@ def changes(events: Events) -> Changes:
     if not len(events):
         return Changes()
     kind = events["type"]
+    ended = kind == EVENT_CLOSE
     ordered = (events["reason"] == CLOSED_BY_COMMAND) & (events["flags"] & FLAG_FOREIGN != 0)
     return Changes(
         opened=sessions_of(events[kind == EVENT_OPEN]),
         updated=sessions_of(events[kind == EVENT_UPDATE]),
-        closed=sessions_of(events[(kind == EVENT_CLOSE) & ~ordered]),
+        closed=sessions_of(events[ended & ~ordered]),
+        aged=events["id"][ended & (events["reason"] == CLOSED_BY_TIMER)],
     )
 
 

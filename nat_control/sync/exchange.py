@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nat_control.dataplane import Ids, Records
+from nat_control.dataplane import NO_IDS, Ids, Records
 from nat_control.sync.actions import ErrorCode
 from nat_control.sync.codec import Hello
 
@@ -64,6 +64,8 @@ class Exchange:
     ready_received: bool = False
     closed: list[Records] = field(default_factory=list)
     n_closed: int = 0
+    aged: Ids = field(default_factory=lambda: NO_IDS)  # of those closed, by our timer
+    kept: list[Records] = field(default_factory=list)  # of those aged, what the peer then brought back
 
 
 def instances(records: Records) -> Ids:

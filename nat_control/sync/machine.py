@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class _Operation:
     answer: Input
     txid: int
     records: Records
+    ended: list[Ids] = field(default_factory=list)  # since it began, if it looks for sessions
 
 
 class Machine:
@@ -95,6 +96,7 @@ class Machine:
         self._exchange = Exchange(0)
         self._outbox = Outbox(self.limits)
         self._plane: dict[int, _Operation] = {}
+        self._oldest = 0, 0.0  # of these, and when it is overdue
         self._position = Position(self.epoch)
         self._peer_digest: tuple[Position, Digest] | None = None
         self._own_digest: tuple[Position, int] | None = None  # sent; of so many sessions
@@ -184,6 +186,9 @@ class Machine:
 
     def _tell(self, changes: Changes, now: float) -> None:
         """Sent in order, in batches; in synchronous mode their packets wait for the acknowledgement."""
+        if len(changes.closed):
+            for operation in self._plane.values():
+                operation.ended.append(changes.closed["id"])
         hold = self.mode is Mode.SYNCHRONOUS
         if not hold:
             self._commit(pending(changes.opened))

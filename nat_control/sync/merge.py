@@ -29,7 +29,7 @@ from nat_control.sync.codec import BUCKETS, MAX_ENTRIES, BucketEntries, Buckets,
 from nat_control.sync.digest import differing, entries_of
 from nat_control.sync.exchange import instances
 from nat_control.sync.machine import Comparison, Machine
-from nat_fastpath.engine import FLAG_FOREIGN
+from nat_fastpath.engine import FLAG_FOREIGN, RECORD
 
 
 class Merging(Machine):
@@ -47,14 +47,37 @@ class Merging(Machine):
         """An acknowledgement that is overdue ends it; from time to time a digest, if nothing is under way."""
         if self._outbox.overdue(now):
             self._fail(ErrorCode.TIMEOUT, "a batch is not acknowledged")
+        elif self._hangs(now):
+            self._fail(ErrorCode.TIMEOUT, "the data plane does not answer")
         elif now >= self._next_digest and not self.busy:
             self._next_digest = now + self.limits.digest
-            if self._may_fit and now >= self._next_offer:
-                # They differ again, so that they are offered again.
-                self._offered = np.union1d(self._offered, self.refused_there)
-                self.refused_there, self._may_fit = NO_IDS, False
+            refused = np.union1d(self._offered, self.refused_there)
+            if len(refused) and now >= self._next_offer:
                 self._next_offer = now + self.limits.offer
-            self._take_digest()
+                self._out.append(Fetch(self._operation(Input.TICK, 0, NO_RECORDS), refused))
+            else:
+                self._take_digest()
+
+    def _hangs(self, now: float) -> bool:
+        """Whether our plane has not finished one operation for too long; a peer does not wait for all of them."""
+        oldest = next(iter(self._plane), 0)
+        if oldest != self._oldest[0]:
+            self._oldest = oldest, now + self.limits.exchange
+        return oldest != 0 and now >= self._oldest[1]
+
+    def _offer(self, held: Ids, now: float) -> None:
+        """What is refused and still held differs again, if it may fit, so that it is told again; the rest has ended, whoever
+        has missed it, and would keep both sides apart for good."""
+        refused = np.union1d(self._offered, self.refused_there)
+        gone = np.setdiff1d(refused, held)
+        if self._may_fit:
+            self._offered, self.refused_there, self._may_fit = np.intersect1d(refused, held), NO_IDS, False
+        self._next_digest = now
+        if len(gone):
+            closed = np.zeros(len(gone), RECORD)
+            closed["id"] = gone
+            self._tell(Changes(closed=closed), now)
+        self._tick_operational(now)
 
     def _digest(self, message: Digest, now: float) -> None:
         """Comparable only at the same position: then our own is taken."""
@@ -149,11 +172,14 @@ class Merging(Machine):
         operation = self._plane.pop(op, None)
         if operation is None:
             return
+        # What has ended since was told, and what ends later is told after them.
+        records = records[~np.isin(records["id"], np.concatenate([NO_IDS, *operation.ended]))]
         if operation.answer is Input.WANT_ENTRIES:
             self.only_ours = records
             self._mend(records, NO_IDS, now)
+        elif operation.answer is Input.TICK:
+            self._offer(records["id"], now)
         else:
-            # What has ended since is not among them, and what ends later is told after them.
             lost = np.isin(self._missing["id"], operation.records["id"])
             self._missing = self._missing[~lost]
             self._tell(Changes(opened=records), now)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nat_control.dataplane import NO_RECORDS, Changes, Records
+from nat_control.dataplane import NO_RECORDS, Changes, Ids, Records
 from nat_control.sync.actions import Input, Limits
 from nat_control.sync.codec import DeleteEntries, InstallEntries, UpdateEntries
 from nat_fastpath.engine import FLAG_INBOUND, FLAG_OFFLOAD, FLAG_PENDING
@@ -83,6 +83,14 @@ class Outbox:
             batch.records = _joined(batch.records, part)
             if hold:
                 batch.held = _joined(batch.held, pending(part))
+
+    def withdraw(self, ends: Ids) -> None:
+        """These have not ended after all; nothing of it has been sent."""
+        for batch in self._queue:
+            if batch.kind is Input.DELETE:
+                batch.records = batch.records[~np.isin(batch.records["id"], ends)]
+        self._queue = deque(batch for batch in self._queue if len(batch.records))
+        self.waiting = sum(len(batch.records) for batch in self._queue)
 
     def _room(self, batch: Batch) -> int:
         return self._limits.batch - len(batch.records)

@@ -304,9 +304,16 @@ class Protocol(Offloading):
         if not (exchange.ready_sent and exchange.ready_received):
             return
         self._become(State.OPERATIONAL, "both sides hold all sessions")
-        if exchange.closed:
+        kept = np.concatenate([NO_RECORDS, *exchange.kept])
+        closed = np.concatenate([NO_RECORDS, *exchange.closed])
+        closed = closed[~np.isin(closed["id"], kept["id"])]
+        if len(closed):
             # The peer's InitState may have brought back what ended here while it was under way.
-            self._delete_at_plane(Input.EVENTS, 0, np.concatenate(exchange.closed))
+            self._delete_at_plane(Input.EVENTS, 0, closed)
+        if len(kept):
+            # What only our timer has ended goes on: the packets go to the peer, perhaps, and it has kept it.
+            self._outbox.withdraw(kept["id"])
+            self._install_at_plane(Input.EVENTS, 0, kept)
         self._exchange = Exchange(0)
         self._flush(now)
 
@@ -323,6 +330,7 @@ class Protocol(Offloading):
         if len(changes.closed):
             exchange.closed.append(changes.closed)
             exchange.n_closed += len(changes.closed)
+            exchange.aged = np.concatenate([exchange.aged, changes.aged])
         self._enqueue(changes, hold=False)
         self._bound()
 
@@ -377,7 +385,13 @@ class Protocol(Offloading):
             self._deadline = now + self.limits.exchange
             self._exchange.installing -= 1
             self._exchange.refused.append(refused)
+            # What ends from here on was known with the peer's last packet.
+            brought = operation.records[~np.isin(operation.records["id"], refused)]
+            self._exchange.kept.append(brought[np.isin(brought["id"], self._exchange.aged)])
             self._ready_if_installed(now)
+        elif answer is Input.EVENTS and len(refused):
+            # Its place was given away before the peer brought it back: it has ended after all.
+            self._tell(Changes(closed=operation.records[np.isin(operation.records["id"], refused)]), now)
         elif answer is Input.INSTALL:
             self._send(InstallComplete(txid, refused))
         elif answer is Input.DELETE:

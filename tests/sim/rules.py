@@ -158,8 +158,6 @@ class Rules:
         """What was refused may be offered now and again, and then differs for a moment."""
         a, b = ({int(held["id"]) for held in node.plane.held.values()} for node in self.world.nodes)
         named, heard = self.refused()
-        if self.world.scenario.faults & {"forgetful", "replay"}:
-            named, heard = named & (a | b), heard & (a | b)  # who loses the event of an end cannot tell it
         return self.world.at_rest() and all(map(self.proven, self.world.nodes)) and a ^ b == named == heard
 
     @staticmethod

@@ -75,8 +75,6 @@ def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for row, handler in TABLE.items():
         monkeypatch.setitem(TABLE, row, noting(row, handler))
-    for seed in range(40):
-        simulate(seed)
     # What comes too late or too early has tests of its own.
     connected = {State.HANDSHAKE, State.EXCHANGING, State.OPERATIONAL}
     late = {
@@ -93,8 +91,7 @@ def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         for row in TABLE
         if row[0] in connected and row[1] not in {*late, Input.BYE, Input.ERROR, Input.STOP}
     }
-    assert wanted <= reached
-    assert {
+    wanted |= {
         (State.EXCHANGING, Input.STATE_PAGE),
         (State.EXCHANGING, Input.PLANE_DONE),
         (State.OPERATIONAL, Input.BYE),
@@ -107,7 +104,12 @@ def test_the_runs_reach_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         (State.OPERATIONAL, Input.BUCKETS_TAKEN),
         (State.OPERATIONAL, Input.FETCHED),
         (State.OPERATIONAL, Input.CARRIER),
-    } <= reached
+    }
+    for seed in range(SEEDS):
+        simulate(seed)
+        if wanted <= reached:
+            return
+    pytest.fail(f"never reached: {wanted - reached}")
 
 
 @pytest.mark.parametrize("bug", BUGS)

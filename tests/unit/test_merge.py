@@ -62,6 +62,12 @@ def receives_a_digest(p: Protocol, theirs: Records, ours: Records, now: float = 
     return p.digest_taken(take.at, own.buckets, own.count, now)
 
 
+def looks_for_refused(p: Protocol, held: Records, now: float) -> list[Action]:
+    """Then it takes a digest."""
+    (fetch,) = only(Fetch, p.verify(now))
+    return only(TakeDigest, p.fetched(fetch.op, held[np.isin(held["id"], fetch.ids)], now))
+
+
 def sends_a_digest(p: Protocol, ours: Records, now: float = 1.0) -> None:
     (take,) = only(TakeDigest, p.verify(now))
     own = summary(ours)
@@ -158,7 +164,7 @@ def test_what_is_refused_is_named_and_stays_out_of_digests() -> None:
     actions = p.received(EPOCH, InstallComplete(told.txid, OURS["id"][:1]), 1.0)
     assert [one.here for one in only(Conflicts, actions)] == [False]
     assert p.apart
-    (take,) = only(TakeDigest, p.verify(1.0))
+    (take,) = looks_for_refused(p, OURS, 1.0)
     assert list(take.besides) == list(OURS["id"][:1])
     (told,) = sent(p.events(Changes(closed=OURS[:1]), 1.0))
     assert isinstance(told, DeleteEntries)
@@ -184,10 +190,44 @@ def test_what_was_refused_is_offered_again_when_something_has_ended() -> None:
     (told,) = sent(p.events(Changes(opened=OURS), 1.0))
     assert isinstance(told, InstallEntries)
     p.received(EPOCH, InstallComplete(told.txid, OURS["id"]), 1.0)
-    assert len(only(TakeDigest, p.verify(100.0))[0].besides) == 3
+    assert len(looks_for_refused(p, OURS, 100.0)[0].besides) == 3
     (delete,) = only(Delete, p.received(EPOCH, DeleteEntries(1, THEIRS), 100.0))
     p.plane_done(delete.op, 100.0)
-    assert len(only(TakeDigest, p.verify(101.0))[0].besides) == 0
+    assert len(only(TakeDigest, p.verify(101.0))[0].besides) == 3
+    assert len(looks_for_refused(p, OURS, 200.0)[0].besides) == 0
+
+
+def test_what_is_refused_and_has_ended_unseen_keeps_nobody_apart() -> None:
+    p = machine(State.OPERATIONAL)
+    (told,) = sent(p.events(Changes(opened=OURS), 1.0))
+    assert isinstance(told, InstallEntries)
+    p.received(EPOCH, InstallComplete(told.txid, OURS["id"][:2]), 1.0)
+    (fetch,) = only(Fetch, p.verify(1.0))
+    (ended,) = sent(p.fetched(fetch.op, OURS[:1], 1.0))
+    assert isinstance(ended, DeleteEntries)  # so that the peer names it no more
+    assert list(ended.records["id"]) == [OURS["id"][1]]
+    p.received(EPOCH, DeleteComplete(ended.txid), 1.0)
+    assert list(p.refused_there) == [OURS["id"][0]]
+
+
+def test_what_has_ended_while_it_was_looked_for_is_not_told() -> None:
+    p = machine(State.OPERATIONAL)
+    (fetch,) = only(Fetch, p.received(EPOCH, WantEntries(OURS["id"]), 1.0))
+    p.events(Changes(closed=OURS[:1]), 1.0)
+    (told,) = sent(p.fetched(fetch.op, OURS, 1.0))
+    assert isinstance(told, InstallEntries)
+    assert list(told.records["id"]) == list(OURS["id"][1:])
+
+
+def test_an_operation_that_never_ends_ends_the_connection() -> None:
+    p = machine(State.OPERATIONAL)
+    receives_a_digest(p, THEIRS[:1], THEIRS)
+    (fetch,) = only(Fetch, p.received(EPOCH, WantEntries(THEIRS["id"]), 1.0))
+    p.fetched(fetch.op, THEIRS, 1.0)
+    assert p.busy  # with ends that nobody waits for
+    p.tick(2.0)
+    assert p.tick(31.9) == []
+    refused(p.tick(32.0), ErrorCode.TIMEOUT)
 
 
 def test_who_could_not_take_its_own_back_owns_it_once_it_can() -> None:

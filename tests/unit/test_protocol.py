@@ -247,6 +247,37 @@ def test_changes_of_the_exchange_follow_it() -> None:
     assert list(again.records["id"]) == list(sessions(1, first=5)["id"])
 
 
+def test_what_only_our_timer_ends_during_the_exchange_goes_on_if_the_peer_has_it() -> None:
+    p, ended = machine(State.EXCHANGING), sessions(3, first=5)
+    p.events(Changes(closed=ended, aged=ended["id"][:2]), 0.0)
+    p.state_page(1, NO_RECORDS, True, 0.0)
+    brought = ended[[0, 2]]
+    (install,) = only(Install, p.received(EPOCH, InitState(9, 0, True, brought), 0.0))
+    p.plane_done(install.op, 0.0)
+    actions = p.received(EPOCH, Ready(1), 0.0)
+    (told,) = sent(actions)
+    assert isinstance(told, DeleteEntries)
+    assert list(told.records["id"]) == list(ended["id"][1:])
+    assert [list(one.records["id"]) for one in only(Delete, actions)] == [list(ended["id"][1:])]
+    (again,) = only(Install, actions)
+    assert list(again.records["id"]) == [ended["id"][0]]
+    # Its port was given away meanwhile: then it has ended after all.
+    (told,) = sent(p.plane_done(again.op, 0.0, again.records["id"]))
+    assert isinstance(told, DeleteEntries)
+    assert list(told.records["id"]) == [ended["id"][0]]
+
+
+def test_what_our_timer_ends_after_the_peer_has_told_of_it_has_ended() -> None:
+    p, ended = machine(State.EXCHANGING), sessions(1, first=5)
+    p.state_page(1, NO_RECORDS, True, 0.0)
+    (install,) = only(Install, p.received(EPOCH, InitState(9, 0, True, ended), 0.0))
+    p.plane_done(install.op, 0.0)
+    p.events(Changes(closed=ended, aged=ended["id"]), 0.0)
+    actions = p.received(EPOCH, Ready(1), 0.0)
+    assert [type(m) for m in sent(actions)] == [DeleteEntries]
+    assert not only(Install, actions)
+
+
 def test_updates_and_deletes_reach_the_plane() -> None:
     p = machine(State.OPERATIONAL)
     assert only(Update, p.received(EPOCH, UpdateEntries(sessions(1, instance=2)), 1.0))
