@@ -37,12 +37,14 @@ $(BIN)/.built: setup.py pyproject.toml $(wildcard nat_fastpath/core/*.[ch] nat_f
 root:
 	@tools/as-root.sh true
 
-# These have devices, namespaces and clocks to themselves; the others share the cores.
-APART := $(addprefix tests/,dpdk host netns planes switch watch)
+# In namespaces, mostly waiting for clocks: two files at a time. Alone: what asks for huge pages, or times the machine itself.
+LABS := $(addprefix tests/,netns switch planes)
+ALONE := $(addprefix tests/,dpdk host watch netns/test_vhost.py)
 
 test: root build
-	tools/as-root.sh $(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(APART))
-	tools/as-root.sh $(BIN)/python -m pytest $(APART)
+	tools/as-root.sh $(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(LABS) $(ALONE))
+	tools/as-root.sh $(BIN)/python -m pytest -n 2 --dist loadfile $(LABS) $(addprefix --ignore=,$(ALONE))
+	tools/as-root.sh $(BIN)/python -m pytest $(ALONE)
 
 SEEDS ?= 10000
 test-sim: build
