@@ -46,6 +46,7 @@ def main() -> None:
     of_failover.add_argument("--known", type=int, default=0, help="sessions besides")
     of_failover.add_argument("--trials", type=int, default=5)
     of_failover.add_argument("--mode", choices=["synchronous", "asynchronous"], default="synchronous")
+    of_failover.add_argument("--nat", choices=["rules", "conntrack"], default="rules", help="see switch.nat")
     of_failover.add_argument("--all", action="store_true", help="every case that a release states")
     of_latency = what.add_parser("newflow", help="latency that a new flow's first packet takes more (root)")
     of_latency.add_argument("--flows", type=int, default=500)
@@ -167,6 +168,7 @@ def _failover(arguments: argparse.Namespace) -> None:
                 arguments.known,
                 arguments.trials,
                 arguments.mode,
+                nat=arguments.nat,
             )
         ]
     results = []

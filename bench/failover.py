@@ -60,6 +60,7 @@ class Case:
     trials: int = 5
     mode: str = "synchronous"
     misses: int = 3  # heartbeats of 2 ms
+    nat: str = "rules"  # or conntrack
     sessions: int = 0  # that the tables have room for, at least; their memory is touched
 
 
@@ -97,6 +98,7 @@ class Pair:
             misses=case.misses,
             nat={"max_sessions": sessions, "timeouts": {"udp": 3600}},
             max_flows=4 * max(10_000, case.flows + case.known),
+            switch={"nat": case.nat},
         )
         self.directory = lab.directory
         if case.mode == "off":  # no agent: the switch forwards to the server for good
@@ -364,6 +366,7 @@ def measure(case: Case, tell: Callable[[str], None] = lambda line: None) -> dict
         "flows": case.flows,
         "known": case.known,
         "mode": case.mode,
+        "nat": case.nat,
         "trials": case.trials,
         "cpus": os.cpu_count(),
         "packets_lost": spread([trial.lost for trial in trials]),

@@ -42,6 +42,7 @@ from nat_control.pair_config import (
     SwitchPorts,
     Virtual,
     check_link,
+    check_nat,
     check_pair,
     read_heartbeat,
     read_offload,
@@ -460,6 +461,7 @@ def parse(mapping: object, source: str = "config") -> Config:
     check_pair(reader, config.peer, config.heartbeat, config.switch, config.virtual, config.offload)
     if config.switch is not None:
         check_link(reader, config.switch, [port.vlan for port in ports])
+        check_nat(reader, config.switch, config.peer.partition if config.peer else "all_peer")
         if "mark" in sides.values:
             reader.fault(
                 "ports.mark", "a switch agent has no devices: the link to the server is `switch.mark`"

@@ -26,6 +26,7 @@ PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17}
 ON_LIMIT = ("drop",)
 BARRIERS = ("trusted", "probe")
 FAILOVERS = ("rules", "group")
+NATS = ("rules", "conntrack")
 MARKS = ("vlan", "dscp")  # what tells the sides apart on a link that both share
 MAX_OPENFLOW_PORT = 65279
 TLS_PLACE = "tls:"
@@ -103,7 +104,8 @@ class Switch:
     ``plain``: the last of these also where the address is not on loopback, over a network that is trusted.
     ``ovs`` is the run directory, or control socket, of an Open vSwitch that the agent may manage. ``mark`` and ``tags`` (inside,
     outside; 0 untagged) are of the one link to the server. ``failover``: what goes over when a link to it is lost, the agent by
-    its rules or, before it and without it, the switch by a group.
+    its rules or, before it and without it, the switch by a group. ``nat``: sessions are rules, or entries of Open vSwitch's
+    connection tracking.
     """
 
     openflow: str
@@ -118,6 +120,7 @@ class Switch:
     mark: str = MARKS[0]
     tags: tuple[int, int] = (0, 0)
     failover: str = FAILOVERS[0]
+    nat: str = NATS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "mark": False,
         "tags": False,
         "failover": False,
+        "nat": False,
     },
     "switch_ports": {
         "internal": True,
@@ -351,6 +355,7 @@ def read_switch(section: Section) -> Switch:
         ports=SwitchPorts(*numbers),
         mark=section.get("mark", choice(MARKS), MARKS[0]),
         failover=section.get("failover", choice(FAILOVERS), FAILOVERS[0]),
+        nat=section.get("nat", choice(NATS), NATS[0]),
         tags=(tags.get("internal", integer(1, 4094), 0), tags.get("external", integer(1, 4094), 0)),
     )
 
@@ -466,6 +471,23 @@ def check_link(reader: Reader, switch: Switch, vlans: Sequence[int]) -> None:
         reader.fault("switch.mark", "dscp is for one link to the server (`switch.ports.server`)")
     if switch.failover == "group" and not switch.ports.server_internal:
         reader.fault("switch.failover", "a group watches the ports to a server, and there are none")
+
+
+def check_nat(reader: Reader, switch: Switch, partition: str) -> None:
+    if switch.nat != "conntrack" or not reader.good("switch.nat"):
+        return
+    if switch.ovs is None and reader.good("switch.ovs"):
+        reader.fault(
+            "switch.nat",
+            "conntrack is for an Open vSwitch that the agent may manage: say where it is (`switch.ovs`)",
+        )
+    if switch.failover == "group":
+        reader.fault("switch.nat", "conntrack does not go with `failover: group`: one of the two")
+    if partition != "all_peer":
+        reader.fault(
+            "switch.nat",
+            f"conntrack has no session in front of the server: with it peer.partition is all_peer, not {partition}",
+        )
 
 
 def _check_tls(reader: Reader, peer: Peer, heartbeat: Heartbeat | None) -> None:

@@ -48,6 +48,7 @@ from nat_fastpath.engine import EVENT_CLOSE, NEIGHBOUR, VERDICT_NAMES, Core, Cor
 from switch_agent.carrier import Carrier
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Lost, PacketIn, PortStatus, Ready
+from switch_agent.conntrack_plane import ConntrackPlane
 from switch_agent.failover import OneLinkWithGroup, WithGroup
 from switch_agent.front import SwitchFront
 from switch_agent.link import OneLink
@@ -157,6 +158,10 @@ class AgentPlane(OpenFlowDataPlane):
         return await super().commit(records)
 
 
+class ConntrackAgentPlane(AgentPlane, ConntrackPlane):
+    """The same, where sessions are entries of Open vSwitch's connection tracking."""
+
+
 class Agent:
     """One switch, one core, and perhaps a peer."""
 
@@ -171,7 +176,11 @@ class Agent:
         self.channel = Channel(config.switch.datapath_id, prove=config.switch.barrier == "probe")
         self.takeover_channel = Channel(config.switch.datapath_id)
         pipeline = pipeline_of(config)
-        self.plane = AgentPlane(
+        make: Callable[..., AgentPlane] = AgentPlane
+        if config.switch.nat == "conntrack":
+            assert config.switch.ovs
+            make = partial(ConntrackAgentPlane, ovs=config.switch.ovs)
+        self.plane = make(
             self.channel,
             pipeline,
             next_hops_of(config, pipeline),

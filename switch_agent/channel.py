@@ -68,6 +68,8 @@ def _action(action: pipeline.Action) -> Any:
             return parser.NXActionResubmitTable(table_id=table)
         case pipeline.Learn(table, cookie, value):
             return parser.NXActionLearn(table, [parser.NXFlowSpecLoad(value, ("reg0", 0), 32)], cookie=cookie)
+        case pipeline.Track(zone, table):
+            return parser.NXActionCT(0, "", zone, table, 0, [parser.NXActionNAT(0)])
 
 
 def flow_mod(rule: pipeline.Rule, command: int = ADD, txid: int = 0) -> bytes:
@@ -148,9 +150,8 @@ def meter_mod(meter_id: int, rate: int, txid: int = 0, *, modify: bool = False) 
 
 
 def _statistics_request(cookie: int, mask: int, txid: int) -> bytes:
-    match = parser.OFPMatch()
     request = parser.OFPFlowStatsRequest(
-        _OPENFLOW, 0, ofp.OFPTT_ALL, ofp.OFPP_ANY, ofp.OFPG_ANY, cookie, mask, match
+        _OPENFLOW, 0, ofp.OFPTT_ALL, ofp.OFPP_ANY, ofp.OFPG_ANY, cookie, mask, parser.OFPMatch()
     )
     return _bytes(request, txid)
 

@@ -58,9 +58,11 @@ async def _call(path: Path, method: str, params: Sequence[Any]) -> Any:
         async with asyncio.timeout(ANSWER):
             reader, writer = await asyncio.open_unix_connection(str(path))
             writer.write(json.dumps({"method": method, "params": params, "id": 0}).encode())
-            data = b""
+            data = bytearray()
             while part := await reader.read(1 << 16):
                 data += part
+                if not part.rstrip().endswith(b"}"):
+                    continue  # a long one is not tried after each part
                 try:
                     answer = json.loads(data)
                 except ValueError:
@@ -114,13 +116,18 @@ async def _configure_limit(where: Path, limit: int) -> None:
 
 
 async def _transact(where: Path, operation: dict[str, Any]) -> dict[str, Any]:
-    """One operation on the table of settings (RFC 7047, 4.1.3)."""
+    """One operation on the table of settings."""
+    return (await transact(where, {"table": "Open_vSwitch", **operation}))[0]
+
+
+async def transact(where: Path, *operations: dict[str, Any]) -> list[dict[str, Any]]:
+    """These operations on the database, all or none (RFC 7047, 4.1.3); returns their results. Raises OvsError."""
     path = (where if where.is_dir() else where.parent) / "db.sock"
-    done = (await _call(path, "transact", ["Open_vSwitch", {"table": "Open_vSwitch", **operation}]))[0]
-    if "error" in done:
-        raise OvsError(f"{path}: {operation['op']}: {done.get('details') or done['error']}")
-    assert isinstance(done, dict)
-    return done
+    results = await _call(path, "transact", ["Open_vSwitch", *operations])
+    for done in results:
+        if done and "error" in done:
+            raise OvsError(f"{path}: {done['error']}: {done.get('details', '')}".rstrip(": "))
+    return list(results)
 
 
 class Caretaker:

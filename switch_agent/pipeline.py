@@ -80,6 +80,8 @@ class Kind(IntEnum):
     TCP_IN_FRONT = 0x37
     REST = 0x40
     RETURN = 0x50
+    TRACK = 0x60  # of conntrack.py
+    TOWARDS = 0x61  # and those of its next hops, with the group in the bits above
 
     @property
     def cookie(self) -> int:
@@ -158,8 +160,26 @@ class Learn:
     value: int
 
 
+@dataclass(frozen=True, slots=True)
+class Track:
+    """Open vSwitch: goes on in ``table``, translated if the connection tracking of ``zone`` knows it (conntrack.py)."""
+
+    zone: int
+    table: int
+
+
 Action = (
-    Output | ToController | Group | SetField | DecTtl | PushVlan | PopVlan | LoadRegister | Resubmit | Learn
+    Output
+    | ToController
+    | Group
+    | SetField
+    | DecTtl
+    | PushVlan
+    | PopVlan
+    | LoadRegister
+    | Resubmit
+    | Learn
+    | Track
 )
 Match = Mapping[str, int | str | tuple[str, str] | tuple[int, int]]  # a pair: value and mask
 

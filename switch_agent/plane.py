@@ -44,6 +44,9 @@ TAKEOVER_TXID = 0x8000_0001  # beyond those that a channel gives
 class OpenFlowDataPlane(SessionRules):
     """A DataPlane over one switch. ``report`` gets a line whenever the switch refuses something."""
 
+    # Rules of an agent with another MAC for probes, and of one whose sessions are no rules.
+    _obsolete: tuple[Kind, ...] = (Kind.RETURN, Kind.TRACK)
+
     def __init__(
         self,
         channel: Channel,
@@ -130,9 +133,7 @@ class OpenFlowDataPlane(SessionRules):
                 "a fast-failover group that goes on in a table (`switch.failover: group` is for Open vSwitch)",
             )
         txid = self._channel.next_txid()
-        earlier = openflow.delete_by_cookie(
-            Kind.RETURN.cookie, txid=txid
-        )  # of an agent with another MAC for it
+        earlier = b"".join(openflow.delete_by_cookie(kind.cookie, txid=txid) for kind in self._obsolete)
         base = b"".join(openflow.flow_mod(rule, txid=txid) for rule in self._pipeline.base())
         self._insist(await self._channel.transact(earlier + base, txid), "static rules")
         self.tcp_control = True

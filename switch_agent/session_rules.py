@@ -20,7 +20,7 @@ from nat_fastpath.engine import TCP_STATES
 from switch_agent import channel as openflow
 from switch_agent import nexthops, recovery
 from switch_agent.activity import NO_ACTIVITY, Activity, applied, by_pair, by_session, packets_of, since
-from switch_agent.channel import Channel, ChannelLost
+from switch_agent.channel import Channel, ChannelLost, Rows
 from switch_agent.codec import Error
 from switch_agent.compile import Compiler, NextHopGroups, Numbers
 from switch_agent.pipeline import (
@@ -67,6 +67,8 @@ class SessionRules(ABC):
     """``refused`` counts the sessions whose rules the switch would not have (``rules``; of these ``table_full``),
     and those for whose next hop there was no group (``next_hops``).
     """
+
+    _swapped = SWAPPED
 
     def __init__(
         self,
@@ -393,12 +395,20 @@ class SessionRules(ABC):
 
     # -- what an earlier agent, or connection, has left ----------------------------------------------------
 
+    async def _found(self) -> Rows:
+        """All rules of sessions on the switch: the fields of codec.FLOW_STAT. Raises ChannelLost."""
+        return await self._channel.statistics(SESSION_CLASS, CLASS_MASK)
+
+    async def _left(self) -> Rows:
+        """The same, with all that they say: dtype recovery.RULE."""
+        return await self._channel.statistics(SESSION_CLASS, CLASS_MASK, recovery.rules)
+
     async def recover(self) -> int:
         """Puts the sessions whose rules an earlier agent has left into the store, beside those that it knows.
 
         Returns how many it holds now; rules of others are unknown to ``reconcile``. Raises ChannelLost.
         """
-        found = await self._channel.statistics(SESSION_CLASS, CLASS_MASK, recovery.rules)
+        found = await self._left()
         if not len(found):
             return 0
         macs = dict((await self._channel.groups(recovery.group_macs)).tolist())
@@ -434,7 +444,7 @@ class SessionRules(ABC):
 
         Called after ``prepare`` on a new connection, and once the store is whole.
         """
-        found = await self._channel.statistics(SESSION_CLASS, CLASS_MASK)
+        found = await self._found()
         known = await self._known()
         self._guarded = False
         if self._front:
@@ -498,7 +508,7 @@ class SessionRules(ABC):
         return by_session(await self._by_pair())
 
     async def _by_pair(self) -> Activity:
-        return by_pair(await self._channel.statistics(SESSION_CLASS, CLASS_MASK))
+        return by_pair(await self._found())
 
     async def refresh(self) -> int:
         """Tells the store, and who listens to ``tell``, what the switch has carried since the last call.
@@ -544,7 +554,7 @@ class SessionRules(ABC):
         light = np.flatnonzero(has & ~np.isin(all_ids, self.in_front))
         light = light[np.argsort(recent[light], kind="stable")]
         free = max(self._room - len(self._ruled), 0)
-        coming, rest = heavy[:free], heavy[free : free + SWAPPED]
+        coming, rest = heavy[:free], heavy[free : free + self._swapped]
         rest, light = rest[: len(light)], light[: len(rest)]
         swap = recent[rest] > BUSIER * recent[light]
         leaving: Ids = all_ids[light[swap]]

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from nat_control.lab import Lab
-from tests.planes.subjects import Dpdk, Memory, OwnCore, Running, Subject, Switch, TwoCores
+from tests.planes.subjects import ConntrackSwitch, Dpdk, Memory, OwnCore, Running, Subject, Switch, TwoCores
 from tests.switch.net import Net
 
 # EAL starts once per process and takes the namespace that it is in: see test_worker.py.
 WORKER_ONLY = "TANDEM_PLANES_WITH_WORKER"
 PLANES = (
-    ["worker"] if WORKER_ONLY in os.environ else ["memory", "core", "two cores", "switch", "proved switch"]
+    ["worker"]
+    if WORKER_ONLY in os.environ
+    else ["memory", "core", "two cores", "switch", "proved switch", "conntrack switch"]
 )
 
 Make = Callable[..., Subject]
@@ -61,6 +63,8 @@ def make(request: pytest.FixtureRequest, runner: asyncio.Runner) -> Iterator[Mak
                 made.append(Switch(runner, max_sessions, request.getfixturevalue("net")))
             case "proved switch":
                 made.append(Switch(runner, max_sessions, request.getfixturevalue("net"), prove=True))
+            case "conntrack switch":
+                made.append(ConntrackSwitch(runner, max_sessions, request.getfixturevalue("net")))
             case "worker":
                 made.append(Running(runner, max_sessions, request.getfixturevalue("dpdk")))
         return made[-1]

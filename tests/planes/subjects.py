@@ -36,7 +36,8 @@ from nat_fastpath.engine import (
     slice_of,
     slice_of_hosts,
 )
-from switch_agent.agent import AgentPlane
+from switch_agent.agent import AgentPlane, ConntrackAgentPlane
+from switch_agent.pipeline import Pipeline
 from tests.memory_plane import AsyncMemoryPlane, MemoryPlane, key_of
 from tests.packets import (
     CLIENT,
@@ -261,8 +262,17 @@ class Switch(OwnCore):
         pipe = pipeline()
         self.lines: list[str] = []
         self.closed: list[Records] = []
-        self.plane = AgentPlane(net.channel, pipe, next_hops(pipe), self.store, report=self.lines.append)
+        self.plane = self.make(pipe)
         self.run(self.plane.prepare())
+
+    def make(self, pipe: Pipeline) -> AgentPlane:
+        return AgentPlane(self.net.channel, pipe, next_hops(pipe), self.store, report=self.lines.append)
+
+    def expected(self, ruled: Records) -> None:
+        """Of these sessions there are rules, and of no others."""
+        assert sorted(map(rule_of, self.net.session_flows())) == sorted(
+            rule for one in ruled for rule in rules(one)
+        )
 
     def close(self) -> None:
         self.net.channel.prove = False
@@ -280,10 +290,49 @@ class Switch(OwnCore):
         self.closed.clear()
         ruled = self.held()
         ruled = ruled[ruled["flags"] & FLAG_PENDING == 0]
-        assert sorted(map(rule_of, self.net.session_flows())) == sorted(
-            rule for one in ruled for rule in rules(one)
-        )
+        self.expected(ruled)
         assert self.lines == []
+
+
+class ConntrackSwitch(Switch):
+    """The same with entries of its connection tracking; they are read with Open vSwitch's own tool."""
+
+    def make(self, pipe: Pipeline) -> AgentPlane:
+        plane = ConntrackAgentPlane(
+            self.net.channel,
+            pipe,
+            next_hops(pipe),
+            self.store,
+            ovs=self.net.ovs.directory,
+            report=self.lines.append,
+        )
+        self.run(plane.wipe())
+        return plane
+
+    def expected(self, ruled: Records) -> None:
+        assert self.net.session_flows() == []
+        found = set(map(entry_of, self.net.ovs.appctl("dpctl/dump-conntrack").splitlines()))
+        wanted = set(map(entry, ruled))
+        assert (found - wanted, wanted - found) == (set(), set())
+
+
+def entry(one: np.void) -> tuple[Any, ...]:
+    """Id, protocol, inside, remote and external endpoint, as ``entry_of`` reads them."""
+    ends = [
+        (str(IPv4Address(int(one[f"{end}_addr"]))), int(one[f"{end}_port"]))
+        for end in ("internal", "remote", "external")
+    ]
+    return (int(one["id"]), "tcp" if one["protocol"] == 6 else "udp", *ends)
+
+
+def entry_of(line: str) -> tuple[Any, ...]:
+    """A line of dpctl/dump-conntrack."""
+    tuples = re.findall(r"src=([\d.]+),dst=([\d.]+),sport=(\d+),dport=(\d+)", line)
+    label = re.search(r"zone=20033,labels=0x([0-9a-f]+)", line)
+    assert label, line
+    (inside, remote, inside_port, remote_port), (_, external, _, external_port) = tuples
+    ends = (inside, int(inside_port)), (remote, int(remote_port)), (external, int(external_port))
+    return (int(label[1], 16) & (1 << 64) - 1, line[:3], *ends)
 
 
 def rules(one: np.void) -> list[tuple[Any, ...]]:

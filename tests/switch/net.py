@@ -182,7 +182,7 @@ class Net:
         self.lines.clear()
         self.store = MemoryPlane(1, [])
         pipe = options.pop("pipeline", pipeline())
-        self.plane = OpenFlowDataPlane(
+        self.plane = options.pop("make", OpenFlowDataPlane)(
             self.channel,
             pipe,
             next_hops(pipe, options.pop("groups", 4096)),

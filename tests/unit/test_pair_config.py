@@ -167,6 +167,19 @@ def test_what_does_not_fit_two_servers() -> None:
     }
 
 
+@pytest.mark.parametrize("partition", pair_config.PARTITIONS)
+def test_conntrack_is_behind_the_server(partition: str) -> None:
+    switch = {**SWITCH["switch"], "nat": "conntrack", "ovs": "/var/run/openvswitch"}
+    local = {"local_protocols": ["udp"]} if partition == "by_protocol" else {}
+    sections = {**SWITCH, "switch": switch, "peer": {**SWITCH["peer"], "partition": partition, **local}}
+    if partition == "all_peer":
+        assert c.parse(with_sections(sections, devices=False)).switch.nat == "conntrack"
+        switch["failover"] = "group"
+        assert "one of the two" in problems(with_sections(sections, devices=False))["switch.nat"]
+    else:
+        assert f"not {partition}" in problems(with_sections(sections, devices=False))["switch.nat"]
+
+
 def test_a_switch_without_a_peer() -> None:
     alone = {
         "virtual": SWITCH["virtual"],
@@ -212,6 +225,7 @@ def test_defaults_and_choices_are_those_of_the_schema() -> None:
     assert SCHEMA["properties"]["switch"]["properties"]["barrier"]["enum"] == list(pair_config.BARRIERS)
     assert SCHEMA["properties"]["switch"]["properties"]["mark"]["enum"] == list(pair_config.MARKS)
     assert SCHEMA["properties"]["switch"]["properties"]["failover"]["enum"] == list(pair_config.FAILOVERS)
+    assert SCHEMA["properties"]["switch"]["properties"]["nat"]["enum"] == list(pair_config.NATS)
     assert SCHEMA["properties"]["ports"]["properties"]["mark"]["enum"] == list(pair_config.MARKS)
     for part in SCHEMA["$defs"]["switch_ports"]["properties"].values():
         assert part["maximum"] == pair_config.MAX_OPENFLOW_PORT
@@ -360,6 +374,8 @@ def test_tls_or_plain_and_one_key() -> None:
         ("mark", "dscp", "switch.mark", "one link to the server"),
         ("mark", "mac", "switch.mark", "none of: vlan, dscp"),
         ("failover", "bfd", "switch.failover", "none of: rules, group"),
+        ("nat", "kernel", "switch.nat", "none of: rules, conntrack"),
+        ("nat", "conntrack", "switch.nat", "say where it is (`switch.ovs`)"),
         ("tags", {"internal": 5}, "switch.tags", "`switch.ports.server` with `mark: vlan`"),
         ("tags", {"internal": 4095}, "switch.tags.internal", "from 1 to 4094"),
     ],
