@@ -457,7 +457,7 @@ def test_what_packets_do_is_told_in_order(subject: Subject) -> None:
     events = subject.events()
     assert events["type"].tolist() == [EVENT_OPEN, EVENT_OPEN, EVENT_UPDATE]
     assert (np.diff(events["sequence"].astype(np.int64)) > 0).all()
-    opened, updated, closed = changes(events)
+    opened, updated, closed, _ = changes(events)
     assert opened["internal_port"].tolist() == [4000, 4001]
     assert (opened["flags"] & FLAG_PENDING != 0).all()
     assert (opened["id"] >> np.uint64(52) & np.uint64(0xFF) == INSTANCE).all()
@@ -475,7 +475,7 @@ def test_an_end_that_the_peer_ordered_is_not_told_back(subject: Subject) -> None
     events = subject.events()
     assert events["type"].tolist() == [EVENT_CLOSE] * 5
     assert events["reason"].tolist() == [CLOSED_BY_COMMAND] * 5
-    opened, updated, closed = changes(events)
+    opened, updated, closed, _ = changes(events)
     assert len(opened) == len(updated) == 0
     assert plain(closed) == plain(ours)
 
