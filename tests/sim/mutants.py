@@ -337,6 +337,7 @@ SHOWN: dict[str, str] = {
     "bytes": "a message is cut short",
     "held": "acknowledged, not released",
     "operational": "Ready is not heard",
+    "refused": "openings before ends",
     "front": "a move is answered before it is done",
     "rest": "an operation is never finished",
     "equal": "ends are not told",

@@ -272,11 +272,13 @@ class Node:
     # -- actions
 
     def drain(self) -> None:
+        if not self.plane.has_events:
+            return
         events = self.plane.events()
         self.front.ended(events)
-        if len(events) and self.world.strikes("forgetful", 0.1):
+        if self.world.strikes("forgetful", 0.1):
             self.world.note(f"{self.index} loses {len(events)} events of its plane")
-        elif len(events):
+        else:
             self.run(self.protocol.events(changes(events), self.clock()))
 
     def run(self, actions: list[do.Action]) -> None:
@@ -307,7 +309,7 @@ class Node:
                 if after is State.OPERATIONAL and self.link is not None:
                     self.protected |= dict.fromkeys(self.paged, self.link.incarnations[self.peer.index])
             case do.Conflicts(ids):
-                self.rules.conflicting.update(ids.tolist())
+                self.rules.refuse(ids.tolist())
             case do.DigestCompared(buckets):
                 self.compared = buckets
                 self.rules.compared(bool(buckets))

@@ -94,6 +94,15 @@ class AgeingPlane(MemoryPlane):
         number = int(held["id"])
         self.used[number] = max(self.used[number], self.clock() - idle_ms / 1000)
 
+    def install(self, records: Records) -> int:
+        before = dict(self.held)
+        installed = super().install(records)
+        if ended := {key for key, held in before.items() if self.held.get(key) is not held}:
+            for_these = {key_of(record) for record in records if record["flags"] & FLAG_PREVAILS}
+            if not ended <= for_these:
+                raise Violation("equal", "a session has ended for one beside which it can be held")
+        return installed
+
     def _install(self, record: np.void) -> bool:
         if self._known(record) is None:
             refused = self.refuses and int(record["id"]) % self.refuses == 0

@@ -34,6 +34,7 @@ RULES = {
     "ports": "at rest no port is taken without a session",
     "digest": "digests differ for a reason only",
     "asked": "nobody carries, or is told so, without being asked",
+    "refused": "in its first connection, with room enough, each side takes what the other has",
     "front": "what is taken for carried in front of the server is carried there, and there is room for it",
     "next hops": "at rest both know the same next hops",
 }
@@ -41,6 +42,7 @@ HELD = 30.0  # seconds that a packet waits at most: acknowledgement, and what is
 OPERATIONAL = (
     60.0  # seconds from the end of all faults: a plane that hung, an exchange that ends for it, the next
 )
+REFUSING = frozenset(("full", "refuse", "split", *BROKEN))
 UNSURE = frozenset(("slow", "mute", *BROKEN))  # activity may be told too late
 
 
@@ -92,6 +94,14 @@ class Rules:
         known = held is not None and held["id"] == number
         excused = number in self.conflicting or number in self.ended
         self.must(known or excused, rule, f"session {number:x} {what}")
+
+    def refuse(self, ids: list[int]) -> None:
+        """A plane has not taken these."""
+        faults = self.world.scenario.faults
+        # While it was alone a side may have used again what the other one still held.
+        reason = faults & REFUSING or self.overlapped or self.world.connections > 1
+        self.must(bool(reason), "refused", f"{len(ids)} sessions are refused without a reason")
+        self.conflicting.update(ids)
 
     def released(self, node: Node, record: np.void) -> None:
         """After the peer's acknowledgement."""
@@ -156,9 +166,21 @@ class Rules:
 
     def merged(self) -> bool:
         """What was refused may be offered now and again, and then differs for a moment."""
+        if not self.world.at_rest() or not all(map(self.proven, self.world.nodes)):
+            return False
         a, b = ({int(held["id"]) for held in node.plane.held.values()} for node in self.world.nodes)
         named, heard = self.refused()
-        return self.world.at_rest() and all(map(self.proven, self.world.nodes)) and a ^ b == named == heard
+        return a ^ b == named == heard and (
+            bool(self.world.scenario.faults & {"full", "refuse"})
+            or all(map(self.contradict, self.world.nodes))
+        )
+
+    @staticmethod
+    def contradict(node: Node) -> bool:
+        """What the peer lacks cannot be held beside what it has."""
+        theirs = {int(held["id"]) for held in node.peer.plane.held.values()}
+        lacking = [held for held in node.plane.held.values() if int(held["id"]) not in theirs]
+        return all(node.peer.plane.taken(held) for held in lacking)
 
     @staticmethod
     def proven(node: Node) -> bool:
