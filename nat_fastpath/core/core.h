@@ -320,8 +320,6 @@ bool session_close(struct nat_core *core, uint32_t session, enum nat_close_reaso
 enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, uint16_t external_port,
                                 uint8_t protocol, uint32_t remote_addr, struct session_request *request);
 void session_record(const struct nat_core *core, uint32_t session, struct nat_record *record);
-/* From the peer or the operator. */
-bool session_install(struct nat_core *core, const struct nat_record *record);
 /* What the side that carries the traffic has seen of it. */
 void session_update(struct nat_core *core, uint32_t at, const struct nat_record *record);
 /* Its packets of this direction go to this next hop from now on; false: they do already, or there is none. */
@@ -331,7 +329,6 @@ static inline void session_own(struct session *session, uint8_t foreign)
     session->flags = (uint8_t)((session->flags & ~NAT_SESSION_FOREIGN) | foreign);
 }
 void session_used(struct nat_core *core, uint32_t at, uint32_t idle_ms);
-uint32_t session_by_record(const struct nat_core *core, const struct nat_record *record);
 void session_set_timer(struct session *session);
 /* Undoes what session_open has done. `rests`: its port must not be used again at once. */
 void session_end(struct nat_core *core, uint32_t at, bool rests);

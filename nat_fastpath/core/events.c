@@ -4,6 +4,7 @@
  * writer; release and acquire order the entries themselves.
  */
 #include "core.h"
+#include "records.h"
 
 void session_record(const struct nat_core *core, uint32_t at, struct nat_record *record)
 {
@@ -147,13 +148,15 @@ static bool is_session(const struct nat_core *core, uint32_t at, const struct na
            session_external_port(s) == record->external_port;
 }
 
-static bool for_records(struct nat_core *core, struct nat_command *command)
+/* Up to a batch; false: the reader of events must make room first. */
+static bool for_batch(struct nat_core *core, struct nat_command *command, unsigned n)
 {
-    struct nat_record *records = command->buffer;
-    uint64_t end = command->cursor + COMMAND_STEP;
-    for (; command->cursor < command->count && command->cursor < end; command->cursor++) {
-        struct nat_record *record = &records[command->cursor];
-        uint32_t at = session_by_record(core, record);
+    struct nat_record *records = (struct nat_record *)command->buffer + command->cursor;
+    struct record_keys keys;
+    session_keys(core, records, n, command->op == NAT_CMD_INSTALL, &keys);
+    for (unsigned i = 0; i < n; i++, command->cursor++) {
+        struct nat_record *record = &records[i];
+        uint32_t at = session_by_key(core, &keys, i, record->protocol, OUT);
         bool held = at != NONE32 && is_session(core, at, record);
         if (command->op == NAT_CMD_CHECK)
             record->reserved0 = held;
@@ -167,7 +170,7 @@ static bool for_records(struct nat_core *core, struct nat_command *command)
                 session_own(&core->sessions[at], record->flags & NAT_SESSION_FOREIGN);
                 session_used(core, at, record->idle_ms);
             }
-            command->result += held || (at == NONE32 && session_install(core, record));
+            command->result += held || (at == NONE32 && session_install(core, record, &keys, i));
             continue;
         }
         if (!held)
@@ -178,9 +181,22 @@ static bool for_records(struct nat_core *core, struct nat_command *command)
             core->sessions[at].flags &= (uint8_t)~NAT_SESSION_PENDING;
             hold_release(core, at, NAT_FORWARD);
         } else if (command->op == NAT_CMD_DELETE && !session_close(core, at, NAT_CLOSE_COMMAND)) {
-            return false; /* the reader of events must make room first */
+            return false;
         }
         command->result++;
+    }
+    return true;
+}
+
+static bool for_records(struct nat_core *core, struct nat_command *command)
+{
+    uint64_t end = command->cursor + COMMAND_STEP;
+    if (end > command->count)
+        end = command->count;
+    while (command->cursor < end) {
+        uint64_t left = end - command->cursor;
+        if (!for_batch(core, command, left < RECORD_BATCH ? (unsigned)left : RECORD_BATCH))
+            return false;
     }
     return command->cursor == command->count;
 }

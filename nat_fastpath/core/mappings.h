@@ -7,6 +7,9 @@
 /* The listed mapping of this inside endpoint, or NONE32. */
 uint32_t mapping_find(const struct nat_core *core, uint8_t protocol, uint32_t address, uint16_t port);
 
+/* What mapping_find and mapping_add will need. */
+void mapping_expect(const struct nat_core *core, uint8_t protocol, uint32_t address, uint16_t port);
+
 /* NONE32 without room. An unlisted one serves its sessions and packets from outside, and no new sessions from
  * inside. */
 uint32_t mapping_add(struct nat_core *core, const struct session_request *r, uint32_t slot, uint64_t id,

@@ -5,6 +5,7 @@
  */
 #include "core.h"
 #include "mappings.h"
+#include "records.h"
 
 #define ADDRESS_TRIES 64u /* addresses that turn out to have no port, for one packet */
 
@@ -79,14 +80,13 @@ static void host_drop_if_idle(struct nat_core *core, uint32_t at)
 
 /* --- sessions --------------------------------------------------------------------------------------- */
 
-static bool index_session(struct nat_core *core, uint32_t at)
+static bool index_session(struct nat_core *core, uint32_t at, const uint32_t hashes[2])
 {
-    const struct session *s = &core->sessions[at];
-    if (!flow_table_insert(&core->flows, session_hash(core, s, OUT), 1 + (at << 1 | OUT)))
+    if (!flow_table_insert(&core->flows, hashes[OUT], 1 + (at << 1 | OUT)))
         return false;
-    if (flow_table_insert(&core->flows, session_hash(core, s, IN), 1 + (at << 1 | IN)))
+    if (flow_table_insert(&core->flows, hashes[IN], 1 + (at << 1 | IN)))
         return true;
-    flow_table_remove(&core->flows, session_hash(core, s, OUT), 1 + (at << 1 | OUT));
+    flow_table_remove(&core->flows, hashes[OUT], 1 + (at << 1 | OUT));
     return false;
 }
 
@@ -140,23 +140,25 @@ static bool take_port(struct nat_core *core, struct host *host, struct session_r
 }
 
 /* Everything but the counters of success: the part that open and install share. `slot` is claimed already
- * when a new mapping is due. */
+ * when a new mapping is due. `hashes`: of both directions, NULL where they are not known yet. */
 static uint32_t add_session(struct nat_core *core, const struct session_request *r, uint32_t mapping,
-                            uint64_t id)
+                            uint64_t id, const uint32_t *hashes)
 {
     uint32_t at = SLAB_TAKE(&core->session_slab, core->sessions, ports[0]);
     if (at == NONE32)
         return NONE32;
     struct session *s = &core->sessions[at];
     fill_session(s, r, core->now_ms);
-    if (!index_session(core, at)) {
+    const uint32_t own[2] = {hashes ? hashes[OUT] : session_hash(core, s, OUT),
+                             hashes ? hashes[IN] : session_hash(core, s, IN)};
+    if (!index_session(core, at, own)) {
         s->protocol = 0;
         SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
         return NONE32;
     }
     if (core->has_permissions && !permission_add(core, mapping, r->remote_addr)) {
-        flow_table_remove(&core->flows, session_hash(core, s, OUT), 1 + (at << 1 | OUT));
-        flow_table_remove(&core->flows, session_hash(core, s, IN), 1 + (at << 1 | IN));
+        flow_table_remove(&core->flows, own[OUT], 1 + (at << 1 | OUT));
+        flow_table_remove(&core->flows, own[IN], 1 + (at << 1 | IN));
         s->protocol = 0;
         SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
         return NONE32;
@@ -245,7 +247,7 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *r, 
                 goto refuse_port;
         }
     }
-    uint32_t at = add_session(core, r, mapping, 0);
+    uint32_t at = add_session(core, r, mapping, 0, NULL);
     if (at == NONE32)
         goto refuse_mapping;
 
@@ -375,12 +377,59 @@ enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, u
 
 /* --- records ---------------------------------------------------------------------------------------- */
 
-uint32_t session_by_record(const struct nat_core *core, const struct nat_record *record)
+static bool is_translated(uint8_t protocol)
 {
-    struct flow_key key =
-        flow_key(net32(record->internal_addr), net32(record->remote_addr), net16(record->internal_port),
-                 net16(record->remote_port), record->protocol);
-    return session_find(core, &key, flow_hash_of(&core->hasher, key.addrs, key.ports, key.protocol), OUT);
+    return protocol == PROTO_UDP || protocol == PROTO_TCP || protocol == PROTO_ICMP;
+}
+
+static void prefetch_entry(const struct flow_table *table, uint32_t hash)
+{
+    uint32_t first = flow_table_first(table, hash);
+    __builtin_prefetch(&table->buckets[first], 1);
+    __builtin_prefetch(&table->buckets[flow_table_other(table, hash, first)], 1);
+}
+
+void session_keys(const struct nat_core *core, const struct nat_record *records, unsigned n, bool install,
+                  struct record_keys *keys)
+{
+    _Static_assert(RECORD_BATCH % 16 == 0, "what the hasher takes at once");
+    uint8_t protocols[RECORD_BATCH] = {0};
+    for (unsigned i = 0; i < n; i++) {
+        const struct nat_record *r = &records[i];
+        uint32_t internal = net32(r->internal_addr), external = net32(r->external_addr),
+                 remote = net32(r->remote_addr);
+        uint16_t iport = net16(r->internal_port), eport = net16(r->external_port),
+                 rport = net16(r->remote_port);
+        keys->addrs[OUT][i] = internal | (uint64_t)remote << 32;
+        keys->addrs[IN][i] = remote | (uint64_t)external << 32;
+        keys->ports[OUT][i] = iport | (uint32_t)rport << 16;
+        keys->ports[IN][i] = rport | (uint32_t)eport << 16;
+        protocols[i] = r->protocol;
+    }
+    for (int d = 0; d <= (install ? IN : OUT); d++)
+        core->hasher.many(&core->hasher, keys->addrs[d], keys->ports[d], protocols, keys->hashes[d], n);
+    for (unsigned i = 0; i < n; i++) {
+        prefetch_entry(&core->flows, keys->hashes[OUT][i]);
+        if (!install)
+            continue;
+        const struct nat_record *r = &records[i];
+        prefetch_entry(&core->flows, keys->hashes[IN][i]);
+        __builtin_prefetch(&core->host_index.buckets[flow_table_first(&core->host_index,
+                                                                      host_hash(core, r->internal_addr))]);
+        mapping_expect(core, r->protocol, r->internal_addr, r->internal_port);
+        uint32_t slot = keys->slots[i] = is_translated(r->protocol) ? pool_slot(&core->pool, r->external_addr,
+                                                                                r->protocol, r->external_port)
+                                                                    : POOL_NONE;
+        if (slot != POOL_NONE)
+            __builtin_prefetch(pool_user(&core->pool, slot), 1);
+    }
+}
+
+uint32_t session_by_key(const struct nat_core *core, const struct record_keys *keys, unsigned i,
+                        uint8_t protocol, int direction)
+{
+    struct flow_key key = {keys->addrs[direction][i], keys->ports[direction][i], protocol};
+    return session_find(core, &key, keys->hashes[direction][i], direction);
 }
 
 /* Somebody saw its last packet so long ago; we may have seen a later one. */
@@ -460,7 +509,8 @@ void session_update(struct nat_core *core, uint32_t at, const struct nat_record 
                        neighbour_inside(core, session_internal_addr(s), record->internal_mac, &why));
 }
 
-bool session_install(struct nat_core *core, const struct nat_record *record)
+bool session_install(struct nat_core *core, const struct nat_record *record, const struct record_keys *keys,
+                     unsigned i)
 {
     struct session_request r = {
         .internal_addr = record->internal_addr,
@@ -474,16 +524,9 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
         .neighbour = {NONE16, NONE16},
         .inbound = record->flags & NAT_SESSION_INBOUND,
     };
-    bool known_protocol = r.protocol == PROTO_UDP || r.protocol == PROTO_TCP || r.protocol == PROTO_ICMP;
-    uint32_t slot =
-        known_protocol ? pool_slot(&core->pool, r.external_addr, r.protocol, r.external_port) : POOL_NONE;
-    if (slot == POOL_NONE || r.tcp_state >= NAT_TCP_STATES || session_by_record(core, record) != NONE32)
-        return false;
-    struct flow_key inbound = flow_key(net32(r.remote_addr), net32(r.external_addr), net16(r.remote_port),
-                                       net16(r.external_port), r.protocol);
-    if (session_find(core, &inbound,
-                     flow_hash_of(&core->hasher, inbound.addrs, inbound.ports, inbound.protocol),
-                     IN) != NONE32)
+    const uint32_t slot = keys->slots[i];
+    if (slot == POOL_NONE || r.tcp_state >= NAT_TCP_STATES ||
+        session_by_key(core, keys, i, r.protocol, IN) != NONE32)
         return false;
 
     enum nat_verdict why;
@@ -520,7 +563,8 @@ bool session_install(struct nat_core *core, const struct nat_record *record)
             (mapping = mapping_add(core, &r, slot, record->mapping_id, !second)) == NONE32)
             goto refuse_port;
     }
-    uint32_t at = add_session(core, &r, mapping, record->id);
+    const uint32_t hashes[2] = {keys->hashes[OUT][i], keys->hashes[IN][i]};
+    uint32_t at = add_session(core, &r, mapping, record->id, hashes);
     if (at == NONE32)
         goto refuse_mapping;
     if (new_mapping) {
