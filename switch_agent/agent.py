@@ -311,8 +311,7 @@ class Agent:
             states["rules"] = (
                 f"the switch's table is full: {full} sessions have rules, the others pass through the agent"
             )
-        if self.carrier.unproved:
-            states["takeover"] = self.carrier.unproved
+        states |= self.carrier.faults
         refused = {
             f"refused_{name}": n for name, n in self.plane.refused.items() if f"refused_{name}" in RISING
         }

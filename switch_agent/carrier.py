@@ -31,6 +31,7 @@ from switch_agent.plane import TAKEOVER_TXID, OpenFlowDataPlane, SwitchError
 DRAIN = 0.05
 GRACE = 0.25  # seconds at least that the server of an earlier agent has to show that it lives
 PROOFS = 3  # attempts to have the forward rules gone where that is to be proved
+AGAIN = 1.0  # seconds until what the switch has refused is tried again, and after a link is back
 BUSY = 10.0  # seconds after which a return no longer waits for a moment without new sessions, to compare digests in
 
 
@@ -79,6 +80,8 @@ class Carrier:
         # then no packet opens a session, and no rule is taken for a stranger's.
         self.known = False
         self._returning = False
+        self._connected = False
+        self._timer: asyncio.TimerHandle | None = None
         self._leaving = False  # the server has handed the traffic over, and ends
         self._kept = Kept(file_of(config), say)  # an operator wants the switch to carry
         self._reconciled = False  # rules and sessions were compared since the peer came
@@ -96,16 +99,34 @@ class Carrier:
         if self.pair is not None:
             self.pair.protocol.precedence = Precedence.STANDS_BY if server else Precedence.DECIDES
 
+    @property
+    def faults(self) -> dict[str, str]:
+        """What an operator should mend, by name, one line each."""
+        found = {}
+        if self.unproved:
+            found["takeover"] = self.unproved
+        if self.pair is None or self.pair.state is not State.OPERATIONAL or not self.ready:
+            return found
+        if not self._takeover_channel.connected:
+            why = "".join(f": {line}" for line in list(self._takeover_channel.refusals)[-1:])
+            found["takeover connection"] = (
+                f"the switch is not connected to {self._switch.takeover}: a server that hangs is not noticed{why}"
+            )
+        if not self.pair.watch.stats()["alive"]:
+            found["heartbeat"] = "no heartbeats come from the server, although it is connected"
+        return found
+
     # -- the switch ----------------------------------------------------------------------------------------
 
     def connected(self, event: Ready) -> None:
         self._down.clear()
         for port in event.ports:
             self.link(port, port.up)
+        self._connected = True
         self._later(self._prepare)
 
     def lost(self) -> None:
-        self.ready = False
+        self._connected = self.ready = False
 
     async def _prepare(self) -> None:
         try:
@@ -118,6 +139,7 @@ class Carrier:
                 await self._reconcile()
         except (ChannelLost, SwitchError) as error:
             self._say(f"the switch cannot be prepared: {error}")
+            asyncio.get_running_loop().call_later(AGAIN, self._prepare_again)
             return
         self.ready = True
         self.settled.set()
@@ -132,6 +154,10 @@ class Carrier:
             asyncio.get_running_loop().call_later(grace, self._is_anybody_there)
             if self._kept:
                 self._later(partial(self._carry, "it keeps the traffic", drain=True))
+
+    def _prepare_again(self) -> None:
+        if self._connected and not self.ready:
+            self._later(self._prepare)
 
     def _is_anybody_there(self) -> None:
         """The switch forwards to the server as an earlier agent, or connection, has left it: is it alive?"""
@@ -155,7 +181,8 @@ class Carrier:
         if port.number not in (ports.server_internal, ports.server_external):
             return
         if up:
-            self._down.pop(port.number, None)
+            if self._down.pop(port.number, None):
+                self._look_for_return(AGAIN)
         elif port.number not in self._down:
             self._down[port.number] = port.name
             self._look_at_links()
@@ -227,10 +254,10 @@ class Carrier:
                     self._say(line)
                 if after is State.OPERATIONAL:
                     self._all_known()
-                    self._differ = False
+                    self._differ = self._leaving = False
                     self._arm()
                     self._tell()
-                    asyncio.get_running_loop().call_later(BUSY, self._return_uncompared)
+                    self._look_for_return(BUSY)
                 if before is State.OPERATIONAL:
                     self._reconciled = self._leaving = False
                     self._later(partial(self._carry, why))
@@ -245,11 +272,21 @@ class Carrier:
         if line := line_of(action):
             self._say(line)
 
+    def _look_for_return(self, seconds: float) -> None:
+        """In so long, and then again and again: under steady new sessions no two digests are of the same moment, and what
+        spoiled a return may be over."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._return_uncompared)
+
     def _return_uncompared(self) -> None:
-        """Under steady new sessions no two digests are of the same moment; both sides have acknowledged everything."""
+        """Both sides have acknowledged everything."""
+        if self.pair is None or self.pair.state is not State.OPERATIONAL:
+            return
         if not (self.forwarding or self._returning or self._differ):
             self._returning = True
             self._later(self._give_back)
+        self._look_for_return(BUSY)
 
     # -- who carries on purpose; see nat_control.traffic.Arbiter ---------------------------------------------
 
@@ -277,7 +314,7 @@ class Carrier:
         self._kept.set(False)
         self._leaving = False
         self._tell()
-        asyncio.get_running_loop().call_later(BUSY, self._return_uncompared)
+        self._look_for_return(BUSY)
 
     async def _asked(self, here: bool, lasting: bool) -> None:
         """By the server, which goes on with what it has been sent, and hears when no more comes."""
@@ -321,9 +358,12 @@ class Carrier:
         if self.pair is not None:
             self.pair.watch.disarm()
         try:
-            if drain:
-                await self._plane.delete_static_peer_rules(Kind.TO_SERVER)
-                await self._drained()
+            try:
+                if drain:
+                    await self._plane.delete_static_peer_rules(Kind.TO_SERVER)
+                    await self._drained()
+            except SwitchError as error:
+                self._say(f"takeover: {error}")
             try:
                 await self._plane.delete_static_peer_rules()
             except SwitchError as error:
@@ -364,6 +404,13 @@ class Carrier:
         self.unproved = "the switch has acknowledged the takeover, and still forwards to the server"
         self._say(self.unproved)
 
+    async def _stay(self) -> None:
+        """Nothing of a return that came to nothing may be left: nobody would take it away when the server dies."""
+        try:
+            await self._plane.delete_static_peer_rules()
+        except (ChannelLost, SwitchError) as error:
+            self._say(f"the switch may forward to the server in part: {error}")
+
     async def _give_back(self) -> None:
         """Both hold the same sessions: the server carries again, unless the switch keeps the traffic."""
         self._returning = False
@@ -381,6 +428,8 @@ class Carrier:
             return "the switch is not connected, or not prepared"
         if self._down:
             return f"port {self._ports_down} has no link"
+        if not self.pair.watch.stats()["alive"]:
+            return "no heartbeats come from the server"
         try:
             await self._plane.refresh()
             await self._reconcile()
@@ -393,6 +442,7 @@ class Carrier:
             await self._plane.install_static_peer_rules(Kind.TO_SERVER)
         except (ChannelLost, SwitchError) as error:
             self._say(f"return: {error}")
+            await self._stay()
             return str(error)
         self.forwarding = True
         self.unproved = ""
