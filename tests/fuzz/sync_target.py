@@ -234,7 +234,7 @@ class Side:
     def open(self, which: int) -> None:
         self.core.burst([(INSIDE, FRAMES[which % len(FRAMES)])], START)
         events = self.core.events(RING)
-        opened, _, _ = found = changes(events)
+        opened, *_ = found = changes(events)
         self.opened |= set(opened["id"].tolist())
         self.carry_out(self.protocol.events(found, self.now))
 

@@ -42,7 +42,7 @@ HELD = 30.0  # seconds that a packet waits at most: acknowledgement, and what is
 OPERATIONAL = (
     60.0  # seconds from the end of all faults: a plane that hung, an exchange that ends for it, the next
 )
-REFUSING = frozenset(("full", "refuse", "split", *BROKEN))
+REFUSING = frozenset(("full", "refuse", "split", "freeze", *BROKEN))
 UNSURE = frozenset(("slow", "mute", *BROKEN))  # activity may be told too late
 
 
@@ -171,13 +171,13 @@ class Rules:
         a, b = ({int(held["id"]) for held in node.plane.held.values()} for node in self.world.nodes)
         named, heard = self.refused()
         return a ^ b == named == heard and (
-            bool(self.world.scenario.faults & {"full", "refuse"})
+            bool(self.world.scenario.faults & {"full", "refuse", "forgetful"})
             or all(map(self.contradict, self.world.nodes))
         )
 
     @staticmethod
     def contradict(node: Node) -> bool:
-        """What the peer lacks cannot be held beside what it has."""
+        """What the peer lacks cannot be held beside what it has. (Who loses the event of an end does not know of room.)"""
         theirs = {int(held["id"]) for held in node.peer.plane.held.values()}
         lacking = [held for held in node.plane.held.values() if int(held["id"]) not in theirs]
         return all(node.peer.plane.taken(held) for held in lacking)
