@@ -6,12 +6,13 @@ BIN := .venv/bin
 C_FILES = $(shell git ls-files '*.c' '*.h')
 PY_TYPED = nat_control nat_fastpath switch_agent
 
-.PHONY: help build test test-sim test-mutants soak lint bench bench-failover bench-pair fuzz demo clean packages root
+.PHONY: help build test test-long test-sim test-mutants soak lint bench bench-failover bench-pair fuzz demo clean packages root
 
 help:
 	@echo "make build   .venv with the extensions compiled"
 	@echo "make demo    a client, the pair and an outside in namespaces, real traffic, one kill"
 	@echo "make test    all tests (root)"
+	@echo "make test-long     variants that make test leaves out, for they take minutes (root)"
 	@echo "make test-sim      the sync protocol between two instances, simulated: 10000 seeds (SEEDS=N)"
 	@echo "make test-mutants  bugs planted in the sync protocol, all of which the tests must find"
 	@echo "make soak    a pair under traffic, one fault after the other (MINUTES=10 SEED=1; root)"
@@ -43,8 +44,12 @@ ALONE := $(addprefix tests/,dpdk host watch netns/test_vhost.py)
 
 test: root build
 	tools/as-root.sh $(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(LABS) $(ALONE))
-	tools/as-root.sh $(BIN)/python -m pytest -n 2 --dist loadfile $(LABS) $(addprefix --ignore=,$(ALONE))
+	tools/as-root.sh $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(LABS) $(addprefix --ignore=,$(ALONE))
 	tools/as-root.sh $(BIN)/python -m pytest $(ALONE)
+
+# What `make test` leaves out: variants that take their time
+test-long: root build
+	tools/as-root.sh $(BIN)/python -m pytest -m long
 
 SEEDS ?= 10000
 test-sim: build

@@ -17,6 +17,7 @@ from tests.netns.test_pair import SESSION_RULES
 FLOWS = 3000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", ["of the configuration", "of the switch"])
 def test_more_flows_than_rules(limit: str) -> None:
     with Lab() as lab:

@@ -161,6 +161,7 @@ def test_there_and_back_by_hand_reorders_and_loses_nothing(lab: Lab) -> None:
     assert session(net)["bytes_out"] == counted * 128
 
 
+@pytest.mark.long
 def test_what_is_in_front_ages_by_its_traffic(lab: Lab) -> None:
     net = pair(lab, nat=SHORT)
     operator = client(net)
@@ -178,6 +179,7 @@ def test_what_is_in_front_ages_by_its_traffic(lab: Lab) -> None:
     assert in_front(net) == 0
 
 
+@pytest.mark.long
 def test_the_agent_starts_anew_with_a_session_in_front(lab: Lab) -> None:
     net = pair(lab)
     operator = client(net)

@@ -118,6 +118,7 @@ def _tcp_state(net: PairLab, of: str) -> str | None:
     return found and found["state"]
 
 
+@pytest.mark.long
 def test_new_at_peer_counts_and_ages_right() -> None:
     """The server sees only the first packet, and still knows how many there were, and that it must not end it."""
     with Lab() as lab:
@@ -182,6 +183,7 @@ def test_by_protocol() -> None:
         passes(net)
 
 
+@pytest.mark.long
 def test_all_local() -> None:
     """The server stands by with all sessions; its death is nothing, and the agent gets them back from it."""
     with Lab() as lab:

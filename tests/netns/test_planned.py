@@ -126,6 +126,7 @@ def show_peer(net: PairLab, name: str, *words: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_show_peer_names_what_one_side_alone_holds() -> None:
     """The agent has less room than the server: equal, and 0, until that is used up; then 1, with the sessions."""
     with Lab() as lab:

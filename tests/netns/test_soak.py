@@ -12,6 +12,7 @@ from switch_agent.pair_lab import PairLab
 from tests.soak.__main__ import Soak, Violation
 
 
+@pytest.mark.long
 def test_faults_pass_and_a_broken_connection_is_seen() -> None:
     with Lab() as lab:
         net = PairLab(lab)

@@ -18,7 +18,7 @@ SECOND = 10**9
 RATE = 1000  # packets per second of the known flow
 
 
-@pytest.fixture(params=["server", "switch"])
+@pytest.fixture(params=["server", pytest.param("switch", marks=pytest.mark.long)])
 def carrier(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

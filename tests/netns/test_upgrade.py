@@ -65,7 +65,7 @@ class Hosts:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}{self.net.agent.output}"
 
 
-@pytest.mark.parametrize("name", ["same", "other"])
+@pytest.mark.parametrize("name", [pytest.param("same", marks=pytest.mark.long), "other"])
 def test_the_runbook_loses_no_packet(name: str) -> None:
     with Lab() as lab:
         net = PairLab(lab, misses=100)  # loads of the machine are no deaths here
