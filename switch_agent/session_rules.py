@@ -227,8 +227,10 @@ class SessionRules(ABC):
         if front or self.partition.settled_in_front:
             first = [i for i in new if front or settled(records[i : i + 1])[0]]
             if first:
+                if not self._guarded:
+                    async with self._front_lock:
+                        await self._guard()
                 self._front.update(ids[i] for i in first)
-                await self._guard()
         chosen = np.array(again + new, np.intp)
         self._ruled.update((ids[i], pairs[i]) for i in chosen.tolist())
         chunks = [chosen[at : at + CHUNK] for at in range(0, len(chosen), CHUNK)]
@@ -286,8 +288,10 @@ class SessionRules(ABC):
             await self._delete(ruled, priority)
             for either in (SESSION_PRIORITY, FRONT_PRIORITY):
                 await self._delete(moving, either)
-            if self._guarded and not (self._front or self.partition.settled_in_front):
-                await self._unguard()
+            if self._guarded and not (self._front or self._moving):  # who moves looks, and holds the lock
+                async with self._front_lock:
+                    if self._guarded and not (self._front or self.partition.settled_in_front):
+                        await self._unguard()
         except (ChannelLost, SwitchError) as error:
             if not self._left_rules:  # once, and not for each session that ends until then
                 self._report(f"rules stay on the switch until it is back: {error}")
@@ -324,7 +328,8 @@ class SessionRules(ABC):
                 await self._move(some, front=front)
         except (ChannelLost, SwitchError) as error:
             self._report(f"sessions stay where they are: {error}")
-        return wanted[np.array([(one in self._front) is front for one in wanted.tolist()], np.bool_)]
+        there = self._front.intersection(self._ruled)
+        return wanted[np.array([(one in there) is front for one in wanted.tolist()], np.bool_)]
 
     async def _move(self, records: Records, *, front: bool) -> None:
         """One pair is added before the other is deleted; where the table has no room for both, the other way
@@ -337,7 +342,7 @@ class SessionRules(ABC):
                 if not len(part):
                     continue
                 if front:
-                    await self._guard(coming=True)
+                    await self._guard()
                 ids = part["id"].tolist()
                 self._moving.update(ids)
                 try:
@@ -375,18 +380,14 @@ class SessionRules(ABC):
         if old == FRONT_PRIORITY or not self.server_carries:
             await self.refresh()
 
-    async def _guard(self, *, coming: bool = False) -> None:
-        """Before the first session is in front: what begins and ends a connection goes to who owns it."""
-        if self._guarded or not self.tcp_control or not (self._front or coming):
+    async def _guard(self) -> None:
+        """Before the first session is in front: what begins and ends a connection goes to who owns it. The lock is held."""
+        if self._guarded or not self.tcp_control:
             return
+        await self._rules(self._pipeline.guard())
+        if self.server_carries:
+            await self._rules(self._pipeline.tcp_to_server())
         self._guarded = True
-        try:
-            await self._rules(self._pipeline.guard())
-            if self.server_carries:
-                await self._rules(self._pipeline.tcp_to_server())
-        except BaseException:
-            self._guarded = False
-            raise
 
     async def _unguard(self) -> None:
         """Nothing is in front any more: packets to the server are looked at no closer than its port."""
@@ -446,11 +447,9 @@ class SessionRules(ABC):
         """
         found = await self._found()
         known = await self._known()
-        self._guarded = False
-        if self._front:
-            await self._guard()
-        else:
-            await self._unguard()
+        async with self._front_lock:
+            self._guarded = False
+            await (self._guard() if self._front else self._unguard())
         ids = np.fromiter(self._ruled, np.uint64, len(self._ruled))
         pairs = np.fromiter(self._ruled.values(), np.uint64, len(self._ruled))
         priority = np.where([one in self._front for one in self._ruled], FRONT_PRIORITY, SESSION_PRIORITY)
@@ -463,7 +462,7 @@ class SessionRules(ABC):
         wrong = np.unique(cookies[~right] & ~np.uint64(INBOUND))
         front = wrong[[one in self._front for one in wrong.tolist()]]
         for one in wrong.tolist():
-            del self._ruled[one]
+            self._ruled.pop(one, None)
         self._front.difference_update(front.tolist())
         if len(front):
             await self._each(front, lambda records: self._offload(records, front=True))
@@ -476,6 +475,9 @@ class SessionRules(ABC):
             stale = stale[[(one in self._front) != (at == FRONT_PRIORITY) for one in stale.tolist()]]
             if len(stale):
                 await self._each(stale, lambda records, at=at: self._delete(records, at))  # type: ignore[misc]
+        # one of two may be left
+        bare = np.array([one for one in wrong.tolist() if one not in self._ruled], np.uint64)
+        await self._delete_cookies(np.concatenate((bare, bare | np.uint64(INBOUND))))
         await self._known()  # what ended while it was given rules
         return Reconciled(int(right.sum()), int((~right).sum()), int((unknown | misplaced).sum()))
 

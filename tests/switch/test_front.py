@@ -3,18 +3,19 @@
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 import pytest
 from scapy.layers.inet import TCP
 from scapy.packet import Packet
 
-from nat_control.dataplane import Records
+from nat_control.dataplane import Ids, Records
 from nat_control.lab import Lab, until
 from nat_fastpath.engine import FLAG_OFFLOAD, TCP_STATES
+from switch_agent.compile import NextHopGroups, Numbers
 from switch_agent.nexthops import NextHops
-from switch_agent.pipeline import FRONT_PRIORITY, NEW_AT_PEER, SESSION_PRIORITY, Kind, by_protocol
+from switch_agent.pipeline import FRONT_PRIORITY, INBOUND, NEW_AT_PEER, SESSION_PRIORITY, Kind, by_protocol
 from switch_agent.plane import OpenFlowDataPlane, Reconciled
 from tests.memory_plane import AsyncMemoryPlane
 from tests.switch.net import (
@@ -234,3 +235,61 @@ def test_ends_while_they_are_moved_leave_nothing(net: Net) -> None:
     net.run(at_once(records))
     assert net.session_flows() == []
     assert len(net.plane.in_front) == net.plane.offloaded == 0
+
+
+def test_ends_while_reconciling_leave_nothing(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sessions that had one rule of two: before they are looked for, and before they get the other."""
+    net.install(records := random_records(30))
+    plane = net.plane
+    delete_cookies, each = plane._delete_cookies, plane._each
+    net.run(delete_cookies(records["id"][:10] | np.uint64(INBOUND)))
+
+    async def early(cookies: Numbers) -> None:
+        monkeypatch.setattr(plane, "_delete_cookies", delete_cookies)
+        await plane.delete(records[:3])
+        await delete_cookies(cookies)
+
+    async def late(ids: Ids, work: Callable[[Records], Awaitable[object]]) -> None:
+        await plane.delete(records[3:6])
+        await each(ids, work)
+
+    monkeypatch.setattr(plane, "_delete_cookies", early)
+    monkeypatch.setattr(plane, "_each", late)
+    net.run(plane.reconcile())
+    assert len(net.session_flows()) == 2 * plane.offloaded == 2 * 24
+
+
+def test_the_last_one_ends_while_another_comes(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What begins and ends a connection stays above it."""
+    net.install(np.concatenate((UDP_ONE, TCP_ONE)))
+    net.run(net.plane.install_static_peer_rules())
+    put(net, UDP_ONE, True)
+    add = net.plane._add
+
+    async def ends_first(records: Records, groups: NextHopGroups, priority: Numbers | int) -> Records:
+        await net.plane.delete(UDP_ONE)
+        return await add(records, groups, priority)
+
+    monkeypatch.setattr(net.plane, "_add", ends_first)
+    assert put(net, TCP_ONE, True) == TCP_ONE["id"].tolist()
+    for kind in (Kind.TCP_TO_SERVER, Kind.TCP_OUT_FRONT, Kind.TCP_IN_FRONT):
+        assert rules_of(net, kind)
+    net.run(net.plane.delete(TCP_ONE))
+    assert not rules_of(net, Kind.TCP_TO_SERVER)
+
+
+def test_nothing_is_in_front_without_what_stands_above(net: Net) -> None:
+    """A table with no room for that: they are where they were, and say so."""
+    net.run(net.plane._store.install(records := random_records(3)))
+    limit = f"flow_limit={len(net.ovs.flows())}"
+    net.ovs.vsctl(
+        *("--id=@t", "create", "Flow_Table", limit, "overflow_policy=refuse"),
+        *("--", "set", "bridge", net.ovs.bridge, "flow_tables:0=@t"),
+    )
+    try:
+        assert put(net, records, True) == net.plane.in_front.tolist() == []
+        assert "TABLE_FULL" in net.lines[0]
+    finally:
+        net.ovs.vsctl("clear", "bridge", net.ovs.bridge, "flow_tables")
+    assert put(net, records, True) == sorted(records["id"].tolist())
+    assert rules_of(net, Kind.TCP_OUT_FRONT)
