@@ -18,7 +18,9 @@ AGAIN = 1.0  # between two probes while a peer that is not heard answers on the 
 SETTLED = 0.25  # that nothing has changed, before somebody takes what nobody carries
 LATE = 3.0  # for whom it is the turn, while both are not in step
 LAST = 6.0  # for the other one
-MERGE = 5.0  # two that carry, and are not in step: after so long one stands down all the same
+# Two that carry, and do not get in step: when one stands down all the same. The first by its term and with nothing of the
+# other one's, then the last by its term if it is that one, for it has not what the pair had, then the first in any case.
+MERGE, MERGE_NEW, MERGE_LAST = 5.0, 7.5, 10.0
 STEADY = 5.0  # that the secondary carries in step, before the primary takes it back by itself
 
 
@@ -39,6 +41,7 @@ class View:
     peer_fit: bool = True
     peer_term: int = 0
     synced: bool = True  # each holds the other's sessions
+    stepped: bool = True  # that was so once since we have started
     equal: bool = True  # and no digest and no refusal says otherwise
     quiet: float = 0.0
 
@@ -59,7 +62,7 @@ def decide(v: View) -> Decision:
 
 def _alone(v: View) -> Decision:
     """Standing by, without a peer that is heard."""
-    if v.both and v.seen:
+    if v.both and v.stepped:  # else it may lack every session: who answers on the ports is believed
         return RoleState.ACTIVE, "the peer is not heard"
     if v.quiet < AGAIN or v.lost < (AGAIN if v.seen else START[v.primary]):
         return STAY
@@ -68,7 +71,11 @@ def _alone(v: View) -> Decision:
 
 def _two_carry(v: View) -> Decision:
     """After a split, or when one was stopped for a while: the later takeover stays, in doubt the primary."""
-    if (v.term, v.primary) > (v.peer_term, not v.primary) or not (v.synced or v.quiet >= MERGE):
+    if (v.term, v.primary) > (v.peer_term, not v.primary):
+        if v.stepped or v.quiet < MERGE_NEW:
+            return STAY
+        return RoleState.STANDBY, "the peer carries too, and this one was never in step since its start"
+    if not v.synced and v.quiet < (MERGE_LAST if v.stepped else MERGE):
         return STAY
     return RoleState.STANDBY, f"the peer carries too, since a later takeover ({v.peer_term}, ours {v.term})"
 

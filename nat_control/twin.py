@@ -62,7 +62,7 @@ class Twin:
         self._pair: Pair | None = None
         self._told: tuple[object, ...] = ()
         self._since = self._heard = clock()
-        self._seen = False
+        self._seen = self._stepped = False
         self._links = True
         self._at_death: RoleState | None = None
         self._said = self._wanted = role.state
@@ -90,6 +90,7 @@ class Twin:
         synced = pair.state is State.OPERATIONAL
         if alive:
             self._seen, self._heard = True, now
+        self._stepped |= synced
         told = (
             self._role.state,
             self._links,
@@ -115,6 +116,7 @@ class Twin:
             peer_fit=not heard["peer_unfit"],
             peer_term=heard["peer_term"],
             synced=synced,
+            stepped=self._stepped,
             equal=not pair.differing and not pair.protocol.apart,
             quiet=now - self._since,
         )

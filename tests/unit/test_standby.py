@@ -8,7 +8,20 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from nat_control.standby import AGAIN, LAST, LATE, MERGE, SETTLED, START, STEADY, View, at_death, decide
+from nat_control.standby import (
+    AGAIN,
+    LAST,
+    LATE,
+    MERGE,
+    MERGE_LAST,
+    MERGE_NEW,
+    SETTLED,
+    START,
+    STEADY,
+    View,
+    at_death,
+    decide,
+)
 from nat_fastpath.role import RoleState
 
 ACTIVE, STANDBY, PROBING = RoleState
@@ -23,9 +36,14 @@ TABLE: dict[str, tuple[dict[str, object], RoleState | None]] = {
     "nor when it was heard just now": ({"alive": False, "lost": AGAIN / 2}, None),
     "on_split both does not look": ({"alive": False, "both": True, "quiet": 0.0}, ACTIVE),
     "a start looks, too, with both": (
-        {"alive": False, "both": True, "seen": False, "lost": START[True]},
+        {"alive": False, "both": True, "seen": False, "stepped": False, "lost": START[True]},
         PROBING,
     ),
+    "so does with both who was never in step": (
+        {"alive": False, "both": True, "stepped": False, "lost": AGAIN},
+        PROBING,
+    ),
+    "and not before its time": ({"alive": False, "both": True, "stepped": False, "lost": 0.0}, None),
     "a start waits for the peer": ({"alive": False, "seen": False, "lost": START[True] - 0.1}, None),
     "the secondary for longer": (
         {"alive": False, "seen": False, "primary": False, "lost": START[False] - 0.1},
@@ -38,10 +56,29 @@ TABLE: dict[str, tuple[dict[str, object], RoleState | None]] = {
     "the earlier one stands down": ({"state": ACTIVE, "term": 2}, STANDBY),
     "in doubt the primary stays": ({"state": ACTIVE}, None),
     "and the secondary stands down": ({"state": ACTIVE, "primary": False}, STANDBY),
-    "not before both are in step": ({"state": ACTIVE, "term": 2, "synced": False, "quiet": MERGE / 2}, None),
+    "not before both are in step": (
+        {"state": ACTIVE, "term": 2, "synced": False, "quiet": MERGE_LAST - 0.1},
+        None,
+    ),
     "unless that does not come about": (
-        {"state": ACTIVE, "term": 2, "synced": False, "quiet": MERGE},
+        {"state": ACTIVE, "term": 2, "synced": False, "quiet": MERGE_LAST},
         STANDBY,
+    ),
+    "nor who has only just started": (
+        {"state": ACTIVE, "term": 2, "synced": False, "stepped": False, "quiet": MERGE - 0.1},
+        None,
+    ),
+    "but that one is the first": (
+        {"state": ACTIVE, "term": 2, "synced": False, "stepped": False, "quiet": MERGE},
+        STANDBY,
+    ),
+    "even with the later takeover": (
+        {"state": ACTIVE, "term": 4, "synced": False, "stepped": False, "quiet": MERGE_NEW},
+        STANDBY,
+    ),
+    "which may still get in step": (
+        {"state": ACTIVE, "term": 4, "synced": False, "stepped": False, "quiet": MERGE_NEW - 0.1},
+        None,
     ),
     # the other one carries
     "nothing moves by itself": ({}, None),
@@ -105,6 +142,7 @@ class Server:
     began: float = 0.0
     heard: float = 0.0
     seen: bool = False
+    stepped: bool = False
     probing_until: float = 0.0
     was_alive: bool = False
 
@@ -130,13 +168,15 @@ class World:
         synced = alive and self.alive(1 - i) and self.now - self.joined > SYNC
         if alive:
             us.seen, us.heard = True, self.now
+        us.stepped |= synced
         told = (us.state, us.fit, alive, alive and (other.state, other.fit, other.term), synced)
         if told != us.told:
             us.told, us.since = told, self.now
         return View(
             state=us.state, term=us.term, primary=us.primary, both=us.both, automatic=us.automatic, fit=us.fit,
             seen=us.seen, alive=alive, lost=self.now - us.heard, carries=other.state is ACTIVE,
-            peer_fit=other.fit, peer_term=other.term, synced=synced, quiet=self.now - us.since,
+            peer_fit=other.fit, peer_term=other.term, synced=synced, stepped=us.stepped,
+            quiet=self.now - us.since,
         )  # fmt: skip
 
     def become(self, i: int, state: RoleState) -> None:
@@ -156,7 +196,7 @@ class World:
             view = self.view(i)
             if us.was_alive and not view.alive and us.state is STANDBY:
                 us.term = max(us.term, other.term) + 1
-                us.state = at_death(replace(view, synced=True))
+                us.state = at_death(replace(view, synced=us.stepped))
                 us.probing_until = self.now + PROBE
             us.was_alive = view.alive
             if us.state is PROBING:
@@ -202,6 +242,32 @@ def test_a_death_and_a_return(both: bool) -> None:
     w.servers[0] = Server(True, both, False, began=w.now, heard=w.now)
     w.run(20)
     assert w.active == [1]
+
+
+def test_who_lacks_the_sessions_believes_the_answer() -> None:
+    """Started anew beside the one that carries, and a beat is lost before both are in step."""
+    w = world(both=True)
+    w.servers[1] = Server(False, True, False, began=w.now, heard=w.now)
+    w.joined = w.now
+    w.run(SYNC / 2)
+    assert not w.servers[1].stepped
+    w.sync = False
+    for _ in range(500):
+        w.step()
+        assert w.active == [0]
+
+
+@pytest.mark.parametrize("new", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("later", [0, 1])
+def test_two_that_carry_and_never_get_in_step(new: tuple[int, ...], later: int) -> None:
+    w = world(both=True)
+    for i, us in enumerate(w.servers):
+        us.state, us.stepped, us.term = ACTIVE, i not in new, 7 + (i == later)
+    for _ in range(1500):
+        w.joined = w.now  # so not even for a moment
+        w.step()
+        assert w.active, "one of them goes on"
+    assert w.active == [1 - new[0] if len(new) == 1 else later]
 
 
 def test_the_primary_takes_it_back() -> None:
