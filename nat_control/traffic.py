@@ -24,6 +24,10 @@ class Arbiter(Protocol):
     @property
     def kept(self) -> bool: ...
 
+    @property
+    def forcible(self) -> bool:
+        """Whether this side may be told to carry though the peer is not in step."""
+
     async def move(self, here: bool, *, lasting: bool) -> str:
         """Returns why nothing came of it; "": this side carries, or does not."""
 
@@ -61,15 +65,16 @@ class Traffic:
             self._arbiter.let_go()
             return self._answer("later")
         moves, lasting = self._here is not here, here is (self._arbiter is not None)
+        unasked = force and here and self._arbiter is not None and self._arbiter.forcible
         # A switch that carries may be told to keep the traffic whoever is there.
-        if self._pair.state is not State.OPERATIONAL and (moves or self._arbiter is None):
+        if self._pair.state is not State.OPERATIONAL and (moves or self._arbiter is None) and not unasked:
             hint = (
                 "; `peer release --later` gives it the traffic once it is"
                 if self._arbiter and not here
                 else ""
             )
             return self._answer("refused", why=f"the peer is not in step ({self._pair.state.value}){hint}")
-        if moves:
+        if moves and not (unasked and self._pair.state is not State.OPERATIONAL):
             proven = await self._pair.view.prove()
             if not force and (why := self._differ(proven)):
                 return self._answer("refused", why=why)

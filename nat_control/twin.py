@@ -199,20 +199,31 @@ class Twin:
         """Nothing but a failure moves it."""
         return not (self._config.returns == "automatic" and self.here is not self._config.primary)
 
+    @property
+    def forcible(self) -> bool:
+        return True
+
     async def move(self, here: bool, *, lasting: bool) -> str:
+        """Who is not heard, or not in step, is not waited for: of two that carry one stands down later."""
         assert self._pair
         if here:
+            self._stepped = True  # the operator says that what is here is enough
             self._become(RoleState.ACTIVE, "takeover by the operator", self.view())
             self._notice_state()
         elif why := await self._pair.hand_over():
             return why
         try:
             async with asyncio.timeout(MOVE):
-                while self.view().carries is here or self.here is not here:
+                while self._peer_carries_in_step is here or self.here is not here:
                     await asyncio.sleep(TICK)
         except TimeoutError:
             return "the peer has not changed its role"
         return ""
+
+    @property
+    def _peer_carries_in_step(self) -> bool | None:
+        view = self.view()
+        return view.carries if view.alive and view.synced else None
 
     def let_go(self) -> None:
         """Nothing is kept: the other one takes over when this one fails, and not before."""

@@ -298,6 +298,11 @@ class Carrier:
     def kept(self) -> bool:
         return bool(self._kept)
 
+    @property
+    def forcible(self) -> bool:
+        """A switch carries by itself once its server is dead."""
+        return False
+
     async def move(self, here: bool, *, lasting: bool) -> str:
         """Behind what changes the switch already."""
         done: asyncio.Future[str] = asyncio.get_running_loop().create_future()

@@ -152,6 +152,8 @@ class Interface:
     belongs to a bridge or bond, has one of ``addresses`` or is used by another process.
     """
 
+    _running = True
+
     def __init__(
         self,
         name: str,
@@ -321,14 +323,20 @@ class Interface:
 
     @property
     def is_running(self) -> bool:
-        """Up, and with a carrier."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        """Up, and with a carrier; as it was when last seen, while this process can open nothing more."""
+        try:
+            any_socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        except OSError:
+            return self._running
+        with any_socket:
             try:
                 answer = fcntl.ioctl(any_socket, SIOCGIFFLAGS, struct.pack("16sH14x", self.name.encode(), 0))
             except OSError:
+                self._running = False
                 return False
         (flags,) = struct.unpack_from("H", answer, 16)
-        return bool(flags & IFF_RUNNING)
+        self._running = bool(flags & IFF_RUNNING)
+        return self._running
 
     def packet_sockets(self) -> dict[int, socket.socket]:
         """AF_PACKET sockets of this process that are bound to it: descriptor and duplicate."""
