@@ -297,9 +297,9 @@ class Side:
         lost = self.opened - self.ended - set(found["id"].tolist())
         assert not lost, f"own sessions are gone: {lost}"
         assert self.core.counters()["sessions"] == len(found)
-        external = np.unique(found[["protocol", "internal_addr", "internal_port"]])
-        triples = np.unique(found[["protocol", "external_addr", "external_port"]])
-        assert len(external) == len(triples), "an endpoint has two others"
+        triple = ["protocol", "external_addr", "external_port"]
+        used = np.unique(found[[*triple, "internal_addr", "internal_port"]])
+        assert len(used) == len(np.unique(used[triple])), "an external endpoint has two inside"
 
 
 # What two sessions cannot both be: one 5-tuple inside, or one outside.

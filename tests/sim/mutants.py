@@ -86,6 +86,16 @@ def method(owner: object, name: str, replacement: object) -> Callable[[pytest.Mo
     return lambda patch: patch.setattr(owner, name, replacement)
 
 
+def both(
+    one: Callable[[pytest.MonkeyPatch], None], other: Callable[[pytest.MonkeyPatch], None]
+) -> Callable[[pytest.MonkeyPatch], None]:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        one(patch)
+        other(patch)
+
+    return plant
+
+
 def release_at_once(self: Protocol, changes: Changes, now: float) -> None:
     self._commit(changes.opened)
     self._enqueue(changes, hold=False)
@@ -284,6 +294,10 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "what comes is foreign": method(machine, "instances", nobody_elses),
     "what was acknowledged is dropped later": instead(State.OPERATIONAL, Input.INSTALL, dropped_later),
     "an operation is never finished": instead(State.OPERATIONAL, Input.PLANE_DONE, never_finished),
+    "an operation is waited for without end": both(
+        instead(State.OPERATIONAL, Input.PLANE_DONE, never_finished),
+        method(Merging, "_hangs", lambda self, now: False),
+    ),
     "Ready is not heard": instead(State.EXCHANGING, Input.READY, Protocol._nothing),
     "any number of changes may wait": method(Protocol, "_bound", lambda self: None),
     "TCP states are not told": instead(State.OPERATIONAL, Input.UPDATE, Protocol._nothing),
@@ -339,7 +353,7 @@ SHOWN: dict[str, str] = {
     "operational": "Ready is not heard",
     "refused": "openings before ends",
     "front": "a move is answered before it is done",
-    "rest": "an operation is never finished",
+    "rest": "an operation is waited for without end",
     "equal": "ends are not told",
     "content": "TCP states are not told",
     "owner": "nothing is ceded",
