@@ -8,7 +8,7 @@ has no DSCP: it tells by its addresses, so neither side may send what looks like
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 
@@ -25,6 +25,7 @@ from switch_agent.pipeline import (
     Rule,
     SetField,
     Side,
+    ToController,
     masked,
     retag,
 )
@@ -59,9 +60,9 @@ class OneLink(Pipeline):
             rule = replace(rule, match={**rule.match, "vlan_vid": side.vlan_match})
             if self.tags is not None:
                 actions = retag(side.vlan, self.tags[0 if is_inside else 1])
-                yield replace(rule, actions=(*actions, *rule.actions))
+                yield _changed(rule, actions)
                 continue
-            rule = replace(rule, actions=(*retag(side.vlan, 0), *rule.actions))
+            rule = _changed(rule, retag(side.vlan, 0))
             for kind, make in ((IPV4, self._marked), (ARP, self._arp_of)):
                 if rule.match.get("eth_type", kind) == kind:
                     yield from make(replace(rule, match={**rule.match, "eth_type": kind}), is_inside)
@@ -104,6 +105,12 @@ class OneLink(Pipeline):
     def _back(self, match: Match, side: Side, tag: int) -> Rule:
         actions = (*retag(tag, side.vlan), Output(side.port))
         return Rule(FORWARD_PRIORITY, match, actions, Kind.FROM_SERVER.cookie)
+
+
+def _changed(rule: Rule, actions: Sequence[Action]) -> Rule:
+    """The copy to the controller comes first: it is read by the tag of its side."""
+    at = rule.actions[0] == ToController()
+    return replace(rule, actions=(*rule.actions[:at], *actions, *rule.actions[at:]))
 
 
 def _above(rule: Rule, match: Match, actions: tuple[Action, ...]) -> Rule:

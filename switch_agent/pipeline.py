@@ -369,7 +369,9 @@ class Pipeline:
         return self._tcp_control(CONTROL_FRONT_PRIORITY, Kind.TCP_OUT_FRONT, Kind.TCP_IN_FRONT)
 
     def tcp_to_server(self) -> tuple[Rule, ...]:
-        """And above those, to the server, which owns most connections: there while it carries."""
+        """And above those, to the server, which owns most connections: there while it carries, if it has TCP at all."""
+        if TCP not in self.partition.forwarded:
+            return ()
         return tuple(
             Rule(
                 CONTROL_TO_SERVER_PRIORITY, rule.match, (Output(side.server_port),), Kind.TCP_TO_SERVER.cookie
@@ -469,7 +471,7 @@ def _forwarded(side: Side, chosen: frozenset[int]) -> tuple[Rule, ...]:
     if not chosen:
         return ()
     tag = {"in_port": side.port, "vlan_vid": side.vlan_match}
-    both = (*to_server, ToController())
+    both = (ToController(), *to_server)  # as it came: who sends it to the server may change its tag
     arp = Rule(FORWARD_PRIORITY, {**tag, "eth_type": ARP}, both, Kind.TO_SERVER.cookie, Kind.ARP.value)
     return arp, *(
         Rule(FORWARD_PRIORITY, {**tag, "eth_type": IPV4, "ip_proto": one}, to_server, Kind.TO_SERVER.cookie)

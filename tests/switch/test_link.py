@@ -18,6 +18,7 @@ from switch_agent.pipeline import (
     PushVlan,
     SetField,
     Side,
+    ToController,
     by_protocol,
 )
 from tests.switch.net import mac_number
@@ -147,6 +148,16 @@ def test_marks_of_what_is_above_and_of_a_part(tags: tuple[int, int] | None) -> N
             wanted = (0, 46 | (at == 0)) if tags is None else (tags[at] | 0x1000, 46)
             assert (there["vlan_vid"], there["ip_dscp"]) == wanted
         assert through(pipe, frame(port, 0, ip_proto=17, ip_dscp=46))["out"] is None
+
+
+@pytest.mark.parametrize(("tags", "inside", "outside"), LINKS)
+def test_the_agent_hears_arp_with_the_tag_of_its_side(
+    tags: tuple[int, int] | None, inside: int, outside: int
+) -> None:
+    pipe = one_link(tags, inside, outside, partition=by_protocol(frozenset({17})))
+    heard = [rule for rule in pipe.forward() if ToController() in rule.actions]
+    assert {rule.match["in_port"] for rule in heard} == {1, 2}
+    assert all(rule.actions[0] == ToController() for rule in heard)
 
 
 def test_a_takeover_hits_all_of_them() -> None:

@@ -13,6 +13,7 @@ from nat_control.config import parse, to_core
 from nat_fastpath.engine import FLAG_OFFLOAD
 from switch_agent.activity import ACTIVITY, applied
 from switch_agent.agent import pipeline_of
+from switch_agent.failover import WithGroup
 from switch_agent.nexthops import NextHops, key
 from switch_agent.pipeline import (
     CLASS_MASK,
@@ -30,6 +31,7 @@ from switch_agent.pipeline import (
     SetField,
     Side,
     ToController,
+    by_protocol,
 )
 from tests.switch.net import GATEWAY_KEY, next_hops, pipeline, random_records, record
 
@@ -124,6 +126,16 @@ def test_the_takeover_hits_the_forward_rules_alone() -> None:
 def test_cookies_of_sessions_are_a_class_of_their_own() -> None:
     assert SESSION.cookie & CLASS_MASK == SESSION_CLASS
     assert all(rule.cookie & CLASS_MASK != SESSION_CLASS for rule in pipeline().base() + pipeline().forward())
+
+
+def test_a_server_without_tcp_gets_none_of_it() -> None:
+    """Not even what begins and ends a connection, when UDP alone is in front."""
+    for local, count in (({6}, 0), ({17}, len(pipeline().guard()))):
+        part = by_protocol(frozenset(local))
+        pipe = pipeline(partition=part)
+        assert len(pipe.tcp_to_server()) == count
+        failover = WithGroup(pipe.internal, pipe.external, pipe.mac, partition=part)
+        assert len([rule for rule in failover.base() if "tcp_flags" in rule.match and rule.table]) == count
 
 
 def test_without_a_server_nothing_is_forwarded() -> None:
