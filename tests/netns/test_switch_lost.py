@@ -17,8 +17,10 @@ from tests.netns.test_server import UDP_ECHO
 SECOND = 10**9
 RATE = 1000  # packets per second of the known flow
 
+pytestmark = pytest.mark.long
 
-@pytest.fixture(params=["server", pytest.param("switch", marks=pytest.mark.long)])
+
+@pytest.fixture(params=["server", "switch"])
 def carrier(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
