@@ -199,6 +199,7 @@ def test_the_agent_starts_anew_with_a_session_in_front(lab: Lab) -> None:
     assert not len(seen.lost(begin))
 
 
+@pytest.mark.long
 def test_what_cannot_be_is_said_in_a_line(lab: Lab) -> None:
     net = pair(lab, max_flows=2)
     operator = client(net)
