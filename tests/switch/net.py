@@ -170,6 +170,10 @@ class Net:
         self.lines: list[str] = []
         self.fresh()
 
+    def purge(self) -> None:
+        """Packets go by the rules as they are now, and not by what the datapath has cached. One purge may miss some."""
+        until("the datapath has forgotten the rules before", self._purged)
+
     def _purged(self) -> bool:
         self.ovs.appctl("revalidator/purge")
         return "actions:" not in self.ovs.appctl("dpctl/dump-flows")
@@ -192,8 +196,7 @@ class Net:
         )
         self.run(self.plane.wipe())
         self.run(self.plane.prepare())
-        # What the datapath has cached of the rules before is of no interest here. One purge may miss some.
-        until("the datapath has forgotten the rules before", self._purged)
+        self.purge()
         self.run(self.drop_events())
         for wire in self.wires.values():
             wire.clear()

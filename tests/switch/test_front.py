@@ -3,7 +3,7 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from scapy.layers.inet import TCP
 from scapy.packet import Packet
 
 from nat_control.dataplane import Ids, Records
-from nat_control.lab import Lab, until
+from nat_control.lab import until
 from nat_fastpath.engine import FLAG_OFFLOAD, TCP_STATES
 from switch_agent.compile import NextHopGroups, Numbers
 from switch_agent.nexthops import NextHops
@@ -33,21 +33,6 @@ from tests.switch.net import (
 from tests.switch.test_open_vswitch import in_packet, out_packet, translated_in, translated_out
 
 UDP_ONE, TCP_ONE = record(17, 1), record(6, 2)
-
-
-@pytest.fixture(scope="module")
-def real() -> Iterator[Net]:
-    with Lab() as lab, asyncio.Runner() as runner:
-        net = Net(lab, runner)
-        yield net
-        net.run(net.channel.close())
-        net.run(net.second.close())
-
-
-@pytest.fixture
-def net(real: Net) -> Net:
-    real.fresh()
-    return real
 
 
 def priorities(net: Net) -> list[int]:

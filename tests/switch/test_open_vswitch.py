@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The switch side against a real Open vSwitch, with real packets."""
 
-import asyncio
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address
 
@@ -50,21 +48,6 @@ from tests.switch.net import (
 )
 
 ENDS = ("internal", "external", "remote")
-
-
-@pytest.fixture(scope="module")
-def real() -> Iterator[Net]:
-    with Lab() as lab, asyncio.Runner() as runner:
-        net = Net(lab, runner)
-        yield net
-        net.run(net.channel.close())
-        net.run(net.second.close())
-
-
-@pytest.fixture
-def net(real: Net) -> Net:
-    real.fresh()
-    return real
 
 
 def transport(protocol: int, source: int, destination: int) -> Packet:

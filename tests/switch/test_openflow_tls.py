@@ -49,6 +49,14 @@ async def connect(port: int, tls: ssl.SSLContext | None) -> FakeSwitch:
     return FakeSwitch(*await asyncio.open_connection("127.0.0.1", port, ssl=tls))
 
 
+async def joined(channel: Channel, port: int, tls: ssl.SSLContext | None) -> FakeSwitch:
+    """One that has been greeted."""
+    switch = await connect(port, tls)
+    await switch.greet()
+    await next_event(channel, Ready)
+    return switch
+
+
 async def refused(channel: Channel, text: str) -> None:
     for _ in range(1000):
         if any(text in line for line in channel.refusals):
@@ -65,9 +73,7 @@ def test_a_switch_with_our_certificate_is_one(ours: Path, version: ssl.TLSVersio
         tls = context(files(ours, "ovs"), listens=False, minimum=version)
         tls.maximum_version = version
         async with listening(ours) as (channel, port):
-            switch = await connect(port, tls)
-            await switch.greet()
-            await next_event(channel, Ready)
+            switch = await joined(channel, port, tls)
             blob = os.urandom(3 << 20)
             messages = b"".join(codec.echo(99, 5, blob[i : i + 4096]) for i in range(0, len(blob), 4096))
             task = asyncio.create_task(channel.transact(messages, 5))
@@ -117,9 +123,7 @@ def test_strangers_are_turned_away_and_named(ours: Path, tmp_path: Path) -> None
             await plain.ended()
             await refused(channel, "TLS: ")
             assert not channel.connected
-            switch = await connect(port, context(files(ours, "ovs"), listens=False))
-            await switch.greet()
-            await next_event(channel, Ready)
+            await joined(channel, port, context(files(ours, "ovs"), listens=False))
 
     asyncio.run(asyncio.wait_for(body(), 60))
 
@@ -137,9 +141,7 @@ def test_those_who_only_connect_are_few(ours: Path) -> None:
             await refused(channel, "no TLS handshake within 5 s")
             for switch in waiting:
                 await switch.ended()
-            switch = await connect(port, context(files(ours, "ovs"), listens=False))
-            await switch.greet()
-            await next_event(channel, Ready)
+            switch = await joined(channel, port, context(files(ours, "ovs"), listens=False))
 
     asyncio.run(asyncio.wait_for(body(), 60))
 
@@ -148,18 +150,14 @@ def test_a_relay_that_dies_is_started_again(ours: Path) -> None:
     async def body() -> None:
         async with listening(ours) as (channel, port):
             tls = context(files(ours, "ovs"), listens=False)
-            switch = await connect(port, tls)
-            await switch.greet()
-            await next_event(channel, Ready)
+            await joined(channel, port, tls)
             assert channel._relay
             before = channel._relay.pid
             os.kill(before, signal.SIGKILL)
             await next_event(channel, Lost)
             with pytest.raises(ChannelLost):
                 channel.fileno()
-            switch = await connect(port, tls)  # waits in the listener's queue until the next one is there
-            await switch.greet()
-            await next_event(channel, Ready)
+            await joined(channel, port, tls)  # waits in the listener's queue until the next one is there
             assert channel._relay.pid != before
 
     asyncio.run(asyncio.wait_for(body(), 60))
@@ -171,9 +169,7 @@ def test_a_relay_ends_with_its_agent(ours: Path) -> None:
     async def body() -> None:
         async with listening(ours) as (channel, port):
             tls = context(files(ours, "ovs"), listens=False)
-            switch = await connect(port, tls)
-            await switch.greet()
-            await next_event(channel, Ready)
+            switch = await joined(channel, port, tls)
             assert channel._relay
             pid = channel._relay.pid
             for number in (signal.SIGINT, signal.SIGTERM):
