@@ -18,7 +18,7 @@ INSIDE, OUTSIDE = 0, 1
 LOAD = 0.9  # of the ports of the pool, at most
 
 
-def flows(count: int, *, dependent: bool = False, per_host: int = 64) -> Flows:
+def flows(count: int, *, per_host: int = 64) -> Flows:
     """So many flows, and a pool that has a port for each."""
     addresses = int(count / (LOAD * (PORTS[1] - PORTS[0] + 1))) + 1
     return Flows(count, (POOL_FIRST, POOL_FIRST + addresses - 1), per_host=per_host)

@@ -171,15 +171,14 @@ static void write_frame(const struct pktgen *g, uint8_t *d, uint16_t bytes, unsi
 }
 
 /* One packet of the phase into `m`; false: this flow has nothing to be sent to. */
-static bool fill(struct pktgen *g, const struct pktgen_phase *phase, enum pktgen_what what, uint32_t flow,
-                 uint64_t due, uint16_t bytes, struct rte_mbuf *m)
+static bool fill(struct pktgen *g, enum pktgen_what what, uint32_t flow, uint64_t due, uint16_t bytes,
+                 struct rte_mbuf *m)
 {
     const struct endpoints e = endpoints_of(&g->config, flow);
     struct mark mark = {.magic = MAGIC, .flow = flow, .due = due};
     m->data_len = bytes;
     m->pkt_len = bytes;
     uint8_t *d = rte_pktmbuf_mtod(m, uint8_t *);
-    (void)phase;
     if (flow < WATCHED && what != PKTGEN_UNSOLICITED)
         mark.sequence = g->sequence[what == PKTGEN_IN][flow]++;
     if (what == PKTGEN_OUT) {
@@ -279,6 +278,16 @@ static void check(struct pktgen *g, unsigned entered, const struct rte_mbuf *m, 
         r->wrong_checksum++;
 }
 
+/* What we have written into a packet, wherever a NAT has sent it; NULL: it is none of ours. */
+static const struct mark *mark_of(const struct pktgen *g, const struct rte_mbuf *m)
+{
+    const uint8_t *d = rte_pktmbuf_mtod(m, const uint8_t *);
+    const struct mark *mark = (const struct mark *)(d + PAYLOAD);
+    const bool ours = rte_pktmbuf_data_len(m) >= PKTGEN_LEAST_FRAME && get16(d + 12) == RTE_ETHER_TYPE_IPV4 &&
+                      mark->magic == MAGIC && mark->flow < g->config.flows;
+    return ours ? mark : NULL;
+}
+
 /* What came on `port`, and has entered the NAT on the other one. */
 static bool receive(struct pktgen *g, unsigned port, const struct pktgen_phase *phase, uint64_t start,
                     struct pktgen_result *r)
@@ -294,11 +303,8 @@ static bool receive(struct pktgen *g, unsigned port, const struct pktgen_phase *
     for (uint16_t i = 0; i < n; i++)
         rte_prefetch0(rte_pktmbuf_mtod(mbufs[i], void *));
     for (uint16_t i = 0; i < n; i++) {
-        const struct rte_mbuf *m = mbufs[i];
-        const uint8_t *d = rte_pktmbuf_mtod(m, const uint8_t *);
-        const struct mark *mark = (const struct mark *)(d + PAYLOAD);
-        if (rte_pktmbuf_data_len(m) >= PKTGEN_LEAST_FRAME && mark->magic == MAGIC &&
-            get16(d + 12) == RTE_ETHER_TYPE_IPV4 && mark->flow < g->config.flows)
+        const struct mark *mark = mark_of(g, mbufs[i]);
+        if (mark != NULL)
             rte_prefetch0(&g->mapping[mark->flow]);
     }
     for (uint16_t i = 0; i < n; i++) {
@@ -310,9 +316,8 @@ static bool receive(struct pktgen *g, unsigned port, const struct pktgen_phase *
             continue;
         }
         mbufs[kept++] = m;
-        const struct mark *mark = (const struct mark *)(d + PAYLOAD);
-        if (rte_pktmbuf_data_len(m) < PKTGEN_LEAST_FRAME || get16(d + 12) != RTE_ETHER_TYPE_IPV4 ||
-            mark->magic != MAGIC || mark->flow >= g->config.flows) {
+        const struct mark *mark = mark_of(g, m);
+        if (mark == NULL) {
             r->strange += get16(d + 12) != RTE_ETHER_TYPE_ARP;
             continue;
         }
@@ -378,7 +383,7 @@ static unsigned send_burst(struct pktgen *g, const struct pktgen_phase *phase, u
         const uint64_t due =
             cycles_per_packet > 0 ? start + (uint64_t)((double)(number + i) * cycles_per_packet) : now;
         const uint16_t bytes = phase->sizes[(number + i) % phase->n_sizes];
-        if (fill(g, phase, what, flows[i], due, bytes, mbufs[filled]))
+        if (fill(g, what, flows[i], due, bytes, mbufs[filled]))
             filled++;
     }
     if (cycles_per_packet > 0) {
