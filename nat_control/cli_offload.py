@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
@@ -43,38 +44,31 @@ def _move(
         raise typer.Exit(FAILED)
 
 
-@offload.command()
-def add(
-    ids: Ids = None,
-    internal: Internal = "",
-    external: External = "",
-    remote: Remote = "",
-    protocol: Protocol = "",
-    config: ConfigOption = None,
-    socket: SocketOption = None,
-    as_json: Json = False,
-) -> None:
-    """The switch carries these sessions, and the policy does not take them back. Ends with 1 when one could not be moved."""
-    with user_errors():
+def _command(what: Literal["add", "remove"]) -> Callable[..., None]:
+    def move(
+        ids: Ids = None,
+        internal: Internal = "",
+        external: External = "",
+        remote: Remote = "",
+        protocol: Protocol = "",
+        config: ConfigOption = None,
+        socket: SocketOption = None,
+        as_json: Json = False,
+    ) -> None:
         given: Filters = {"internal": internal, "external": external, "remote": remote, "protocol": protocol}
-        _move("add", ids, given, Client(find_socket(config, socket)), as_json)
+        with user_errors():
+            _move(what, ids, given, Client(find_socket(config, socket)), as_json)
+
+    return move
 
 
-@offload.command()
-def remove(
-    ids: Ids = None,
-    internal: Internal = "",
-    external: External = "",
-    remote: Remote = "",
-    protocol: Protocol = "",
-    config: ConfigOption = None,
-    socket: SocketOption = None,
-    as_json: Json = False,
-) -> None:
-    """The server carries these sessions again; the policy leaves them alone for ten minutes."""
-    with user_errors():
-        given: Filters = {"internal": internal, "external": external, "remote": remote, "protocol": protocol}
-        _move("remove", ids, given, Client(find_socket(config, socket)), as_json)
+offload.command(
+    "add",
+    help="The switch carries these sessions, and the policy does not take them back. Ends with 1 when one could not be moved.",
+)(_command("add"))
+offload.command(
+    "remove", help="The server carries these sessions again; the policy leaves them alone for ten minutes."
+)(_command("remove"))
 
 
 @offload.command("list")
