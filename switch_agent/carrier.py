@@ -259,7 +259,7 @@ class Carrier:
                     self._tell()
                     self._look_for_return(BUSY)
                 if before is State.OPERATIONAL:
-                    self._reconciled = self._leaving = False
+                    self._reconciled = False
                     self._later(partial(self._carry, why))
             case do.DigestCompared(differing):
                 assert self.pair is not None

@@ -86,9 +86,7 @@ def method(owner: object, name: str, replacement: object) -> Callable[[pytest.Mo
     return lambda patch: patch.setattr(owner, name, replacement)
 
 
-def both(
-    one: Callable[[pytest.MonkeyPatch], None], other: Callable[[pytest.MonkeyPatch], None]
-) -> Callable[[pytest.MonkeyPatch], None]:
+def both(one: Plant, other: Plant) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         one(patch)
         other(patch)
