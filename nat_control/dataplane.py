@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from nat_fastpath.engine import EVENT_CLOSE, EVENT_OPEN, EVENT_UPDATE, FLAG_FOREIGN, NEIGHBOUR, RECORD
+from nat_fastpath.tables import chosen
 
 Records = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype RECORD
 NextHops = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype NEIGHBOUR
@@ -124,9 +125,9 @@ def changes(events: Events) -> Changes:
     ended = kind == EVENT_CLOSE
     ordered = (events["reason"] == CLOSED_BY_COMMAND) & (events["flags"] & FLAG_FOREIGN != 0)
     return Changes(
-        opened=sessions_of(events[kind == EVENT_OPEN]),
-        updated=sessions_of(events[kind == EVENT_UPDATE]),
-        closed=sessions_of(events[ended & ~ordered]),
+        opened=sessions_of(chosen(events, kind == EVENT_OPEN)),
+        updated=sessions_of(chosen(events, kind == EVENT_UPDATE)),
+        closed=sessions_of(chosen(events, ended & ~ordered)),
         aged=events["id"][ended & (events["reason"] == CLOSED_BY_TIMER)],
     )
 

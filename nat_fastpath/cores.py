@@ -30,6 +30,7 @@ from nat_fastpath.engine import (
     Verdict,
 )
 from nat_fastpath.errors import EventRingFull
+from nat_fastpath.tables import copied, joined, taken
 
 Records = np.ndarray[Any, np.dtype[np.void]]
 
@@ -119,14 +120,14 @@ class Cores:
         owners = self._owners(records)
         shares = [np.flatnonzero(owners == i) for i in range(len(self.cores))]
         return [
-            (share, core.post(what, records[share]))
+            (share, core.post(what, taken(records, share)))
             for core, share in zip(self.cores, shares, strict=True)
             if len(share)
         ]
 
     def _records(self, what: str, records: Records) -> int:
         done, rest = 0, []
-        records = np.array(records, RECORD, ndmin=1)
+        records = copied(records, RECORD)
         with self._lock:
             for share, posted in self._post(what, records):
                 try:
@@ -135,7 +136,7 @@ class Cores:
                     done += full.result
                     rest.append(share[len(share) - len(full.rest) :])
         if rest:
-            raise EventRingFull(records[np.sort(np.concatenate(rest))], len(records), done)
+            raise EventRingFull(taken(records, np.sort(np.concatenate(rest))), len(records), done)
         return done
 
     def install(self, records: Records) -> int:
@@ -155,7 +156,7 @@ class Cores:
         return PostedToAll([posted for _, posted in self._post("commit", records)])
 
     def holds(self, records: Records) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        records = np.array(records, RECORD, ndmin=1)
+        records = copied(records, RECORD)
         held = np.zeros(len(records), np.bool_)
         with self._lock:
             for share, posted in self._post("holds", records):
@@ -280,7 +281,7 @@ class Cores:
 
     def events(self, maximum: int = 65536) -> np.ndarray[Any, np.dtype[np.void]]:
         """Of all cores, one after the other; ``sequence`` is each core's own."""
-        return np.concatenate([core.events(maximum) for core in self.cores])
+        return joined(*(core.events(maximum) for core in self.cores))
 
     def verdicts(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
         return np.asarray(np.sum([core.verdicts() for core in self.cores], axis=0, dtype=np.uint64))

@@ -19,6 +19,7 @@ from enum import IntEnum
 import numpy as np
 
 from nat_fastpath.errors import EventRingFull
+from nat_fastpath.tables import copied
 
 cdef extern from "engine_tables.h" nogil:
     enum:
@@ -776,7 +777,7 @@ cdef class Core:
         return record[0] if found else None
 
     cdef _records(self, unsigned op, records):
-        given = np.array(records, RECORD, copy=True, ndmin=1)
+        given = copied(records, RECORD)
         done, cursor = self._command(op, given, 0)
         if cursor < len(given):
             raise EventRingFull(given[cursor:], len(given), done)
@@ -801,7 +802,7 @@ cdef class Core:
     def post(self, what, records):
         """Begins ``what``: install, delete, commit, update or holds; returns a Posted."""
         cdef Posted posted = Posted()
-        posted.records = np.array(records, RECORD, copy=True, ndmin=1)
+        posted.records = copied(records, RECORD)
         posted.records["reserved0"] = 0  # where ``holds`` is answered
         cdef uint8_t[::1] view = posted.records.view(np.uint8)
         posted.command = <nat_command *>calloc(1, sizeof(nat_command))
@@ -834,7 +835,7 @@ cdef class Core:
 
     def holds(self, records):
         """Whether each is held under its 5-tuple and id; shape (n,), bool."""
-        asked = np.array(records, RECORD, copy=True, ndmin=1)
+        asked = copied(records, RECORD)
         asked["reserved0"] = 0
         self._command(NAT_CMD_CHECK, asked, 0)
         return asked["reserved0"] == 1
@@ -918,8 +919,7 @@ cdef class Core:
     def events(self, maximum=65536):
         """Takes up to ``maximum`` events out of the ring; shape (n,), dtype EVENT."""
         self._alive()
-        cdef const nat_stats *stats = nat_stats_of(self.core)
-        waiting = (<const uint64_t *>(<const uint8_t *>stats + counter_rows[N_COUNTER_ROWS - 1].offset))[0]
+        waiting = (<const uint64_t *>(<const uint8_t *>nat_stats_of(self.core) + counter_rows[N_COUNTER_ROWS - 1].offset))[0]
         events = np.empty(min(maximum, waiting), EVENT)
         cdef uint8_t[::1] view
         cdef unsigned n = 0

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from nat_control.dataplane import Records
+from nat_control.dataplane import Ids, Records
 from nat_control.sync.codec import BUCKETS, ENTRY, Buckets, Entries
+from nat_fastpath.tables import chosen
 
 _U64 = np.ndarray[Any, np.dtype[np.uint64]]
 _ROUND = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64
@@ -56,7 +57,12 @@ def entries_of(records: Records, key: int = 0) -> Entries:
 
 def within(records: Records, buckets: tuple[int, ...], key: int = 0) -> Records:
     """Those in one of these buckets."""
-    return np.asarray(records[np.isin(_bucket(hashes(records, key)), buckets)])
+    return np.asarray(chosen(records, np.isin(_bucket(hashes(records, key)), buckets)))
+
+
+def without(records: Records, ids: Ids) -> Records:
+    """Those with other ids."""
+    return chosen(records, ~np.isin(records["id"], ids)) if len(ids) else records
 
 
 class Summary:

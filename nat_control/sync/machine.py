@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, Ids, Records
 from nat_control.sync import codec
 from nat_control.sync.actions import (
@@ -31,7 +29,8 @@ from nat_control.sync.actions import (
 from nat_control.sync.codec import Digest, Entries, Error, Hello, Message, PoolRange
 from nat_control.sync.exchange import Exchange, instances
 from nat_control.sync.outbox import Outbox, pending
-from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, FLAG_PREVAILS
+from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, FLAG_PREVAILS, RECORD
+from nat_fastpath.tables import copied, joined
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,7 +139,7 @@ class Machine:
         connection is over. Else both sides might, one after the other."""
         if not self.yields or op not in self._plane:
             return records
-        found = records.copy()
+        found = copied(records, RECORD)
         found["flags"] |= FLAG_PREVAILS
         return found
 
@@ -173,7 +172,7 @@ class Machine:
 
     def _release(self, state: State, why: str) -> None:
         """Nobody acknowledges any more: what waits for it goes, and the peer's sessions are ours."""
-        self._commit(np.concatenate([self._outbox.held(), self._missing]))
+        self._commit(joined(self._outbox.held(), self._missing))
         if self.state is State.OPERATIONAL:
             self.term = max(self.term, self.peer.term if self.peer else 0) + 1
         if self.state in (State.EXCHANGING, State.OPERATIONAL):
@@ -213,7 +212,7 @@ class Machine:
     # -- the peer's changes, to our plane
 
     def _install_at_plane(self, answer: Input, txid: int, records: Records) -> None:
-        ours = records.copy()
+        ours = copied(records, RECORD)
         ours["flags"] &= FLAG_INBOUND
         ours["flags"][instances(ours) != self.instance] |= FLAG_FOREIGN
         self._out.append(Install(self._operation(answer, txid, ours), ours))

@@ -30,6 +30,7 @@ from nat_control.sync.digest import differing, entries_of
 from nat_control.sync.exchange import instances
 from nat_control.sync.machine import Comparison, Machine
 from nat_fastpath.engine import FLAG_FOREIGN, RECORD
+from nat_fastpath.tables import chosen, joined
 
 
 class Merging(Machine):
@@ -136,7 +137,7 @@ class Merging(Machine):
                 self._send(BucketEntries(at.received, buckets, entries))
             return
         theirs, self._peer_entries = self._peer_entries[2], None
-        self.only_ours = records[~np.isin(entries["hash"], theirs["hash"])]
+        self.only_ours = chosen(records, ~np.isin(entries["hash"], theirs["hash"]))
         self.only_theirs = theirs["id"][~np.isin(theirs["hash"], entries["hash"])]
         if len(self.only_theirs):
             self._send(WantEntries(self.only_theirs))
@@ -210,7 +211,7 @@ class Merging(Machine):
             if batch.kind is Input.DELETE:
                 self._enqueue(Changes(closed=batch.records), hold=False)
             else:
-                self._missing = np.concatenate([self._missing, batch.held])
+                self._missing = joined(self._missing, batch.held)
                 op = self._operation(Input.RESYNC, 0, batch.records)
                 self._out.append(Fetch(op, batch.records["id"]))
         self._flush(now)
@@ -222,21 +223,27 @@ class Merging(Machine):
         """Our plane has tried to hold these sessions of the peer."""
         if len(self.refused_here) or len(refused):
             others = self.refused_here[~np.isin(self.refused_here["id"], records["id"])]
-            self.refused_here = np.concatenate([others, records[np.isin(records["id"], refused)]])
+            self.refused_here = joined(others, chosen(records, np.isin(records["id"], refused)))
         self._count(refused, here=True)
 
     def _answered_there(self, records: Records, refused: Ids) -> None:
         """The peer's plane has tried to hold these sessions of ours."""
-        taken = records[~np.isin(records["id"], refused)]
-        self.refused_there = np.union1d(np.setdiff1d(self.refused_there, records["id"]), refused)
-        self._offered = np.setdiff1d(self._offered, records["id"])
-        self._count(refused, here=False)
+        taken = chosen(records, ~np.isin(records["id"], refused)) if len(refused) else records
+        if len(refused) or self.apart:
+            self._note_refused_there(records, refused)
         # Once it could not take these of its own back; now it holds and owns them again. Of others it has not said so yet.
         if self.peer is not None and bool((instances(taken) == self.peer.instance).any()):
             self._out.append(Cede(self.peer.instance, np.union1d(self.refused_there, self._offered)))
 
+    def _note_refused_there(self, records: Records, refused: Ids) -> None:
+        self.refused_there = np.union1d(np.setdiff1d(self.refused_there, records["id"]), refused)
+        self._offered = np.setdiff1d(self._offered, records["id"])
+        self._count(refused, here=False)
+
     def _ended(self, records: Records) -> None:
         """Either side ended these; what was refused for them may have room."""
+        if not self.apart:
+            return
         ids = records["id"]
         self.refused_there = np.setdiff1d(self.refused_there, ids)
         self._offered = np.setdiff1d(self._offered, ids)

@@ -12,24 +12,20 @@ import numpy as np
 from nat_control.dataplane import NO_RECORDS, Changes, Ids, Records
 from nat_control.sync.actions import Input, Limits
 from nat_control.sync.codec import DeleteEntries, InstallEntries, UpdateEntries
-from nat_fastpath.engine import FLAG_INBOUND, FLAG_OFFLOAD, FLAG_PENDING
+from nat_fastpath.engine import FLAG_INBOUND, FLAG_OFFLOAD, FLAG_PENDING, RECORD
+from nat_fastpath.tables import chosen, copied, joined
 
 
 def pending(records: Records) -> Records:
     """Those whose packets are held."""
-    return np.asarray(records[records["flags"] & FLAG_PENDING != 0])
+    return chosen(records, records["flags"] & FLAG_PENDING != 0)
 
 
 def on_the_wire(records: Records, flags: int = FLAG_INBOUND) -> Records:
     """A copy without the flags that mean something to one side only."""
-    sent = records.copy()
+    sent = copied(records, RECORD)
     sent["flags"] &= flags
     return sent
-
-
-def _joined(one: Records, other: Records) -> Records:
-    """Most batches are made at once; joining records is slow for its many fields."""
-    return np.concatenate([one, other]) if len(one) and len(other) else one if len(one) else other
 
 
 @dataclass(slots=True)
@@ -66,8 +62,8 @@ class Outbox:
         opened, closed = changes.opened, changes.closed
         if len(opened) and len(closed):
             brief = np.intersect1d(opened["id"], closed["id"])
-            opened = opened[~np.isin(opened["id"], brief)]
-            closed = closed[~np.isin(closed["id"], brief)]
+            opened = chosen(opened, ~np.isin(opened["id"], brief))
+            closed = chosen(closed, ~np.isin(closed["id"], brief))
         self._append(Input.DELETE, closed)
         self._append(Input.INSTALL, opened, hold=hold)
         self._append(Input.UPDATE, changes.updated)
@@ -80,9 +76,9 @@ class Outbox:
             batch = self._queue[-1]
             room = self._room(batch)
             part, records = records[:room], records[room:]
-            batch.records = _joined(batch.records, part)
+            batch.records = joined(batch.records, part)
             if hold:
-                batch.held = _joined(batch.held, pending(part))
+                batch.held = joined(batch.held, pending(part))
 
     def withdraw(self, ends: Ids) -> None:
         """These have not ended after all; nothing of it has been sent."""
@@ -132,4 +128,4 @@ class Outbox:
     def held(self) -> Records:
         """All sessions that wait for the peer."""
         batches = [*self._sent.values(), *self._queue]
-        return np.concatenate([NO_RECORDS, *(batch.held for batch in batches)])
+        return joined(NO_RECORDS, *(batch.held for batch in batches))

@@ -64,6 +64,7 @@ from nat_control.sync.codec import (
 from nat_control.sync.exchange import Exchange, misfit_of, rank
 from nat_control.sync.offloading import Offloading
 from nat_control.sync.outbox import on_the_wire, pending
+from nat_fastpath.tables import chosen, joined
 
 MAX_REFUSED = (codec.MAX_PAYLOAD - 8) // 8
 
@@ -304,8 +305,8 @@ class Protocol(Offloading):
         if not (exchange.ready_sent and exchange.ready_received):
             return
         self._become(State.OPERATIONAL, "both sides hold all sessions")
-        kept = np.concatenate([NO_RECORDS, *exchange.kept])
-        closed = np.concatenate([NO_RECORDS, *exchange.closed])
+        kept = joined(NO_RECORDS, *exchange.kept)
+        closed = joined(NO_RECORDS, *exchange.closed)
         closed = closed[~np.isin(closed["id"], kept["id"])]
         if len(closed):
             # The peer's InitState may have brought back what ended here while it was under way.
@@ -386,8 +387,10 @@ class Protocol(Offloading):
             self._exchange.installing -= 1
             self._exchange.refused.append(refused)
             # What ends from here on was known with the peer's last packet.
-            brought = operation.records[~np.isin(operation.records["id"], refused)]
-            self._exchange.kept.append(brought[np.isin(brought["id"], self._exchange.aged)])
+            if len(self._exchange.aged):
+                ids = operation.records["id"]
+                kept = np.isin(ids, self._exchange.aged) & ~np.isin(ids, refused)
+                self._exchange.kept.append(chosen(operation.records, kept))
             self._ready_if_installed(now)
         elif answer is Input.EVENTS and len(refused):
             # Its place was given away before the peer brought it back: it has ended after all.

@@ -20,10 +20,11 @@ import numpy as np
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Front, Ids, NextHops, Records
 from nat_control.sync import actions as do
 from nat_control.sync.codec import Carried, CodecError, Decoder, Error, Hello, VersionError, encode
-from nat_control.sync.digest import Summary, within
+from nat_control.sync.digest import Summary, within, without
 from nat_control.sync.hearsay import Hearsay
 from nat_control.sync.protocol import Protocol
 from nat_control.tls import reason
+from nat_fastpath.tables import chosen, joined
 
 READ_BYTES = 1 << 18
 QUEUED_RECORDS = 1 << 17  # of the peer, not yet given to the plane
@@ -410,20 +411,18 @@ class Transport:
     async def _sum_up(self, at: do.Position, besides: Ids) -> None:
         summary = Summary()
         async for page in self._plane.sessions():
-            summary.add(page[~np.isin(page["id"], besides)] if len(besides) else page)
+            summary.add(without(page, besides))
         self._done(lambda now: self.protocol.digest_taken(at, summary.buckets, summary.count, now))
 
-    async def _gather(self, chosen: Callable[[Records], Records]) -> Records:
-        return np.concatenate([NO_RECORDS, *[chosen(page) async for page in self._plane.sessions()]])
+    async def _gather(self, choose: Callable[[Records], Records]) -> Records:
+        return joined(NO_RECORDS, *[choose(page) async for page in self._plane.sessions()])
 
     async def _gather_buckets(self, at: do.Position, buckets: tuple[int, ...], besides: Ids) -> None:
-        found = await self._gather(
-            lambda page: within(page[~np.isin(page["id"], besides)] if len(besides) else page, buckets)
-        )
+        found = await self._gather(lambda page: within(without(page, besides), buckets))
         self._done(lambda now: self.protocol.buckets_taken(at, buckets, found, now))
 
     async def _fetch(self, op: int, ids: Ids) -> None:
-        found = await self._gather(lambda page: page[np.isin(page["id"], ids)])
+        found = await self._gather(lambda page: chosen(page, np.isin(page["id"], ids)))
         self._done(lambda now: self.protocol.fetched(op, found, now))
 
     async def _move(self, op: int, ids: Ids, front: bool) -> None:
