@@ -12,13 +12,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import core, failover, pair_commands, relay
+from bench import core, failover, micro, pair_commands, relay
 from nat_control.lab import LabError
 
 # What `make bench-failover` measures: the figures that a release states.
 CASES = [
     failover.Case("kill", rate, 1, known, 25) for rate in (1000, 10_000) for known in (0, 1000, 10_000)
 ] + [failover.Case(how, 1000, 1, 0, 10) for how in ("stop", "failback", "planned", "link")]
+
+# commands that have a module of their own, with `add` and `run`
+MODULES = {"micro": micro}
 
 
 def main() -> None:
@@ -53,6 +56,8 @@ def main() -> None:
     of_relay = what.add_parser("relay", help="what TLS adds to the bytes of a takeover")
     of_relay.add_argument("--rounds", type=int, default=1000)
     pair_commands.add(what)
+    for module in MODULES.values():
+        module.add(what)
     for one in (of_core, of_options, of_lookup, of_failover, of_latency, of_relay):
         one.add_argument("--json", action="store_true")
     arguments = parser.parse_args(sys.argv[1:] or ["core"])
@@ -65,6 +70,7 @@ def main() -> None:
             "newflow": _newflow,
             "relay": _relay,
             **pair_commands.COMMANDS,
+            **{name: module.run for name, module in MODULES.items()},
         }
         chosen[arguments.what](arguments)
     except LabError as error:

@@ -205,7 +205,7 @@ int main(int argc, char **argv)
     struct endpoints *all = malloc(asked.sessions * sizeof *all);
     uint8_t *ring = memory_take((uint64_t)RING * STRIDE);
     struct nat_packet *packets = calloc(RING, sizeof *packets);
-    double *ns[WAYS];
+    double *ns[WAYS], *speed = calloc(asked.rounds + 1, sizeof *speed);
     uint64_t now = 1000000000;
     for (unsigned way = 0; way < WAYS; way++)
         if (!(ns[way] = calloc(asked.rounds, sizeof *ns[way])))
@@ -213,12 +213,14 @@ int main(int argc, char **argv)
     table.bytes = 2ull * asked.sessions * 8 * 100 / 85 + 64ull * asked.sessions + 128;
     table.n = table.bytes / 64;
     table.line = memory_take(table.bytes);
-    if (!all || !ring || !packets || !table.line)
+    if (!all || !ring || !packets || !table.line || !speed)
         die("no memory");
     const double new_ns = open_sessions(core, all, asked.sessions, now);
 
     for (unsigned round = 0; round < WAYS * asked.rounds; round++) {
         const enum way way = round % WAYS;
+        if (way == 0)
+            speed[round / WAYS] = probe_ns();
         for (unsigned i = 0; i < RING; i++) {
             const uint32_t session = pick(asked.order, asked.sessions);
             const struct endpoints *e = &all[session];
@@ -237,19 +239,22 @@ int main(int argc, char **argv)
             if (packets[i].verdict != NAT_FORWARD)
                 die("a packet of an established session was not forwarded");
     }
+    speed[asked.rounds] = probe_ns();
+    bool drowned;
+    const unsigned kept = calm_rounds(speed, asked.rounds, ns, WAYS, &drowned);
 
     const double bytes = (double)(memory.sessions + memory.index + memory.mappings);
-    double *ratios = calloc(asked.rounds, sizeof *ratios);
-    for (unsigned i = 0; ratios && i < asked.rounds; i++)
+    double *ratios = calloc(kept, sizeof *ratios);
+    for (unsigned i = 0; ratios && i < kept; i++)
         ratios[i] = ns[NAT][i] / ns[LINES_TOO][i];
-    printf("{\"sessions\": %" PRIu32
-           ", \"direction\": \"%s\", \"mapping\": \"%s\", \"order\": \"%s\", \"batch\": %u, ",
+    printf("{\"sessions\": %" PRIu32 ", \"direction\": \"%s\", \"mapping\": \"%s\", \"order\": \"%s\", "
+           "\"batch\": %u, \"rounds\": %u, \"dropped\": %u, \"drowned\": %s, ",
            asked.sessions, directions[asked.direction], mappings[asked.dependent], orders[asked.order],
-           asked.batch);
-    report("ratio", ratios, asked.rounds);
-    report("nat_ns", ns[NAT], asked.rounds);
-    report("floor_ns", ns[LINES_TOO], asked.rounds);
-    report("swap_ns", ns[SWAP], asked.rounds);
+           asked.batch, kept, asked.rounds - kept, drowned ? "true" : "false");
+    report("ratio", ratios, kept);
+    report("nat_ns", ns[NAT], kept);
+    report("floor_ns", ns[LINES_TOO], kept);
+    report("swap_ns", ns[SWAP], kept);
     printf("\"new_session_ns\": %.1f, \"close_ns\": %.1f, \"draw_ns\": %.2f, \"bytes_per_session\": %.1f}\n",
            new_ns, close_sessions(core), draw_ns(), bytes / (asked.sessions + asked.sessions / 8 + 64));
     nat_destroy(core);
@@ -258,6 +263,7 @@ int main(int argc, char **argv)
     free(all);
     free(packets);
     free(ratios);
+    free(speed);
     for (unsigned way = 0; way < WAYS; way++)
         free(ns[way]);
     return 0;

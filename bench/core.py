@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ BUILD = ROOT / "build"
 CORE = ROOT / "nat_fastpath" / "core"
 # those of setup.py
 CFLAGS = ["-O3", "-std=gnu11", "-g", "-DNAT_HEADER_HASH=1ULL", "-Wall", "-Wextra", "-Werror"]
+MARCH = ["-march=x86-64-v2"] if platform.machine() == "x86_64" else []
 SESSIONS = (1, 1024, 28 * 1024, 1 << 20)
 
 
@@ -26,16 +28,17 @@ def compiled(name: str, sources: list[Path], headers: list[Path], flags: list[st
     program = BUILD / f"{name}-{digest}"
     program.parent.mkdir(exist_ok=True)
     if not program.exists():
-        subprocess.run(["gcc", "-o", str(program), *map(str, sources), *flags], check=True)
+        made = program.with_suffix(f".{os.getpid()}")  # others may be making it too
+        subprocess.run(["gcc", "-o", str(made), *map(str, sources), *flags], check=True)
+        made.rename(program)
     return program
 
 
 def build() -> Path:
     """The core and its bench."""
-    march = ["-march=x86-64-v2"] if platform.machine() == "x86_64" else []
     sources = [HERE / "core.c", *sorted(CORE.glob("*.c"))]
-    headers = [HERE / "known.h", *sorted(CORE.glob("*.h"))]
-    return compiled("bench-core", sources, headers, [*CFLAGS, *march, f"-I{CORE}", "-lm"])
+    headers = [HERE / "frames.h", HERE / "known.h", *sorted(CORE.glob("*.h"))]
+    return compiled("bench-core", sources, headers, [*CFLAGS, *MARCH, f"-I{CORE}", "-lm"])
 
 
 def measure(sessions: int, *, rounds: int = 61, **choices: object) -> Any:
@@ -56,7 +59,7 @@ def lookup(sessions: int, *, rounds: int = 31, order: str = "uniform") -> Any:
     """Batch look-up beside rte_hash: what lookup.c prints; ``ratio`` is how much longer rte_hash takes."""
     flags = subprocess.run(["pkg-config", "--cflags", "libdpdk"], check=True, capture_output=True, text=True)
     others = [path for path in sorted(CORE.glob("*.c")) if path.name != "pipeline.c"]  # which it includes
-    headers = [HERE / "known.h", CORE / "pipeline.c", *sorted(CORE.glob("*.h"))]
+    headers = [HERE / "frames.h", HERE / "known.h", CORE / "pipeline.c", *sorted(CORE.glob("*.h"))]
     dpdk = [flag.replace("-I", "-isystem") for flag in flags.stdout.split()]
     program = compiled(
         "bench-lookup",
@@ -100,7 +103,10 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     """The short form: ``ns_per_packet``, ``floor_ns`` with the spread of the first, and the ratio of the same rounds."""
     nat = result["nat_ns"]
     return {
-        **{key: result[key] for key in ("sessions", "direction", "mapping", "order", "batch")},
+        **{
+            key: result[key]
+            for key in ("sessions", "direction", "mapping", "order", "batch", "rounds", "dropped", "drowned")
+        },
         "ns_per_packet": nat["median"],
         "floor_ns": result["floor_ns"]["median"],
         "min": nat["min"],

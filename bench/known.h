@@ -5,107 +5,50 @@
 #ifndef KNOWN_H
 #define KNOWN_H
 
-#include <inttypes.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-
-#include "nat.h"
+#include "frames.h"
 #include "random.h"
-#include "wire.h"
 
-#define RING 16384u /* buffers: more than the L2 cache holds */
-#define STRIDE 2048u
-#define FRAME 60u /* without the checksum of Ethernet */
-#define SESSIONS_PER_HOST 16u
-#define INSIDE_FIRST 0x0a000100u /* 10.0.1.0 on */
-#define POOL_FIRST 0xc6336500u   /* 198.51.101.0 on */
-#define PORTS_PER_ADDRESS 64000u
-
-static const uint8_t our_mac[2][6] = {{2, 0, 0, 0, 0, 1}, {2, 0, 0, 0, 0, 2}};
-static const uint8_t router_mac[2][6] = {{2, 0, 0, 0, 1, 1}, {2, 0, 0, 0, 1, 2}};
-
-/* The bytes that differ from session to session: addresses and ports of both directions, as on the wire. */
-struct endpoints {
-    uint8_t out[12], in[12];
-};
-
-static uint64_t random_state = 88172645463325252u;
-static uint64_t next_random(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    return random_state ^= random_state << 17;
-}
-
-static double clock_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
-}
-
-static struct {
-    bool aes, parity, preservation, quarantine, vlan;
-} with;
-
-/* Returns the length: FRAME, or four bytes more with a tag. */
-static uint32_t make_frame(uint8_t *f, unsigned port, const uint8_t endpoints[12])
-{
-    memset(f, 0, FRAME);
-    memcpy(f, our_mac[port], 6);
-    memcpy(f + 6, router_mac[port], 6);
-    put16(f + 12, 0x0800);
-    f[14] = 0x45;
-    put16(f + 16, FRAME - 14);
-    f[22] = 64;
-    f[23] = 17;
-    memcpy(f + 26, endpoints, 12);
-    put_raw16(f + 24, checksum(f + 14, IP_BYTES));
-    put16(f + 38, FRAME - 34);
-    /* the pseudo-header's protocol and length stand where the header ends, for the time of the sum */
-    put16(f + 40, 17 + FRAME - 34);
-    put_raw16(f + 40, checksum(f + 26, FRAME - 26));
-    if (!with.vlan)
-        return FRAME;
-    memmove(f + 16, f + 12, FRAME - 12);
-    put16(f + 12, ETHERTYPE_VLAN);
-    put16(f + 14, 100 + port);
-    return FRAME + VLAN_BYTES;
-}
-
-static struct nat_packet packet_in(uint8_t *data, uint16_t capacity, unsigned port,
-                                   const uint8_t endpoints[12])
-{
-    const uint32_t length = make_frame(data, port, endpoints);
-    return (struct nat_packet){.data = data,
-                               .length = length,
-                               .segment = length,
-                               .capacity = capacity,
-                               .headroom = VLAN_BYTES,
-                               .port = (uint8_t)port};
-}
-
-static int compare(const void *a, const void *b)
+static inline int compare(const void *a, const void *b)
 {
     return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
 }
 
-static void report(const char *name, double *ns, unsigned n)
+static inline void report(const char *name, double *ns, unsigned n)
 {
     qsort(ns, n, sizeof *ns, compare);
     printf("\"%s\": {\"median\": %.2f, \"min\": %.2f, \"max\": %.2f}, ", name, ns[n / 2], ns[0], ns[n - 1]);
 }
 
-static void die(const char *why)
+#define SLOW 1.15 /* times the fastest probe: a neighbour has the core, or the clock went down */
+
+/* Moves the rounds in which the CPU was as fast as it can be to the front of each series; how many these are.
+ * None: all stay, and `drowned` says that they are worth nothing. `speed` are the probes before each round,
+ * and one after the last. */
+static inline unsigned calm_rounds(const double *speed, unsigned rounds, double *const *series, unsigned n,
+                                   bool *drowned)
+{
+    double fastest = speed[0];
+    unsigned kept = 0;
+    for (unsigned i = 1; i <= rounds; i++)
+        fastest = speed[i] < fastest ? speed[i] : fastest;
+    for (unsigned i = 0; i < rounds; i++) {
+        if (speed[i] > SLOW * fastest || speed[i + 1] > SLOW * fastest)
+            continue;
+        for (unsigned k = 0; k < n; k++)
+            series[k][kept] = series[k][i];
+        kept++;
+    }
+    *drowned = kept == 0;
+    return kept ? kept : rounds;
+}
+
+static inline void die(const char *why)
 {
     fprintf(stderr, "bench: %s\n", why);
     exit(1);
 }
 
-static struct nat_core *make_core(uint32_t sessions, bool dependent, struct nat_memory *memory)
+static inline struct nat_core *make_core(uint32_t sessions, bool dependent, struct nat_memory *memory)
 {
     static struct nat_config c;
     char error[256];
@@ -154,7 +97,8 @@ static struct nat_core *make_core(uint32_t sessions, bool dependent, struct nat_
 }
 
 /* Opens all sessions, and learns their outside endpoints from what comes out. Returns ns per new session. */
-static double open_sessions(struct nat_core *core, struct endpoints *all, uint32_t sessions, uint64_t now)
+static inline double open_sessions(struct nat_core *core, struct endpoints *all, uint32_t sessions,
+                                   uint64_t now)
 {
     static uint8_t frames[NAT_BURST][192];
     static struct nat_event events[4096];
@@ -189,24 +133,6 @@ static double open_sessions(struct nat_core *core, struct endpoints *all, uint32
                 ;
     }
     return spent / sessions;
-}
-
-/* --- which session comes next ------------------------------------------------------------------------- */
-
-enum order { ORDER_UNIFORM, ORDER_ZIPF, ORDER_SEQUENTIAL };
-
-/* Zipf with exponent 1: rank r has a share of 1 / (r ln N). Neighbours in rank are not neighbours in memory.
- */
-static uint32_t pick(enum order order, uint32_t sessions)
-{
-    static uint32_t turn;
-    if (order == ORDER_SEQUENTIAL)
-        return turn++ % sessions;
-    if (order == ORDER_UNIFORM)
-        return (uint32_t)(next_random() % sessions);
-    const double u = (double)(next_random() >> 11) * 0x1p-53;
-    const uint64_t rank = (uint64_t)(exp(u * log((double)sessions + 1)) - 1);
-    return (uint32_t)(rank * 2654435761u % sessions);
 }
 
 #endif

@@ -96,12 +96,13 @@ int main(int argc, char **argv)
     struct nat_core *core = make_core(sessions, true, &memory);
     struct endpoints *all = malloc(sessions * sizeof *all);
     double *ns[2] = {calloc(rounds, sizeof(double)), calloc(rounds, sizeof(double))};
+    double *speed = calloc(rounds + 1, sizeof *speed);
     const struct rte_hash_parameters parameters = {.name = "sessions",
                                                    .entries = 2 * sessions + sessions / 4 + 64,
                                                    .key_len = sizeof(struct tuple),
                                                    .hash_func = rte_hash_crc};
     struct rte_hash *table = rte_hash_create(&parameters);
-    if (!all || !ns[0] || !ns[1] || !table || !rounds)
+    if (!all || !ns[0] || !ns[1] || !speed || !table || !rounds)
         die("no memory");
     open_sessions(core, all, sessions, 1000000000);
     for (uint32_t i = 0; i < sessions; i++) {
@@ -113,6 +114,8 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < KEYS; i++)
         pointers[i] = &keys[i];
     for (unsigned round = 0; round < 2 * rounds; round++) {
+        if ((round & 1) == 0)
+            speed[round / 2] = probe_ns();
         for (unsigned i = 0; i < KEYS; i++) {
             const struct endpoints *e = &all[pick(order, sessions)];
             keys[i] = key_of(next_random() >> 63 ? e->in : e->out);
@@ -125,13 +128,18 @@ int main(int argc, char **argv)
                 ours(core, at);
         ns[round & 1][round / 2] = (clock_ns() - start) / KEYS;
     }
-    double *ratios = calloc(rounds, sizeof *ratios);
-    for (unsigned i = 0; ratios && i < rounds; i++)
+    speed[rounds] = probe_ns();
+    bool drowned;
+    const unsigned kept = calm_rounds(speed, rounds, ns, 2, &drowned);
+    double *ratios = calloc(kept, sizeof *ratios);
+    for (unsigned i = 0; ratios && i < kept; i++)
         ratios[i] = ns[1][i] / ns[0][i];
-    printf("{\"sessions\": %" PRIu32 ", \"order\": \"%s\", ", sessions, argv[3]);
-    report("ratio", ratios, rounds);
-    report("rte_hash_ns", ns[1], rounds);
-    report("ours_ns", ns[0], rounds);
+    printf("{\"sessions\": %" PRIu32
+           ", \"order\": \"%s\", \"rounds\": %u, \"dropped\": %u, \"drowned\": %s, ",
+           sessions, argv[3], kept, rounds - kept, drowned ? "true" : "false");
+    report("ratio", ratios, kept);
+    report("rte_hash_ns", ns[1], kept);
+    report("ours_ns", ns[0], kept);
     printf("\"checked\": %u}\n", sum != 0);
     return 0;
 }
