@@ -38,14 +38,16 @@ $(BIN)/.built: setup.py pyproject.toml $(wildcard nat_fastpath/core/*.[ch] nat_f
 root:
 	@tools/as-root.sh true
 
-# In namespaces, mostly waiting for clocks: two files at a time. Alone: what asks for huge pages, or times the machine itself.
+# In namespaces, mostly waiting for clocks: three files at a time. Alone: what asks for huge pages, or times the machine itself.
 LABS := $(addprefix tests/,netns switch planes)
 ALONE := $(addprefix tests/,dpdk host watch netns/test_vhost.py)
+# A lab counts each lost packet, and its neighbour may have had the CPU for a while: what failed must pass on its own.
+AGAIN := { echo "once more, alone: what failed beside others"; tools/as-root.sh $(BIN)/python -m pytest -m "not long" --last-failed --last-failed-no-failures none; }
 
 test: root build
 	tools/as-root.sh $(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(LABS) $(ALONE))
-	tools/as-root.sh $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(LABS) $(addprefix --ignore=,$(ALONE))
-	tools/as-root.sh $(BIN)/python -m pytest $(ALONE)
+	tools/as-root.sh $(BIN)/python -m pytest -n 3 --dist loadfile -m "not long" $(LABS) $(addprefix --ignore=,$(ALONE)) || $(AGAIN)
+	tools/as-root.sh $(BIN)/python -m pytest -m "not long" $(ALONE) || $(AGAIN)
 
 # What `make test` leaves out: variants that take their time
 test-long: root build

@@ -8,9 +8,11 @@
  *   echo ADDRESS PORT                                      until SIGTERM: sends back what comes
  *   ask DESTINATION PORT FLOWS GAP_US FILE                 for each new flow two questions, one after the
  *                                                          other; FILE gets both round-trip times in ns
- *   witness ADDRESS PORT                                   until SIGTERM: answers with the endpoint that it
- * sees churn SOURCE DESTINATION PORT RATE FLOWS FILE          RATE new flows per second; then asks again in
- * each that was answered; FILE gets a `flow` for each. "again" is said when the first round has ended
+ *   witness ADDRESS PORT                                   until SIGTERM: answers with what it sees as source
+ *   churn SOURCE DESTINATION PORT RATE FIRST FLOWS WAIT FILE
+ *                                                          RATE new flows per second, from flow FIRST on, and
+ *                                                          "asked"; then (WAIT 1: after SIGUSR1) again in
+ *                                                          those that were answered; FILE gets a `flow` each
  *
  * Times are CLOCK_MONOTONIC in ns, which is one clock for all namespaces of a machine. A flow is a source
  * port; the sender writes IP headers itself, so that 50 000 of them need one socket.
@@ -132,7 +134,7 @@ static uint16_t udp_checksum(const struct packet *p)
 static void fill(struct packet *p, uint64_t sequence, uint64_t now, uint64_t flow)
 {
     p->payload = (struct payload){sequence, now};
-    p->udp.source = htons((uint16_t)(FIRST_PORT + flow));
+    p->udp.source = htons((uint16_t)(FIRST_PORT + flow % PORTS));
     p->udp.check = 0;
     p->udp.check = udp_checksum(p);
 }
@@ -341,20 +343,27 @@ static int churn(char **a)
 {
     const struct sockaddr_in from = place(a[0], 0), to = place(a[1], (unsigned)atoi(a[2]));
     const double rate = atof(a[3]);
-    const uint64_t flows = strtoull(a[4], NULL, 10);
-    FILE *file = create(a[5]);
+    const uint64_t first = strtoull(a[4], NULL, 10), flows = strtoull(a[5], NULL, 10);
+    const int waits = atoi(a[6]);
+    FILE *file = create(a[7]);
     struct flow *table = calloc(flows, sizeof *table);
     const int out = socket(AF_INET, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_RAW);
     const int in = socket(AF_INET, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_UDP);
     struct packet packet = blank(&from, &to);
+    sigset_t go_on;
 
+    sigemptyset(&go_on);
+    sigaddset(&go_on, SIGUSR1);
+    sigprocmask(SIG_BLOCK, &go_on, NULL);
     if (table == NULL || out < 0 || in < 0 || flows == 0 || flows > PORTS || rate <= 0)
         die("churn");
     setsockopt(in, SOL_SOCKET, SO_RCVBUFFORCE, &(int){64 << 20}, sizeof(int));
     prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);
     for (uint64_t round = 0; round < 2 && !ended; round++) {
-        printf(round ? "again\n" : "begin\n");
+        printf(round ? "asked\n" : "begin\n");
         fflush(stdout);
+        if (round && waits && !ended)
+            sigwaitinfo(&go_on, NULL); /* or SIGTERM */
         for (unsigned tries = 0; tries < (round ? TRIES : 1) && !ended; tries++) {
             const uint64_t begin = now_ns();
             uint64_t asked = 0;
@@ -363,7 +372,7 @@ static int churn(char **a)
                     continue;
                 sleep_until(begin + (uint64_t)((double)asked++ * 1e9 / rate));
                 const uint64_t now = now_ns();
-                fill(&packet, round << 32 | flow, now, flow);
+                fill(&packet, round << 32 | flow, now, first + flow);
                 if (table[flow].round[round].tries++ == 0)
                     table[flow].round[round].asked_ns = now;
                 if (sendto(out, &packet, sizeof packet, 0, (const struct sockaddr *)&to, sizeof to) < 0 &&
@@ -378,7 +387,7 @@ static int churn(char **a)
         }
     }
     if (fwrite(table, sizeof *table, flows, file) != flows || fclose(file))
-        die(a[5]);
+        die(a[7]);
     return 0;
 }
 
@@ -389,7 +398,7 @@ int main(int n, char **a)
         int arguments;
         int (*run)(char **);
     } modes[] = {{"send", 7, send_stream}, {"receive", 3, receive_stream}, {"echo", 2, echo},
-                 {"ask", 5, ask},          {"witness", 2, witness},        {"churn", 6, churn}};
+                 {"ask", 5, ask},          {"witness", 2, witness},        {"churn", 8, churn}};
 
     const struct sigaction action = {.sa_handler = end};
     sigaction(SIGTERM, &action, NULL);

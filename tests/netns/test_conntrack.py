@@ -83,6 +83,7 @@ def test_the_server_dies_and_returns_and_so_does_the_agent(net: PairLab) -> None
     until("entries are those of the sessions", lambda: entries(net) == ruled(net), 20)
 
 
+@pytest.mark.long
 def test_what_the_switch_carries_lives_and_what_is_quiet_ends() -> None:
     """The tracker's own idle times are all that is known of it."""
     with Lab() as lab:

@@ -53,7 +53,7 @@ def test_the_demo_proves_what_it_says(tmp_path: Path) -> None:
     assert "packets lost by the return" in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_an_interrupted_demo_leaves_nothing(number: signal.Signals) -> None:
     process = subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -134,6 +134,7 @@ def test_the_picture_fits_the_terminal_and_shows_every_port(width: int, height: 
     assert len(lines) < max(height, 16)
 
 
+@pytest.mark.long
 def test_a_reader_that_goes_away_does_not_end_the_demo() -> None:
     process = subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -32,7 +32,7 @@ def by_rules(net: PairLab) -> None:
     until("the rules of sessions count", lambda: carried(net) >= before + 2)
 
 
-@pytest.fixture(params=["", "dscp"])
+@pytest.fixture(params=["", pytest.param("dscp", marks=pytest.mark.long)])
 def net(request: pytest.FixtureRequest) -> Iterator[PairLab]:
     with Lab() as lab:
         barrier = "probe" if request.param else "trusted"

@@ -25,7 +25,7 @@ def rounds(file: Path) -> tuple[np.ndarray, np.ndarray]:
     return found[:, 0], found[:, 1]
 
 
-@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+@pytest.mark.parametrize("mode", ["synchronous", pytest.param("asynchronous", marks=pytest.mark.long)])
 def test_killed_under_new_flows(mode: str) -> None:
     """Synchronous: an answer means that the peer holds the session. Asynchronous: those that it did not hear of are counted."""
     with Lab() as lab:
@@ -35,9 +35,10 @@ def test_killed_under_new_flows(mode: str) -> None:
         net.carrier("server")
         program, file = stream_program(), lab.directory / "flows"
         net.outside.start(program, "witness", OUTSIDE, str(PORT), name="witness").ready("listening")
-        churn = net.client.start(
-            program, "churn", CLIENT, OUTSIDE, str(PORT), str(RATE), str(FLOWS), str(file), name="churn"
-        ).ready("begin")
+        numbers = (str(PORT), str(RATE), "0", str(FLOWS), "0")
+        churn = net.client.start(program, "churn", CLIENT, OUTSIDE, *numbers, str(file), name="churn").ready(
+            "begin"
+        )
         time.sleep(FLOWS / RATE / 2)
         killed = time.monotonic_ns()
         net.server.popen.kill()

@@ -116,6 +116,7 @@ def test_a_heavy_stream_does_without_the_server(lab: Lab) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_heavy_connection_ends_at_both(lab: Lab) -> None:
     net = pair(lab, offload=HEAVY, nat=SHORT)
     net.outside.start("iperf3", "-s", "-B", OUTSIDE, "--forceflush", name="tcp").ready("Server listening")
@@ -140,6 +141,7 @@ def test_a_heavy_connection_ends_at_both(lab: Lab) -> None:
     assert in_front(net) == 0
 
 
+@pytest.mark.long
 def test_there_and_back_by_hand_reorders_and_loses_nothing(lab: Lab) -> None:
     net = pair(lab)
     operator = client(net)

@@ -49,7 +49,7 @@ print(found)
 """
 
 
-@pytest.fixture(params=["vlan", "dscp"])
+@pytest.fixture(params=["vlan", pytest.param("dscp", marks=pytest.mark.long)])
 def net(request: pytest.FixtureRequest) -> Iterator[PairLab]:
     with Lab() as lab:
         net = PairLab(lab, mark=request.param, switch={"barrier": "probe"})

@@ -351,6 +351,7 @@ def test_a_return_under_steady_new_flows(net: PairLab) -> None:
     net.carrier("server", 30)
 
 
+@pytest.mark.long
 def test_what_the_switch_carries_does_not_age() -> None:
     """The agent's core sees none of these packets; flow statistics tell it of them."""
     with Lab() as lab:

@@ -214,7 +214,7 @@ def test_all_local() -> None:
         passes(net)
 
 
-@pytest.mark.parametrize("ends", ["by its client", "by a reset"])
+@pytest.mark.parametrize("ends", ["by its client", pytest.param("by a reset", marks=pytest.mark.long)])
 def test_tcp_states_are_right_while_the_switch_carries(ends: str) -> None:
     with Lab() as lab:
         net = PairLab(lab)

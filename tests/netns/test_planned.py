@@ -70,6 +70,7 @@ def kill(process: Any) -> None:
     process.popen.wait()
 
 
+@pytest.mark.long
 def test_what_an_operator_keeps_at_the_switch_stays_there(net: PairLab) -> None:
     """The server is not there, comes, dies, the agent starts anew: the switch carries until it is released."""
     code, said = peer(net, "agent", "release")

@@ -127,6 +127,7 @@ def test_changes_under_traffic_cost_no_packet(net: Changing) -> None:
     assert {"address": used, "mappings": 1} in net.status()["draining"]
     sender.signal(signal.SIGTERM)
     assert receiver.wait(20) == 0
+    sender.wait(20)  # it says its end many times, at last to nobody
     sent, received = sender.output.split("sent ")[1], receiver.output.split("received ")[1]
     assert sent.split()[0] == received.split()[0]
 

@@ -85,7 +85,7 @@ ALONE = ["internal: net_memif1 is down: no other end is connected"]
 
 
 @memif
-@pytest.mark.parametrize("role", ["client", "server"])
+@pytest.mark.parametrize("role", ["client", pytest.param("server", marks=pytest.mark.long)])
 def test_memif(net: Net, role: str) -> None:
     """Traffic; the other end comes late, is killed and comes back; so do we."""
     other = "server" if role == "client" else "client"
@@ -133,6 +133,7 @@ def test_memif_without_a_copy(net: Net) -> None:
     assert net.server.stop() == 0, net.server.output
 
 
+@pytest.mark.long
 @memif
 def test_jumbo_frames_over_memif(net: Net) -> None:
     """The device's buffers have 2 KB; 8000 bytes that may not be fragmented, and TCP in segments of 9000."""

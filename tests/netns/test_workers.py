@@ -307,6 +307,7 @@ def both_pass(net: PairLab) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_pair_with_two_workers_dies_and_returns(pair: PairLab) -> None:
     """What either has opened is at the other, goes on there, and comes back to the worker of its host."""
     pair.start_server()

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m tests.soak --minutes 10 --seed 1``: a pair under traffic, and one fault after the other; exit code 1 at a violation.
 
-After each fault the pair must be whole again within a time: the server carries, both have proved that they hold the same, and
-traffic goes. What must hold all the time: no TCP connection breaks; a flow of the stream keeps its external endpoint, and shares
-it with nobody; neither half complains in its log of what should not be. Memory of whoever lived long must not grow.
+New flows begin during each fault. After it the pair must be whole again within a time: the server carries, both have proved that
+they hold the same, and traffic goes; and each new flow that was answered still has the external endpoint that it was answered by
+(``asynchronous``: but for those answered in the last moments before something died, which are counted). What must hold all the
+time: no TCP connection breaks; a flow of the stream keeps its external endpoint, and shares it with nobody; neither half
+complains in its log of what should not be. Memory of whoever lived long must not grow.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import itertools
 import json
 import random
 import re
+import signal
 import statistics
 import sys
 import time
@@ -28,12 +31,13 @@ from nat_control.api import ApiError
 from nat_control.client import Client
 from nat_control.lab import Lab, LabError, Process, until
 from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
+from tests.netns.test_new_flows import rounds
 from tests.soak.faults import FAULTS
 
 RATE, FLOWS, CONNECTIONS = 1000, 50, 20
 STREAM, TCP, NEW = 9000, 9001, 9002
 RECOVERY = 45.0  # seconds
-NEW_PER_SECOND = 100
+NEW_PER_SECOND, NEW_FLOWS = 200, 400  # per second, and with each fault
 BUFFERED = 0.3  # seconds that an arrival may wait in the receiver before it is in the file
 GROWTH, SLACK = (
     1.1,
@@ -52,11 +56,14 @@ class Outcome:
     lost: int
     longest_gap_ms: float
     recovery_s: float
+    answered: int  # of the new flows
+    broken: int  # of those
 
 
 @dataclass
 class Soak:
     net: PairLab
+    mode: str
     chance: random.Random
     directory: Path
     outcomes: list[Outcome] = field(default_factory=list)
@@ -82,14 +89,14 @@ class Soak:
             name="send",
         ).ready("begin")
         self.begin = int(self.sender.output.split()[1])
-        self.new: Process | None = None
+        self.new_begun = 0
         self.whole("start")
 
     # -- a fault and what must be true after it ------------------------------------------------------------
 
     def one(self, name: str) -> None:
         before = time.monotonic_ns()
-        self.new_flows()
+        new = self.new_flows()
         FAULTS[name](self.net, self.chance)
         mended = time.monotonic_ns()
         try:
@@ -98,8 +105,9 @@ class Soak:
             raise Violation(f"{name}: {error}") from None
         whole = time.monotonic_ns()
         time.sleep(BUFFERED)
-        lost, gap = self.delivered(before, whole)
-        self.outcomes.append(Outcome(name, lost, gap, (whole - mended) / 1e9))
+        self.outcomes.append(
+            Outcome(name, *self.delivered(before, whole), (whole - mended) / 1e9, *self.kept(new))
+        )
 
     def whole(self, after: str) -> None:
         """The server carries, both hold the same and have proved it, and traffic goes."""
@@ -122,15 +130,35 @@ class Soak:
         came = self.arrivals()
         return len(came) > 0 and time.monotonic_ns() - int(came["arrived"][-1]) < int((0.2 + BUFFERED) * 1e9)
 
-    def new_flows(self) -> None:
-        """Beside everything, for as long as a fault takes."""
-        if self.new is None or not self.new.alive:
-            file = self.directory / "new"
-            self.new = self.net.client.start(
-                *(stream_program(), "churn", CLIENT.replace(".10", ".11"), OUTSIDE, str(NEW)),
-                *(str(NEW_PER_SECOND), str(NEW_PER_SECOND * 10), str(file)),
-                name="churn",
+    def new_flows(self) -> Process:
+        """Begins as many, which a fault befalls."""
+        churn = self.net.client.start(
+            *(stream_program(), "churn", CLIENT.replace(".10", ".11"), OUTSIDE, str(NEW)),
+            *(str(NEW_PER_SECOND), str(self.new_begun), str(NEW_FLOWS), "1", str(self.directory / "new")),
+            name="churn",
+        ).ready("begin")
+        self.new_begun += NEW_FLOWS
+        return churn
+
+    def kept(self, new: Process) -> tuple[int, int]:
+        """How many of the new flows had an answer, and how many of those have not kept their external endpoint."""
+        new.ready("asked", timeout=10)
+        new.signal(signal.SIGUSR1)
+        if new.wait(60) != 0:
+            raise Violation(f"the new flows ended: {new.last_line}")
+        first, again = rounds(self.directory / "new")
+        answered = first["answered"] != 0
+        same = (
+            (again["answered"] != 0)
+            & (first["address"] == again["address"])
+            & (first["port"] == again["port"])
+        )
+        broken = int((answered & ~same).sum())
+        if broken and self.mode == "synchronous":
+            raise Violation(
+                f"{broken} of {answered.sum()} new flows that were answered are not what they were"
             )
+        return int(answered.sum()), broken
 
     # -- invariants ----------------------------------------------------------------------------------------
 
@@ -191,15 +219,15 @@ def _resident(pid: int) -> int:
     return pages * 4096
 
 
-def run(minutes: float, seed: int, mode: str, names: list[str]) -> list[Outcome]:
+def run(minutes: float, seed: int, mode: str, partition: str, names: list[str]) -> list[Outcome]:
     """Raises Violation, LabError."""
     chance = random.Random(seed)
     end = time.monotonic() + minutes * 60
     with Lab() as lab:
         nat = {"max_sessions": 60_000, "timeouts": {"udp": 120}}
-        net = PairLab(lab, mode, nat=nat, max_flows=120_000)
+        net = PairLab(lab, mode, nat=nat, max_flows=120_000, peer={"partition": partition})
         net.client.ip("address", "add", f"{CLIENT.replace('.10', '.11')}/24", "dev", "eth0")
-        soak = Soak(net, chance, lab.directory)
+        soak = Soak(net, mode, chance, lab.directory)
         soak.start(minutes * 60 + 2 * RECOVERY + 60)
         for turn in itertools.count():
             for name in chance.sample(names, len(names)):
@@ -217,7 +245,7 @@ def run(minutes: float, seed: int, mode: str, names: list[str]) -> list[Outcome]
                 last = soak.outcomes[-1]
                 print(
                     f"{last.fault}: {last.lost} lost, {last.longest_gap_ms:.0f} ms at most without a datagram, "
-                    f"whole after {last.recovery_s:.1f} s",
+                    f"whole after {last.recovery_s:.1f} s; {last.answered} new flows, {last.broken} broken",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -234,16 +262,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mode", choices=["synchronous", "asynchronous"], default="synchronous")
+    parser.add_argument(
+        "--partition", choices=["all_peer", "new_at_peer", "by_protocol", "all_local"], default="all_peer"
+    )
     parser.add_argument("--faults", nargs="+", choices=sorted(FAULTS), default=sorted(FAULTS))
     asked = parser.parse_args()
     try:
-        outcomes = run(asked.minutes, asked.seed, asked.mode, asked.faults)
+        outcomes = run(asked.minutes, asked.seed, asked.mode, asked.partition, asked.faults)
     except (Violation, LabError) as error:
         sys.exit(f"soak, seed {asked.seed}: {error}")
     for name in asked.faults:
         if some := [one for one in outcomes if one.fault == name]:
             row = {"fault": name, "times": len(some)}
-            for key in ("lost", "longest_gap_ms", "recovery_s"):
+            for key in ("lost", "longest_gap_ms", "recovery_s", "answered", "broken"):
                 values = [getattr(one, key) for one in some]
                 row[key] = [round(f, 1) for f in (min(values), statistics.median(values), max(values))]
             print(json.dumps(row))

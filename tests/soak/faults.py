@@ -8,6 +8,8 @@ import signal
 import time
 from collections.abc import Callable
 
+from nat_control.api import ApiError
+from nat_control.client import Client
 from nat_control.lab import Process
 from switch_agent.pair_lab import PairLab
 
@@ -136,3 +138,60 @@ def _server_killed_twice(net: PairLab, chance: random.Random) -> None:
     _killed(net.server)
     _while(chance)
     net.start_server()
+
+
+def _moved(net: PairLab, who: str, verb: str) -> None:
+    Client(net.lab.directory / f"{who}.sock").move(verb)
+
+
+@fault
+def _planned_there_and_back(net: PairLab, chance: random.Random) -> None:
+    asked = chance.choice(["agent", "server"])
+    _moved(net, asked, "takeover" if asked == "agent" else "release")
+    _while(chance)
+    _moved(net, *chance.choice([("agent", "release"), ("server", "takeover")]))
+
+
+@fault
+def _server_killed_after_it_released(net: PairLab, chance: random.Random) -> None:
+    """The switch keeps the traffic until it is told otherwise."""
+    _moved(net, "server", "release")
+    _killed(net.server)
+    _while(chance)
+    net.start_server()
+    net.carrier("switch")
+    _take_back(net)
+
+
+def _take_back(net: PairLab) -> None:
+    """As an operator would: again, until both hold the same."""
+    for _ in range(100):
+        try:
+            if Client(net.lab.directory / "agent.sock").move("release")["result"] != "refused":
+                return
+        except ApiError:
+            pass
+        time.sleep(0.1)
+
+
+@fault
+def _server_killed_in_front_of_offloaded(net: PairLab, chance: random.Random) -> None:
+    """Some sessions have rules in front of the server; then it dies, or the agent does."""
+    operator = Client(net.lab.directory / "server.sock")
+    some = [row["id"] for row in net.show("server", "sessions")]
+    operator.offload("add", chance.sample(some, min(20, len(some))))
+    _while(chance, 0.5)
+    if chance.random() < 0.5:
+        _server_killed(net, chance)
+    else:
+        _agent_killed(net, chance)
+
+
+@fault
+def _offloaded_and_back(net: PairLab, chance: random.Random) -> None:
+    operator = Client(net.lab.directory / "server.sock")
+    some = [row["id"] for row in net.show("server", "sessions")]
+    chosen = chance.sample(some, min(20, len(some)))
+    for what in ("add", "remove"):
+        operator.offload(what, chosen)
+        _while(chance, 0.3)
