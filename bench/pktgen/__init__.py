@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.histogram import quantile, quantiles
 from bench.pktgen._pktgen import ffi, lib
 from nat_fastpath.dpdk import Mempool, Port
 
@@ -111,20 +112,10 @@ class Result:
 
     def quantile(self, share: float) -> float:
         """Nanoseconds that so many of the packets took at most; each bucket's upper bound. NaN without packets."""
-        total = int(self.histogram.sum())
-        if not total:
-            return float("nan")
-        at = int(np.searchsorted(np.cumsum(self.histogram), share * total))
-        return upper_bound(min(at, len(self.histogram) - 1))
+        return quantile(self.histogram, share)
 
     def summary(self) -> dict[str, Any]:
         """For JSON: rates in packets per second, latencies in µs."""
-        names = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "p99.99": 0.9999}
-        latency = (
-            {name: round(self.quantile(q) / 1e3, 3) for name, q in names.items()}
-            if sum(self.received)
-            else {}
-        )
         return {
             "seconds": round(self.seconds, 3),
             "sent": sum(self.sent),
@@ -132,19 +123,11 @@ class Result:
             "lost": self.lost,
             "packets_per_second": round(self.rate),
             "sent_per_second": round(sum(self.sent) / self.seconds) if self.seconds else 0,
-            "latency_us": latency,
+            "latency_us": quantiles(self.histogram),
             "latest_us": round(self.latest * 1e6, 1),
             "wrong": self.wrong,
             **{name: count for name, count in self.counters.items() if not name.startswith("wrong_")},
         }
-
-
-def upper_bound(bucket: int) -> float:
-    """Nanoseconds; the first 64 buckets are one each, then 64 to each power of two."""
-    if bucket < 64:
-        return float(bucket)
-    shift, step = bucket // 64 - 1, bucket % 64
-    return float(((64 + step + 1) << shift) - 1)
 
 
 def ring_pair(name: str, slots: int = 4096) -> tuple[str, str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.pktgen import Result, upper_bound
+from bench.histogram import upper_bound
+from bench.pktgen import Result
 from nat_fastpath.engine import VERDICT_NAMES
 from tests.bench import pktgen_process
 from tests.dpdk.dpdk_process import run

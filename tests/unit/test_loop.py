@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nat_control import loop
-from nat_control.loop import ControlLoop
+from nat_control.loop import ControlLoop, pause
 from nat_fastpath.cores import AnyCore, make, parts
 from nat_fastpath.engine import EVENT_OPEN, slice_of
 from tests.packets import INSIDE, SERVER, config, frame, udp
@@ -60,3 +60,11 @@ def test_one_full_batch_says_that_there_is_more(monkeypatch: pytest.MonkeyPatch)
     assert turns.drain() is True
     assert turns.drain() is False
     core.close()
+
+
+def test_looks_come_faster_than_new_sessions_fill_the_ring() -> None:
+    assert pause(0.01, 0, 0.01) == 0.01
+    assert pause(0.01, 100, 0.01) == 0.01
+    for rate in (1e6, 5e6, 20e6):
+        assert rate * pause(0.01, int(rate * 0.01), 0.01) <= loop.EVENTS
+    assert loop.STEP * 5e6 < 65536 * 7 / 8  # a flood that begins between two looks
