@@ -17,7 +17,7 @@ def test_faults_pass_and_a_broken_connection_is_seen() -> None:
     with Lab() as lab:
         net = PairLab(lab)
         net.client.ip("address", "add", "10.0.0.11/24", "dev", "eth0")
-        soak = Soak(net, random.Random(1), lab.directory)
+        soak = Soak(net, "synchronous", random.Random(1), lab.directory)
         soak.start(120)
         for fault in ("server killed", "one link down"):
             soak.one(fault)
