@@ -417,13 +417,18 @@ class Carrier:
             self._say(f"the switch may forward to the server in part: {error}")
 
     async def _give_back(self) -> None:
-        """Both hold the same sessions: the server carries again, unless the switch keeps the traffic."""
-        self._returning = False
-        if not (self._kept or self._leaving):
-            await self._return()
+        """Both hold the same sessions: the server carries again, unless the switch keeps the traffic.
 
-    async def _return(self) -> str:
-        """The server carries; why not."""
+        To compare the rules costs a switch without a CPU to spare some packets: once is enough.
+        """
+        try:
+            if not (self._kept or self._leaving or (self.forwarding and self._reconciled)):
+                await self._return()
+        finally:
+            self._returning = False
+
+    def _unfit(self) -> str:
+        """Why the server cannot carry."""
         assert self.pair is not None
         if not self._plane.partition.forwards:
             return "the switch carries all traffic by choice (peer.partition: all_local)"
@@ -435,6 +440,12 @@ class Carrier:
             return f"port {self._ports_down} has no link"
         if not self.pair.watch.stats()["alive"]:
             return "no heartbeats come from the server"
+        return ""
+
+    async def _return(self) -> str:
+        """The server carries; why not."""
+        if why := self._unfit():
+            return why
         try:
             await self._plane.refresh()
             await self._reconcile()
@@ -444,6 +455,9 @@ class Carrier:
             # what comes from the server passes before anything goes to it
             await self._plane.install_static_peer_rules(Kind.FROM_SERVER)
             await self._drained()
+            if why := self._unfit():  # it has died meanwhile
+                await self._stay()
+                return why
             await self._plane.install_static_peer_rules(Kind.TO_SERVER)
         except (ChannelLost, SwitchError) as error:
             self._say(f"return: {error}")
