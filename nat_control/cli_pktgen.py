@@ -3,19 +3,27 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 from enum import StrEnum
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nat_control.cli_output import Json, cell, fail, print_json, table
 
+if TYPE_CHECKING:
+    from nat_fastpath.dpdk import Port
+
 PACE = 1e6  # new flows per second, at most
+LINK_PATIENCE = 20.0  # seconds for the other ends of devices that have one
 
 
 class OrderName(StrEnum):
@@ -63,8 +71,11 @@ def pktgen(
     inside: Annotated[str, typer.Argument(help="DPDK device or kernel interface at the NAT's inside.")],
     outside: Annotated[str, typer.Argument(help="The same at its outside.")],
     pool: Annotated[str, typer.Option(help="External addresses that the NAT may use: A or A-B.")],
-    nat: Annotated[str, typer.Option(help="The NAT's own two addresses: INSIDE,OUTSIDE; asked by ARP.")],
-    ours: Annotated[str, typer.Option(help="Two addresses of ours on its subnets: INSIDE,OUTSIDE.")],
+    nat: Annotated[str, typer.Option(help="The NAT's own two addresses: INSIDE,OUTSIDE; asked by ARP.")] = "",
+    ours: Annotated[str, typer.Option(help="Two addresses of ours on its subnets: INSIDE,OUTSIDE.")] = "",
+    macs: Annotated[
+        str, typer.Option(help="Instead of --nat and --ours, its two MACs: of one that answers no ARP.")
+    ] = "",
     flows: Annotated[int, typer.Option(min=1, max=16_000_000)] = 1000,
     hosts: Annotated[str, typer.Option(help="The first inside address; 64 flows each.")] = "10.0.1.0",
     remote: Annotated[str, typer.Option(help="The first of 256 remote addresses.")] = "203.0.113.0",
@@ -76,6 +87,15 @@ def pktgen(
     rate: Annotated[float, typer.Option(min=0, help="Packets per second; 0: as many as go.")] = 0,
     seconds: Annotated[float, typer.Option(min=0.1)] = 5,
     check: Annotated[int, typer.Option(min=1, help="One in so many packets is looked at byte by byte.")] = 16,
+    rfc9693: Annotated[
+        bool, typer.Option(help="Search for set-up rate, capacity and throughput, below --rate.")
+    ] = False,
+    clear: Annotated[
+        str,
+        typer.Option(
+            help="With --rfc9693, a command that empties the NAT's table: then the tear-down rate too."
+        ),
+    ] = "",
     cpu: Annotated[int | None, typer.Option(help="Which CPU it shall poll on.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -84,17 +104,20 @@ def pktgen(
     First every flow is opened once; then comes the phase that counts. Exit code 1 when something was wrong.
     """
     try:
-        from bench.pktgen import Flows, Generator, GeneratorError, Order, Phase, Result, What
+        from bench.pktgen import Flows, Generator, GeneratorError, Order, Phase, Result, What, phases
         from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port
     except ImportError as error:
         raise fail(str(error)) from None
     try:
-        ends = [[IPv4Address(word) for word in text.split(",")] for text in (nat, ours)]
+        ends = [[IPv4Address(word) for word in text.split(",")] for text in (nat, ours)] if not macs else []
+        known = [bytes.fromhex(word.replace(":", "")) for word in macs.split(",") if macs]
         first = IPv4Address(hosts), IPv4Address(remote)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if any(len(pair) != 2 for pair in ends):
         raise typer.BadParameter("--nat and --ours are two addresses each: INSIDE,OUTSIDE")
+    if macs and [len(mac) for mac in known] != [6, 6]:
+        raise typer.BadParameter("--macs are two MACs: INSIDE,OUTSIDE")
     of = Flows(flows, _pool(pool), inside=first[0], remote=first[1])
     sizes = _sizes(size)
     results: dict[str, Result] = {}
@@ -105,15 +128,22 @@ def pktgen(
             buffers = Mempool("pktgen", 32768)
             for index, device in enumerate((inside, outside)):
                 opened.append(Port(device, buffers, index=index, state_dir=Path(state)))
-            macs = (opened[0].mac, opened[1].mac)
-            generator = Generator((opened[0], opened[1]), buffers, of, macs)
+            _wait_for_links(opened)
+            generator = Generator((opened[0], opened[1]), buffers, of, (opened[0].mac, opened[1].mac))
             signal.signal(signal.SIGINT, lambda *_: generator.stop())
             for side in (0, 1):
-                generator.resolve(side, ends[1][side], ends[0][side])
+                if macs:
+                    generator.send_to(side, known[side])
+                else:
+                    generator.resolve(side, ends[1][side], ends[0][side])
+            if rfc9693:
+                emptied = (lambda: subprocess.run(shlex.split(clear), check=False)) if clear else None
+                for figure in phases.all_phases(generator, rate or PACE, seconds, sizes, emptied):
+                    print(json.dumps(figure), flush=True)
+                return
             pace = min(rate, PACE) if rate else PACE
             if direction is not Direction.unsolicited:
-                once = Phase(What.OUT, Order.EACH_ONCE, rate=pace, packets=flows, check_every=check)
-                results["open"] = generator.start(once).wait()
+                results["open"] = phases.open_all(generator, pace, check)
             what = {
                 Direction.out: What.OUT,
                 Direction.both: What.OUT | What.IN,
@@ -140,6 +170,16 @@ def pktgen(
     if any(result.wrong for result in results.values()):
         print("tandem-nat: the NAT did wrong, see `wrong`", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _wait_for_links(ports: list[Port]) -> None:
+    """A memif or virtio_user has none before its other end has come, and must not be polled while it comes."""
+    end = time.monotonic() + LINK_PATIENCE
+    while not all(port.link().up for port in ports) and time.monotonic() < end:
+        for port in ports:
+            port.seek_other_end()
+        time.sleep(0.05)
+    time.sleep(0.2 if any(port.gated for port in ports) else 0)  # it says that it is up a moment before it is
 
 
 def _short(value: object) -> object:

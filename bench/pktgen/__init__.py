@@ -7,6 +7,7 @@ none for two inside endpoints, addresses of the pool, right checksums. Losses, l
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -254,3 +255,26 @@ class Running:
             raise self._error
         assert self._result
         return self._result
+
+
+class Forwarder:
+    """Plain forwarding between two ports in a thread with a CPU of its own: what a NAT is compared with."""
+
+    def __init__(self, ports: tuple[Port, Port], cpu: int | None) -> None:
+        self._state = ffi.new("struct pktgen_forward *")
+        self._state.ports = [port.port_id for port in ports]
+        self._thread = threading.Thread(target=self._run, args=(cpu,), daemon=True)
+        self._thread.start()
+
+    def _run(self, cpu: int | None) -> None:
+        if cpu is not None:
+            os.sched_setaffinity(0, {cpu})
+        lib.pktgen_forward(self._state)
+
+    def counts(self) -> tuple[int, float]:
+        """Packets, and seconds of the turns that had some."""
+        return self._state.packets, self._state.busy_ns / 1e9
+
+    def close(self) -> None:
+        self._state.stop = 1
+        self._thread.join()

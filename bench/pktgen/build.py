@@ -30,13 +30,19 @@ def flags() -> list[str]:
 
 
 ffibuilder = FFI()
-ffibuilder.cdef(declarations() + "int pktgen_ring_pair(const char *name, unsigned slots);")
+FORWARD = (HERE / "forward.h").read_text()
+ffibuilder.cdef(
+    declarations()
+    + FORWARD[FORWARD.index("struct") : FORWARD.rindex("#endif")]
+    + "int pktgen_ring_pair(const char *name, unsigned slots);"
+)
 ffibuilder.set_source(
     "bench.pktgen._pktgen",
     """
     #include <stdio.h>
     #include <rte_eth_ring.h>
     #include <rte_ring.h>
+    #include "forward.h"
     #include "pktgen.h"
 
     /* Two devices of which each receives what the other sends: net_ring_NAME0, net_ring_NAME1. A negative errno, or -1. */
@@ -59,8 +65,8 @@ ffibuilder.set_source(
         return 0;
     }
     """,
-    sources=[str(HERE / "pktgen.c")],
-    depends=[str(HERE / "pktgen.h")],
+    sources=[str(HERE / name) for name in ("pktgen.c", "forward.c")],
+    depends=[str(HERE / name) for name in ("pktgen.h", "forward.h")],
     include_dirs=[str(HERE)],
     extra_compile_args=["-O3", "-g", "-std=gnu11", *flags()],
     libraries=["rte_eal", "rte_ethdev", "rte_mempool", "rte_mbuf", "rte_ring", "rte_net_ring"],

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from bench import nat
-from bench.pktgen import Flows, Generator, Order, Phase, Result, What, ring_pair
+from bench.pktgen import Flows, Generator, Order, Phase, Result, What, phases, ring_pair
 from nat_fastpath.dpdk import Eal, Mempool, Port
 from tests.dpdk import dpdk_process
 
@@ -68,6 +68,29 @@ def around_a_nat(state: str) -> dict[str, Any]:
         generator.close()
         box.close()
     return told
+
+
+def phases_around_a_nat(state: str) -> list[dict[str, Any]]:
+    """Those of RFC 9693, around a NAT that has room for half of the flows; it forgets all at once when told to."""
+    Eal(memory_mb=128)
+    pool = Mempool("buffers", 16384)
+    ours, theirs = _ports(state, pool)
+    of = nat.flows(2 * FLOWS)
+    box = nat.Nat(ours, pool, nat.core_config(of, max_sessions=FLOWS), cpu=None)
+    generator = Generator(theirs, pool, of, nat.ROUTERS)
+
+    def clear() -> None:
+        while box.core.counters()["sessions"]:
+            box.core.delete(box.core.sessions()[0])
+        box.drain()
+
+    try:
+        for side in (0, 1):
+            generator.send_to(side, nat.MACS[side])
+        return list(phases.all_phases(generator, 20_000, 0.1, (60,), clear))
+    finally:
+        generator.close()
+        box.close()
 
 
 def around_a_cable(state: str) -> dict[str, Any]:

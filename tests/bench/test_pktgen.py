@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.histogram import upper_bound
-from bench.pktgen import Result
+from bench.pktgen import Result, phases
 from nat_fastpath.engine import VERDICT_NAMES
 from tests.bench import pktgen_process
 from tests.dpdk.dpdk_process import run
@@ -30,6 +30,29 @@ def test_around_a_nat(tmp_path: Path) -> None:
     verdicts = dict(zip(VERDICT_NAMES, told["verdicts"], strict=True))
     assert verdicts["forward"] == flows + packets + 600
     assert verdicts["drop_no_mapping"] + verdicts["drop_filtered"] == 1000
+
+
+def test_phases_of_rfc_9693(tmp_path: Path) -> None:
+    set_up, capacity, throughput, tear_down = run(pktgen_process.phases_around_a_nat, str(tmp_path))
+    flows = pktgen_process.FLOWS
+    assert 0 <= set_up["median"] <= 20_000
+    assert (capacity["median"], capacity["more"]) == (flows, False)
+    assert 0 <= throughput["median"] <= 20_000
+    assert 0 < tear_down["flows"] <= 2 * flows
+    assert tear_down["median"] > 0
+
+
+@pytest.mark.parametrize("limit", [10.0, 700.0, 1000.0])
+def test_a_rate_is_searched_for(limit: float) -> None:
+    asked: list[float] = []
+
+    def good(rate: float) -> bool:
+        asked.append(rate)
+        return rate <= limit
+
+    found = phases.search(good, 1000.0)
+    assert found <= limit <= found * (1 + phases.RESOLUTION) + 1000 * phases.RESOLUTION
+    assert len(asked) <= phases.TRIALS
 
 
 def test_faults_are_seen(tmp_path: Path) -> None:

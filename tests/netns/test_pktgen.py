@@ -73,3 +73,12 @@ def test_what_cannot_be(generator: Namespace, change: list[str], said: str) -> N
     assert done.returncode in (1, 2)
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_phases_of_rfc_9693(generator: Namespace) -> None:
+    around = [*AROUND, "--rfc9693", "--rate", "2000", "--seconds", "0.3"]
+    done = generator.attempt(*CLI, *around, timeout=110)
+    assert done.returncode == 0, done.stderr
+    found = {one["figure"]: one["median"] for one in map(json.loads, done.stdout.splitlines())}
+    assert found["RFC 9693: capacity"] == 300
+    assert {"RFC 9693: set-up rate", "RFC 9693: throughput"} <= set(found)
