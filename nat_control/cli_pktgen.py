@@ -9,21 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from enum import StrEnum
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from nat_control.cli_output import Json, cell, fail, print_json, table
 
-if TYPE_CHECKING:
-    from nat_fastpath.dpdk import Port
-
 PACE = 1e6  # new flows per second, at most
-LINK_PATIENCE = 20.0  # seconds for the other ends of devices that have one
 
 
 class OrderName(StrEnum):
@@ -104,7 +99,17 @@ def pktgen(
     First every flow is opened once; then comes the phase that counts. Exit code 1 when something was wrong.
     """
     try:
-        from bench.pktgen import Flows, Generator, GeneratorError, Order, Phase, Result, What, phases
+        from bench.pktgen import (
+            Flows,
+            Generator,
+            GeneratorError,
+            Order,
+            Phase,
+            Result,
+            What,
+            phases,
+            wait_for_links,
+        )
         from nat_fastpath.dpdk import DpdkError, Eal, InterfaceError, Mempool, Port
     except ImportError as error:
         raise fail(str(error)) from None
@@ -128,7 +133,7 @@ def pktgen(
             buffers = Mempool("pktgen", 32768)
             for index, device in enumerate((inside, outside)):
                 opened.append(Port(device, buffers, index=index, state_dir=Path(state)))
-            _wait_for_links(opened)
+            wait_for_links(opened)
             generator = Generator((opened[0], opened[1]), buffers, of, (opened[0].mac, opened[1].mac))
             signal.signal(signal.SIGINT, lambda *_: generator.stop())
             for side in (0, 1):
@@ -170,16 +175,6 @@ def pktgen(
     if any(result.wrong for result in results.values()):
         print("tandem-nat: the NAT did wrong, see `wrong`", file=sys.stderr)
         raise typer.Exit(1)
-
-
-def _wait_for_links(ports: list[Port]) -> None:
-    """A memif or virtio_user has none before its other end has come, and must not be polled while it comes."""
-    end = time.monotonic() + LINK_PATIENCE
-    while not all(port.link().up for port in ports) and time.monotonic() < end:
-        for port in ports:
-            port.seek_other_end()
-        time.sleep(0.05)
-    time.sleep(0.2 if any(port.gated for port in ports) else 0)  # it says that it is up a moment before it is
 
 
 def _short(value: object) -> object:

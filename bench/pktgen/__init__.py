@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
@@ -25,6 +26,7 @@ from nat_fastpath.dpdk import Mempool, Port
 LEAST_FRAME: int = lib.PKTGEN_LEAST_FRAME  # bytes, without the checksum of Ethernet
 IMIX = (60,) * 7 + (590,) * 4 + (1514,)  # 7:4:1, as IETF and vendors have it
 INSIDE, REMOTE = IPv4Address("10.0.1.0"), IPv4Address("203.0.113.0")
+LINK_PATIENCE = 20.0  # seconds for the other ends of devices that have one
 STEP = 0.1  # seconds of one rate in ``Result.steps``
 WRONG = ("mapping", "shared", "pool", "destination", "checksum", "ttl", "length")
 
@@ -136,6 +138,16 @@ def ring_pair(name: str, slots: int = 4096) -> tuple[str, str]:
     if lib.pktgen_ring_pair(name.encode(), slots) < 0:
         raise GeneratorError(f"no rings {name}: is there memory, and are they there already?")
     return f"net_ring_{name}0", f"net_ring_{name}1"
+
+
+def wait_for_links(ports: Sequence[Port]) -> None:
+    """A memif or virtio_user has none before its other end has come, and must not be polled while it comes."""
+    end = time.monotonic() + LINK_PATIENCE
+    while not all(port.link().up for port in ports) and time.monotonic() < end:
+        for port in ports:
+            port.seek_other_end()
+        time.sleep(0.05)
+    time.sleep(0.2 if any(port.gated for port in ports) else 0)  # it says that it is up a moment before it is
 
 
 class GeneratorError(Exception):
