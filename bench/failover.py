@@ -34,6 +34,7 @@ PORT, OTHER_PORT, ECHO_PORT = 9000, 9001, 9002
 LEAD, REST = 0.6, 1.3  # seconds of the stream before and after the end
 SETTLED, BIN = 0.1, 0.01  # seconds
 OPENING = 180.0  # seconds that the sessions of a case may take
+CALM, ROUNDS = 4000, 3  # packets per second at which flows are opened, and asked again, and how often that
 SHOWN = (0, 2)  # trials whose timeline is kept: the first and the third failover in a row
 PURGED = 100  # entries, at most, of a cache without those of single flows
 LONGEST = 60.0  # seconds of the stream while the server comes back
@@ -69,11 +70,15 @@ class Trial:
     lost: int
     sent: int
     first_second: float  # share of what was sent in the first second after the detection
-    sessions_lost: int
     detect: float | None
     written: float | None
     first_good: float | None
-    lost_before: int = 0  # of those sent before the end, but for the last SETTLED
+    lost_before: int = 0  # of those sent before the end, but for the last SETTLED: no failover costs these
+    lost_after: int = 0  # of those sent after the detection
+    sessions_lost: int = (
+        0  # flows that come from another external endpoint than when they were opened, or never more
+    )
+    silent: int = 0  # flows of which nothing came after the end, as long as the stream was
     late: float | None = None  # ms, of the sender against its own timetable, at most
     timeline: list[int] = field(default_factory=list)  # arrivals in each BIN from LEAD before the end on
     reason: str = ""
@@ -101,6 +106,9 @@ class Pair:
             switch={"nat": case.nat},
         )
         self.directory = lab.directory
+        self.endpoints = np.zeros(
+            case.flows, np.uint64
+        )  # of the stream's flows, as the outside saw them first
         if case.mode == "off":  # no agent: the switch forwards to the server for good
             for port, there in ((1, 3), (3, 1), (2, 4), (4, 2)):
                 self.net.ovs.ofctl("add-flow", f"in_port={port},actions=output:{there}")
@@ -152,19 +160,34 @@ class Pair:
 
     def open_known(self) -> None:
         """Sessions that only exist, and what the stream's flows need before they are measured."""
-        receiver, _ = self.receive()
+        receiver, received = self.receive()
         end = time.monotonic() + OPENING
         while not self._all_there():
             if time.monotonic() > end:
                 raise LabError(f"not all sessions are at the switch after {OPENING:g} s: {self.agent()}")
             for port, flows in ((PORT, self.case.flows), (OTHER_PORT, self.case.known)):
                 if flows:  # again what found a table full of held packets, a cold cache or a dead server
-                    sender, _ = self.send(port, 4000, flows, flows)
+                    sender, _ = self.send(port, CALM, flows, flows)
                     sender.wait(60)
             with contextlib.suppress(LabError):
                 until("all sessions are at the switch", self._all_there, 3, 0.1)
         receiver.stop()
+        # a packet may be lost that has opened its flow
+        self.endpoints = self.endpoints_now(endpoints(np.fromfile(received, ARRIVAL), self.case.flows))
         self.carrier("server")
+
+    def endpoints_now(self, heard: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Where each flow comes from, in a calm stream, if that is not known from ``heard`` yet (0); both shape (flows,)."""
+        for _ in range(ROUNDS):
+            if heard.all():
+                break
+            receiver, received = self.receive()
+            sender, _ = self.send(PORT, CALM, self.case.flows, self.case.flows)
+            sender.wait(60)
+            time.sleep(0.1)
+            receiver.stop()
+            heard = np.where(heard, heard, endpoints(np.fromfile(received, ARRIVAL), self.case.flows))
+        return heard
 
     def _all_there(self) -> bool:
         status = self.agent()
@@ -239,11 +262,14 @@ class Pair:
         time.sleep(0.1)
         receiver.stop()
         status = self.agent()
-        times = np.fromfile(sent, "<u8")
-        trial = evaluate(times, np.fromfile(received, ARRIVAL), ended, status, self.case)
+        times, arrivals = np.fromfile(sent, "<u8"), np.fromfile(received, ARRIVAL)
+        trial = evaluate(times, arrivals, ended, status, self.case)
         due = begin + (np.arange(len(times)) * (1e9 / self.case.rate)).astype(np.int64)
         trial.late = float((times.astype(np.int64) - due).max() / 1e6)
-        trial.sessions_lost += max(before["sessions"] - status["sessions"], 0)
+        heard = endpoints(arrivals[arrivals["sent"] >= ended], self.case.flows)
+        trial.silent = int((heard == 0).sum())
+        moved = int((self.endpoints_now(heard) != self.endpoints).sum())
+        trial.sessions_lost = max(moved, before["sessions"] - status["sessions"])
         if self.case.how != "failback":
             self.bring_back()
         return trial
@@ -269,11 +295,11 @@ def evaluate(
         lost=int((~came).sum()),
         sent=len(sent),
         first_second=float(came[second].mean()) if second.any() else 1.0,
-        sessions_lost=_moved(arrivals, len(sent), case.flows, ended),
         detect=(detected - ended) / 1e6 if detected else None,
         written=(written - ended) / 1e6 if written else None,
         first_good=(int(later["arrived"].min()) - ended) / 1e6 if len(later) else None,
         lost_before=int((~came[early]).sum()),
+        lost_after=int((~came[sent >= start]).sum()),
         timeline=np.bincount(place[place >= 0], minlength=round((LEAD + REST) / BIN)).tolist(),
         reason=takeover.get("reason", "") if detected else "",
         gaps=[
@@ -283,17 +309,12 @@ def evaluate(
     )
 
 
-def _moved(arrivals: np.ndarray[Any, Any], packets: int, flows: int, ended: int) -> int:
-    """Flows that do not come from the same external endpoint as before any more, or do not come at all."""
-    endpoint = arrivals["address"].astype(np.uint64) << np.uint64(16) | arrivals["port"]
-    flow = arrivals["sequence"] % np.uint64(flows)
+def endpoints(arrivals: np.ndarray[Any, Any], flows: int) -> np.ndarray[Any, Any]:
+    """The external endpoint of each flow when it came last, shape (flows,); 0: it did not."""
     last = np.zeros(flows, np.uint64)
-    first = np.zeros(flows, np.uint64)
-    early = arrivals["sent"] < ended
-    first[flow[early]] = endpoint[early]
-    last[flow[~early]] = endpoint[~early]
-    due = first != 0 if packets >= 3 * flows else (first != 0) & (last != 0)
-    return int((due & (first != last)).sum())
+    came = arrivals["address"].astype(np.uint64) << np.uint64(16) | arrivals["port"]
+    last[arrivals["sequence"] % np.uint64(flows)] = came
+    return last
 
 
 # -- new flows ---------------------------------------------------------------------------------------------
@@ -357,8 +378,9 @@ def measure(case: Case, tell: Callable[[str], None] = lambda line: None) -> dict
                 raise LabError(f"trial {number + 1}: {error}; the agent: {said}") from None
             tell(
                 f"{case.how} {number + 1}/{case.trials}: lost {trial.lost} of {trial.sent} ({', '.join(trial.gaps[:6])}), "
-                f"{trial.reason or '-'}, detected {_ms(trial.detect)}, written {_ms(trial.written)}, "
-                f"first good {_ms(trial.first_good)}, sessions lost {trial.sessions_lost}"
+                f"{trial.lost_before} of them before, {trial.lost_after} once it was noticed, {trial.reason or '-'}, "
+                f"detected {_ms(trial.detect)}, written {_ms(trial.written)}, first good {_ms(trial.first_good)}, "
+                f"of first second {trial.first_second:.5f}, sessions lost {trial.sessions_lost}, silent {trial.silent}"
             )
     return {
         "how": case.how,
@@ -383,6 +405,9 @@ def measure(case: Case, tell: Callable[[str], None] = lambda line: None) -> dict
             {
                 "lost": trial.lost,
                 "delivered_first_second": round(trial.first_second, 6),
+                "lost_before": trial.lost_before,
+                "lost_after": trial.lost_after,
+                "sessions_lost": trial.sessions_lost,
                 "detect_ms": trial.detect,
                 "reaction_ms": _between(trial.detect, trial.written),
                 "first_good_ms": trial.first_good,

@@ -27,14 +27,22 @@ struct shared {
     _Atomic int state;
 };
 
+static void wake(int number)
+{
+    (void)number;
+}
+
 /* Runs in the memory of its parent, on a stack of its own, but with the parent's thread-local storage: so
  * only bare system calls, none of which fails (errno would be the parent's), and nothing of Python. */
 static int hold(void *argument)
 {
     struct shared *shared = argument;
+    const int died = SIGRTMAX;                            /* a signal that nobody else sends */
+    const uint64_t others = ~(UINT64_C(1) << (died - 1)); /* a set of signals, as the kernel has them */
 
+    sigaction(died, &(struct sigaction){.sa_handler = wake}, NULL);
     prctl(PR_SET_NAME, "nat-memory", 0, 0, 0);
-    prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+    prctl(PR_SET_PDEATHSIG, died, 0, 0, 0);
     /* Copies of the parent's descriptors would keep its connections open, which is the very thing to avoid.
      */
     const long closed = syscall(SYS_close_range, 0u, UINT_MAX, 0u);
@@ -43,8 +51,12 @@ static int hold(void *argument)
         return 1;
     }
     atomic_store(&shared->state, READY);
-    for (;;)
-        pause(); /* all signals are blocked: only SIGKILL ends it */
+    /* The signal comes for each thread of the parent that ends. Its files close with the last one, which may
+     * be some ms behind the others, and it must find us alive: it would take the memory apart before. */
+    do
+        syscall(SYS_rt_sigsuspend, &others, sizeof others);
+    while (getppid() == shared->parent);
+    return 0;
 }
 
 int memory_holder_start(struct memory_holder *holder)

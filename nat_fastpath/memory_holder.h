@@ -4,8 +4,8 @@
  *
  * When a process is killed the kernel takes its memory apart before it closes its descriptors: with 1 GB of 4
  * KB pages the peer sees the end of a TCP connection 75 ms late. While somebody else uses the memory too,
- * that step costs nothing, the sockets close at once, and the memory goes when the holder follows a moment
- * later.
+ * that step costs nothing, the sockets close at once, and the memory goes when the holder follows: once the
+ * last thread has closed them.
  */
 #ifndef MEMORY_HOLDER_H
 #define MEMORY_HOLDER_H
@@ -18,7 +18,7 @@ struct memory_holder {
     void *stack;
 };
 
-/* 0 or an errno. Call it from the main thread: the holder ends with the thread that made it. */
+/* 0 or an errno. */
 int memory_holder_start(struct memory_holder *holder);
 bool memory_holder_alive(const struct memory_holder *holder);
 /* Ends and reaps it. */

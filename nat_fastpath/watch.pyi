@@ -135,5 +135,4 @@ class MemoryHolder:
 
 def hold_memory() -> MemoryHolder:
     """Starts the holder, which lives until ``close`` or the death of this process. Keep the object.
-    Raises RuntimeError outside the main thread, since the holder would end with its thread; OSError when the kernel
-    does not allow it (close_range is needed: Linux 5.9)."""
+    Raises OSError when the kernel does not allow it (close_range is needed: Linux 5.9)."""

@@ -12,7 +12,6 @@ from libc.string cimport memcpy, memset
 import os
 import secrets
 import socket
-import threading
 from errno import ECANCELED
 
 cdef extern from "heartbeat.h" nogil:
@@ -295,6 +294,4 @@ cdef class MemoryHolder:
 
 
 def hold_memory():
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("hold_memory() must be called in the main thread: the holder ends with its thread")
     return MemoryHolder()
