@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -52,12 +53,20 @@ class Nat:
         self.core = Core(config)
         self.worker = Worker(self.core, ports, pool, cpu=cpu, idle="busy" if cpu is not None else "adaptive")
         self.worker.start()
+        self._asked, self._busy = time.monotonic(), 0.0
 
     def drain(self) -> int:
         total = 0
         while n := len(self.core.events(65536)):
             total += n
         return total
+
+    def busy(self) -> tuple[float, float]:
+        """Packets that were forwarded so far, and seconds of the turns that had work."""
+        now = time.monotonic()
+        self._busy += self.worker.stats().get("busy_share", 0.0) * (now - self._asked)
+        self._asked = now
+        return float(self.core.verdicts()[0]), self._busy
 
     def close(self) -> None:
         self.worker.stop()

@@ -51,6 +51,8 @@ def arguments_of(device: str) -> dict[str, str]:
 
 def kernel_interfaces(device: str) -> set[str]:
     """Those that a driver is told to take packets from, such as ``eth0`` of ``net_pcap0,iface=eth0``."""
+    if driver_of(device) == "net_vhost":  # its iface is a socket
+        return set()
     return {name for key, name in arguments_of(device).items() if key in INTERFACES}
 
 

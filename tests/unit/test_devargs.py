@@ -61,6 +61,7 @@ def test_kernel_interfaces_by_dpdks_own_words() -> None:
     assert kernel_interfaces("net_af_xdp0,iface=eth0,start_queue=1") == {"eth0"}
     assert kernel_interfaces("net_pcap0,rx_iface=eth0,tx_iface=eth1") == {"eth0", "eth1"}
     assert kernel_interfaces("net_memif0,role=client") == kernel_interfaces("eth0") == set()
+    assert kernel_interfaces("net_vhost0,iface=/run/a.sock,client=1") == set()
 
 
 # -- PCI ------------------------------------------------------------------------------------------------------

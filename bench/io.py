@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generator, NAT and sink over one kind of device after the other, each beside plain forwarding on the very same ports.
+
+``replay`` and ``ring`` are in one process, and show the NAT's own cost; the others have `tandem-nat server` or `dpdk-testpmd`
+(macswap) between two links, with `tandem-nat pktgen` around them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from bench import ends, figures
+from bench.ends import Asked, Box
+from bench.figures import Figure
+from bench.replay import Replay, core_config
+from nat_control.lab import LabError
+
+T = TypeVar("T")
+TRIES = 4
+DEVICES = ("replay", "ring", *ends.LINKS)
+# Mpps ÷ testpmd's over the same memif, must and good (performance.md)
+SHARES = {1: ">= 0.64, good 0.85", 1024: ">= 0.59, good 0.81", 28_000: ">= 0.60, good 0.90", 1_000_000: ">= 0.51, good 0.68",
+          4_000_000: ">= 0.48, good 0.60", 14_000_000: ">= 0.45, good 0.63"}  # fmt: skip
+
+
+def measure(device: str, flows: int, rounds: int, seconds: float, size: int) -> Iterator[Figure]:
+    name = f"io {device}, {flows:,} flows"
+    try:
+        if device == "replay":
+            yield from _replay(name, flows, rounds, seconds)
+        elif device == "ring":
+            yield from _ring(name, flows, rounds, seconds, size)
+        else:
+            yield _links(name, device, flows, rounds, seconds, size)
+    except LabError as error:
+        yield figures.missing(name, str(error))
+
+
+def _replay(name: str, flows: int, rounds: int, seconds: float) -> Iterator[Figure]:
+    with Replay(core_config(flows), flows) as replay:
+        replay.open(0, flows)
+        replay.draw()
+
+        def one(swap: bool) -> float:
+            done = replay.run(seconds=seconds / 4, has_known=True, swap=swap)
+            return done.wall_ns / max(done.packets[0], 1)
+
+        values, speeds = figures.interleaved({"nat": lambda: one(False), "plain": lambda: one(True)}, rounds)
+    yield figures.figure(
+        f"{name}: per packet",
+        "ns",
+        values["nat"],
+        floor=values["plain"],
+        floor_name="plain forwarding",
+        speeds=speeds,
+    )
+    yield _rate(name, [1e3 / ns for ns in values["nat"]], [1e3 / ns for ns in values["plain"]], speeds)
+
+
+def _rate(name: str, nat: list[float], plain: list[float], speeds: list[float], **more: Any) -> Figure:
+    return figures.figure(
+        f"{name}: rate", "Mpps", nat, floor=plain, speeds=speeds, floor_name="plain forwarding", **more
+    )
+
+
+def _ring(name: str, flows: int, rounds: int, seconds: float, size: int) -> Iterator[Figure]:
+    asked = [str(word) for word in (flows, seconds, rounds, size - 4)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.io_ring", *asked], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise LabError(f"io_ring: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    values, speeds = found["values"], found["speeds"]
+    yield figures.figure(
+        f"{name}: per packet",
+        "ns",
+        values["nat_ns"],
+        floor=values["plain_ns"],
+        floor_name="plain forwarding",
+        speeds=speeds,
+    )
+    yield _rate(name, values["nat"], values["plain"], speeds)
+
+
+def _again(run: Callable[[], T]) -> T:
+    """testpmd polls a memif while DPDK connects it, which ends it now and then: that says nothing of anybody's speed."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(LabError):
+            return run()
+    return run()
+
+
+def mpps(kind: str, box: Box, flows: int, asked: Asked, wrong: list[str]) -> float:
+    """Of packets that came through; what was wrong with them is added to ``wrong``."""
+    found = (
+        _again(lambda: ends.once(kind, box, flows, asked))
+        if box is ends.testpmd
+        else ends.once(kind, box, flows, asked)
+    )
+    if asked.translated and found["wrong"]:
+        wrong.append(str(found["wrong"]))
+    return float(found["packets_per_second"]) / 1e6
+
+
+def _links(name: str, kind: str, flows: int, rounds: int, seconds: float, size: int) -> Figure:
+    wrong: list[str] = []
+    nat, plain = Asked(seconds, size=size), Asked(seconds, resolve=False, translated=False, size=size)
+    values, speeds = figures.interleaved(
+        {
+            "nat": lambda: mpps(kind, ends.tandem, flows, nat, wrong),
+            "plain": lambda: mpps(kind, ends.testpmd, min(flows, 1 << 20), plain, []),
+        },
+        rounds,
+    )
+    goal = {"goal": f"{SHARES[flows]} of testpmd"} if kind == "memif" and flows in SHARES else {}
+    return {
+        **_rate(name, values["nat"], values["plain"], speeds, wrong=wrong, **goal),
+        "floor_name": "testpmd macswap",
+    }
+
+
+def add(what: Any) -> None:
+    parser = what.add_parser(
+        "io", help="the NAT over devices, beside plain forwarding on the same ports (root)"
+    )
+    parser.add_argument("--devices", nargs="+", choices=DEVICES, default=DEVICES)
+    parser.add_argument("--flows", type=int, nargs="+", default=[1, 1024, 28_000])
+    parser.add_argument("--rounds", type=int, default=figures.ROUNDS)
+    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument(
+        "--size", type=int, default=64, help="bytes of a frame, with the checksum of Ethernet"
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def run(given: argparse.Namespace) -> None:
+    for device in given.devices:
+        for flows in given.flows:
+            figures.say(measure(device, flows, given.rounds, given.seconds, given.size), given.json)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices and peers: each is measured beside another one on the same ports, and packets come through rightly. Root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from bench import peers
+
+
+def is_measured(found: dict[str, Any]) -> bool:
+    """Both sides, unless the machine was at its speed in no round."""
+    assert found.get("missing") is None, found
+    return found["rounds"] == 0 or min(found["median"], found["floor"], found["ratio"]["min"]) > 0
+
+
+root = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+with_testpmd = pytest.mark.skipif(shutil.which("dpdk-testpmd") is None, reason="apt install dpdk")
+
+
+def bench(*arguments: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=115,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+SMALL = ("--flows", "100", "--rounds", "1", "--seconds", "0.3")
+
+
+@pytest.mark.parametrize("device", ["replay", "ring"])
+def test_in_one_process(device: str) -> None:
+    each, rate = bench("io", "--devices", device, *SMALL)
+    for found, unit in ((each, "ns"), (rate, "Mpps")):
+        assert found["unit"] == unit, found
+        assert is_measured(found)
+
+
+@root
+@with_testpmd
+@pytest.mark.parametrize(
+    "device",
+    ["memif", "af_packet", *(pytest.param(name, marks=pytest.mark.long) for name in ("vhost", "af_xdp"))],
+)
+def test_between_processes(device: str) -> None:
+    (found,) = bench("io", "--devices", device, *SMALL)
+    assert is_measured(found)
+    assert found["wrong"] == []
+
+
+@root
+@pytest.mark.skipif(shutil.which("nft") is None, reason="apt install nftables")
+def test_the_kernel_as_peer() -> None:
+    (found,) = bench("peers", "--only", "nftables", *SMALL)
+    assert is_measured(found)
+    assert found["wrong"] == found["wrong_peer"] == []
+
+
+def test_who_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    vpp = next(peer for peer in peers.PEERS if "VPP" in peer.name)
+    found = peers.measure(vpp, 10, 1, 0.1)
+    assert found["missing"].startswith("not installed")
+    assert "median" not in found
