@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import core, failover, io, micro, newflows, pair_commands, peers, relay
+from bench import core, cores, failover, io, latency, micro, newflows, pair_commands, peers, relay, scales
 from nat_control.lab import LabError
 
 # What `make bench-failover` measures: the figures that a release states.
@@ -21,7 +21,15 @@ CASES = [
 ] + [failover.Case(how, 1000, 1, 0, 10) for how in ("stop", "failback", "planned", "link")]
 
 # commands that have a module of their own, with `add` and `run`
-MODULES = {"micro": micro, "newflows": newflows, "io": io, "peers": peers}
+MODULES = {
+    "scales": scales,
+    "micro": micro,
+    "newflows": newflows,
+    "latency": latency,
+    "io": io,
+    "peers": peers,
+    "cores": cores,
+}
 
 
 def main() -> None:

@@ -16,7 +16,9 @@ static inline int compare(const void *a, const void *b)
 static inline void report(const char *name, double *ns, unsigned n)
 {
     qsort(ns, n, sizeof *ns, compare);
-    printf("\"%s\": {\"median\": %.2f, \"min\": %.2f, \"max\": %.2f}, ", name, ns[n / 2], ns[0], ns[n - 1]);
+    printf("\"%s\": {\"median\": %.2f, \"min\": %.2f, \"max\": %.2f, \"quarter\": %.2f, \"three_quarters\": "
+           "%.2f}, ",
+           name, ns[n / 2], ns[0], ns[n - 1], ns[n / 4], ns[3 * n / 4]);
 }
 
 #define SLOW 1.15 /* times the fastest probe: a neighbour has the core, or the clock went down */

@@ -201,12 +201,20 @@ void replay_open(struct replay *r, uint32_t first, uint32_t flows, struct replay
     result->wall_ns = clock_ns() - start;
 }
 
-/* Draws the trace of the known flows, all of which are open: as many ways out as in. */
-void replay_draw(struct replay *r, unsigned order);
-void replay_draw(struct replay *r, unsigned order)
+/* Draws the trace of the known flows, all of which are open: as many ways out as in. Or, `unsolicited`, what
+ * comes from outside to their external endpoints and was never asked for. */
+void replay_draw(struct replay *r, unsigned order, bool unsolicited);
+void replay_draw(struct replay *r, unsigned order, bool unsolicited)
 {
     for (uint32_t i = 0; i < r->n_trace; i++) {
         const struct endpoints *e = &r->all[pick((enum order)order, r->known)];
+        if (unsolicited) {
+            struct endpoints forged = *e;
+            put32(forged.in, 0x09090000u + (uint32_t)(next_random() & 0xffff));
+            r->ports[i] = 1;
+            make_frame(r->trace[i], 1, forged.in);
+            continue;
+        }
         r->ports[i] = next_random() >> 63;
         make_frame(r->trace[i], r->ports[i], r->ports[i] ? e->in : e->out);
     }

@@ -162,12 +162,16 @@ class Replay:
             found.append(self.core.counters()["index_steps"])
         return np.diff(np.array(found))
 
-    def draw(self, order: str = "uniform") -> None:
-        """Chooses what packets of the known flows will come, once all are open."""
-        self._library.replay_draw(self._replay, ORDERS[order])
+    def draw(self, order: str = "uniform", *, unsolicited: bool = False) -> None:
+        """Chooses what packets of the known flows will come, once all are open; or such as nobody has asked for."""
+        self._library.replay_draw(self._replay, ORDERS[order], ctypes.c_bool(unsolicited))
 
     def run(self, **phase: Any) -> Outcome:
         return self._beside_the_loop(lambda: self._call("replay_run", ctypes.byref(Phase(**phase))))
+
+    def run_alone(self, **phase: Any) -> Outcome:
+        """The same in this thread, which has chosen its CPU; nobody reads events."""
+        return self._call("replay_run", ctypes.byref(Phase(**phase)))
 
     def age(self, ahead: float, step: float, turns: int) -> Outcome:
         """``turns`` of a loop without packets, ``step`` seconds of the core's clock apart, after ``ahead`` seconds."""
