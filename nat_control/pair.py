@@ -328,13 +328,12 @@ class Pair:
     async def _tell_activity(self) -> None:
         """The owner ages a session, but only the carrier sees its packets."""
         while True:
-            period = self.activity_period
             await self.activity_pause()
-            self.transport.hearsay.look()
+            self.transport.hearsay.look(self._clock())
             if self.state is not State.OPERATIONAL:
                 continue
             async for page in self._plane.sessions():
                 if self._ours is not None:
                     page = page[self._ours(page)]
-                if len(active := self.transport.hearsay.carried(page, period)):
+                if len(active := self.transport.hearsay.carried(page)):
                     self.transport.events(Changes(updated=active))

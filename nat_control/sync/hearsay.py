@@ -3,36 +3,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from nat_control.dataplane import NO_IDS, Ids, Mask, Records
 from nat_fastpath.engine import FLAG_FOREIGN
 
+BLUR = 0.2  # seconds that a plane may take over what it is told; a packet so much later is our own
+
+_Seconds = np.ndarray[Any, np.dtype[np.float64]]
+_Told = tuple[Ids, _Seconds]  # ids, and when each had its last packet as the peer says
+_NOTHING: _Told = NO_IDS, np.zeros(0)
+
 
 class Hearsay:
-    """Sessions of which the peer has told. That they are in use is no news to it, and telling it so would take back what
-    their packets have changed there since."""
+    """Sessions of which the peer has told. That they were in use until then is no news to it, and telling it so would take back
+    what their packets have changed there since. Later packets are our own, and news."""
 
-    def __init__(self) -> None:
-        self._now: list[Ids] = []
-        self._before: Ids = NO_IDS  # sorted
+    def __init__(self, now: float) -> None:
+        self._since = self._began = now  # of the look before this one, and of this one
+        self._told: list[_Told] = []  # since then
+        self._before = _NOTHING  # between the two, sorted
 
-    def heard(self, records: Records) -> None:
-        """Before the plane is given them."""
-        self._now.append(records["id"])
+    def heard(self, records: Records, now: float) -> None:
+        """As the plane is given them."""
+        self._told.append((records["id"], now - records["idle_ms"] / 1000))
 
-    def look(self) -> None:
-        """A new look at what was carried begins; what was heard before the last one is forgotten."""
-        self._before, self._now = np.sort(np.concatenate([NO_IDS, *self._now])), []
+    def look(self, now: float) -> None:
+        """A new look at what was carried since the last one begins."""
+        self._since, self._began = self._began, now
+        self._before, self._told = _sorted(self._told), []
 
-    def carried(self, page: Records, within: float) -> Records:
-        """The peer's sessions that our own plane has carried in these seconds; may leave out some until the next look."""
-        active = page[(page["flags"] & FLAG_FOREIGN != 0) & (page["idle_ms"] < np.uint32(within * 1000))]
-        return np.asarray(active[~self._is_heard(active["id"])])
+    def carried(self, page: Records) -> Records:
+        """Of sessions as they are since the look began, the peer's that our own plane has carried since the look before it."""
+        used = self._began - page["idle_ms"] / 1000
+        carried = (page["flags"] & FLAG_FOREIGN != 0) & (used > self._since)
+        for told in (self._before, _sorted(self._told)):
+            if len(told[0]) and carried.any():
+                carried[carried] = _later(page["id"][carried], used[carried], told)
+        return np.asarray(page[carried])
 
-    def _is_heard(self, ids: Ids) -> Mask:
-        found = np.isin(ids, np.concatenate([NO_IDS, *self._now]))
-        if len(self._before):
-            at = np.minimum(np.searchsorted(self._before, ids), len(self._before) - 1)
-            found |= self._before[at] == ids
-        return found
+
+def _sorted(told: list[_Told]) -> _Told:
+    """By id, and the latest of each behind its others."""
+    ids, until = (np.concatenate([none, *some]) for none, *some in zip(_NOTHING, *told, strict=True))
+    order = np.lexsort((until, ids))
+    return ids[order], until[order]
+
+
+def _later(ids: Ids, used: _Seconds, told: _Told) -> Mask:
+    """Those that were used later than is told of them."""
+    at = np.maximum(np.searchsorted(told[0], ids, side="right") - 1, 0)
+    return np.asarray((told[0][at] != ids) | (used > told[1][at] + BLUR))

@@ -90,7 +90,7 @@ class Transport:
         self._tasks = asyncio.TaskGroup()
         self._leaving = False
         self._newcomers = 0
-        self.hearsay = Hearsay()
+        self.hearsay = Hearsay(self._clock())
         self.address: tuple[str, int] | None = None  # where it listens, once it does
 
     # -- what the owner says
@@ -376,13 +376,13 @@ class Transport:
     async def _install(self, op: int, records: Records) -> None:
         refused: Ids = NO_IDS
         records = self.protocol.prevailing(op, records)
-        self.hearsay.heard(records)
+        self.hearsay.heard(records, self._clock())
         if await self._in_parts(self._plane.install, records) < len(records):
             refused = records["id"][~await self._plane.holds(records)]
         self._done(lambda now: self.protocol.plane_done(op, now, refused))
 
     async def _update(self, records: Records) -> None:
-        self.hearsay.heard(records)
+        self.hearsay.heard(records, self._clock())
         await self._in_parts(self._plane.update, records)
 
     async def _delete(self, op: int, records: Records) -> None:

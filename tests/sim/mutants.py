@@ -299,10 +299,8 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "Ready is not heard": instead(State.EXCHANGING, Input.READY, Protocol._nothing),
     "any number of changes may wait": method(Protocol, "_bound", lambda self: None),
     "TCP states are not told": instead(State.OPERATIONAL, Input.UPDATE, Protocol._nothing),
-    "what was heard is told back": method(
-        Hearsay, "_is_heard", lambda self, ids: np.zeros(len(ids), np.bool_)
-    ),
-    "traffic is not told to the owner": method(Hearsay, "carried", lambda self, page, within: NO_RECORDS),
+    "what was heard is told back": method(Hearsay, "heard", lambda self, records, now: None),
+    "traffic is not told to the owner": method(Hearsay, "carried", lambda self, page: NO_RECORDS),
     "what both hold ages as if nobody else had seen it": method(
         AgeingPlane, "_used", lambda self, held, idle_ms: None
     ),

@@ -93,7 +93,7 @@ class Node:
             epoch=self.incarnation << 16,
             limits=self.scenario.limits,
         )
-        self.hearsay = Hearsay()
+        self.hearsay = Hearsay(self.clock())
         self.link: Link | None = None
         self.decoder = Decoder()
         self.protected: dict[int, int] = {}  # acknowledged by the peer: id -> its incarnation
@@ -249,9 +249,9 @@ class Node:
 
     def activity(self) -> None:
         """The owner ages a session, but only the carrier sees its packets."""
-        self.hearsay.look()
+        self.hearsay.look(self.clock())
         if self.protocol.state is State.OPERATIONAL:
-            active = self.hearsay.carried(self.plane.records(), self.activity_period)
+            active = self.hearsay.carried(self.plane.records())
             if len(active):
                 self.run(self.protocol.events(Changes(updated=active), self.clock()))
         if self.alive:
@@ -309,7 +309,7 @@ class Node:
                 if after is State.OPERATIONAL and self.link is not None:
                     self.protected |= dict.fromkeys(self.paged, self.link.incarnations[self.peer.index])
             case do.Conflicts(ids):
-                self.rules.refuse(ids.tolist())
+                self.rules.refuse(self, ids.tolist())
             case do.DigestCompared(buckets):
                 self.compared = buckets
                 self.rules.compared(bool(buckets))
@@ -322,6 +322,7 @@ class Node:
                 self.carries += 1
                 self.rules.must(self.carries <= self.peer.asks, "asked", "nobody wants anyone to carry")
                 world.primary = carrier - 1
+                self.rules.crossed |= not world.at_rest()
                 for node in world.nodes:
                     if node.protocol.busy or node.plane.has_events or node.operations:
                         self.rules.overlapped = True
@@ -364,12 +365,13 @@ class Node:
     def operate(self, action: do.Action) -> None:
         plane, protocol, world = self.plane, self.protocol, self.world
         if isinstance(action, do.Install | do.Update):
-            self.hearsay.heard(action.records)
+            self.hearsay.heard(action.records, self.clock())
         match action:
             case do.Install(op, records) if op not in self.partly and world.strikes("early", 0.1):
                 self.writes_late(action)
             case do.Install() | do.Delete() if world.strikes("mute", 0.02):
                 world.note(f"{self.index} never hears from its plane")
+                self.rules.undeleted |= isinstance(action, do.Delete)
             case do.Install(op, records) if len(records) > 1 and world.strikes("slow", 0.5):
                 half = world.rng.randrange(1, len(records))
                 whole, done = self.partly.get(op, (records, 0))

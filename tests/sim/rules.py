@@ -80,6 +80,8 @@ class Rules:
         self.overlapped = (
             False  # traffic moved with a new session on its way: as in a split, both may open it
         )
+        self.crossed = False  # traffic moved with news on its way, which then looks younger than it is
+        self.undeleted = False  # a plane still has what it was told to delete
         self.disturbed = -1e9  # when somebody stood still, or a clock jumped
 
     def must(self, good: bool, rule: str, what: str) -> None:
@@ -95,11 +97,14 @@ class Rules:
         excused = number in self.conflicting or number in self.ended
         self.must(known or excused, rule, f"session {number:x} {what}")
 
-    def refuse(self, ids: list[int]) -> None:
-        """A plane has not taken these."""
+    def refuse(self, node: Node, ids: list[int]) -> None:
+        """A plane has not taken these, as this node hears."""
         faults = self.world.scenario.faults
-        # While it was alone a side may have used again what the other one still held.
-        reason = faults & REFUSING or self.overlapped or self.world.connections > 1
+        # While it was alone a side may have used again what the other one still held, or what the dead had sent.
+        bereft = node.link is None or not node.peer.alive or node.link is not node.peer.link
+        reason = (
+            faults & REFUSING or self.overlapped or self.undeleted or bereft or self.world.connections > 1
+        )
         self.must(bool(reason), "refused", f"{len(ids)} sessions are refused without a reason")
         self.conflicting.update(ids)
 
@@ -215,7 +220,7 @@ class Rules:
             same = key_of(one) == key_of(other) and outside(one) == outside(other)
             self.must(same, "content", f"id {number:x} is two sessions")
             # A reconnection does not tell the state of what both hold; and news that is slow looks younger than it is.
-            slow = self.world.connections > 1 or "slow" in faults
+            slow = self.world.connections > 1 or "slow" in faults or self.crossed
             if not self.world.scenario.broken and not slow:
                 states = int(one["tcp_state"]), int(other["tcp_state"])
                 self.must(states[0] == states[1], "content", f"TCP states of {number:x}: {states}")
