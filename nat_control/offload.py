@@ -107,6 +107,8 @@ class FrontView:
 
     def ended(self, ids: Ids) -> None:
         """These sessions are no more."""
+        if not len(ids):
+            return
         self.fronts = self.fronts[~np.isin(self.ids, ids)]
         for txid, (asked, front) in self._asked.items():
             if (
