@@ -322,7 +322,8 @@ class Node:
                 self.carries += 1
                 self.rules.must(self.carries <= self.peer.asks, "asked", "nobody wants anyone to carry")
                 world.primary = carrier - 1
-                self.rules.crossed |= not world.at_rest()
+                if not world.at_rest():
+                    self.rules.crossings.append(world.now)
                 for node in world.nodes:
                     if node.protocol.busy or node.plane.has_events or node.operations:
                         self.rules.overlapped = True

@@ -43,6 +43,7 @@ OPERATIONAL = (
     60.0  # seconds from the end of all faults: a plane that hung, an exchange that ends for it, the next
 )
 REFUSING = frozenset(("full", "refuse", "split", "freeze", *BROKEN))
+CROSSING = 2.0  # seconds that news may be on its way, and looks as much younger than it is
 UNSURE = frozenset(("slow", "mute", *BROKEN))  # activity may be told too late
 
 
@@ -61,11 +62,14 @@ class Flow:
     def __init__(self, now: float) -> None:
         self.since = -1e9  # that no two packets were far apart
         self.last = now
+        self.changed = now  # by the last packet that was news
 
-    def packet(self, now: float, apart: float) -> None:
+    def packet(self, now: float, apart: float, *, news: bool) -> None:
         if now - self.last > apart:
             self.since = now
         self.last = now
+        if news:
+            self.changed = now
 
 
 class Rules:
@@ -80,7 +84,7 @@ class Rules:
         self.overlapped = (
             False  # traffic moved with a new session on its way: as in a split, both may open it
         )
-        self.crossed = False  # traffic moved with news on its way, which then looks younger than it is
+        self.crossings: list[float] = []  # when traffic moved with news on its way
         self.undeleted = False  # a plane still has what it was told to delete
         self.disturbed = -1e9  # when somebody stood still, or a clock jumped
 
@@ -220,7 +224,9 @@ class Rules:
             same = key_of(one) == key_of(other) and outside(one) == outside(other)
             self.must(same, "content", f"id {number:x} is two sessions")
             # A reconnection does not tell the state of what both hold; and news that is slow looks younger than it is.
-            slow = self.world.connections > 1 or "slow" in faults or self.crossed
+            changed = self.flows[number].changed
+            crossed = any(abs(changed - moved) < CROSSING for moved in self.crossings)
+            slow = self.world.connections > 1 or "slow" in faults or crossed
             if not self.world.scenario.broken and not slow:
                 states = int(one["tcp_state"]), int(other["tcp_state"])
                 self.must(states[0] == states[1], "content", f"TCP states of {number:x}: {states}")

@@ -117,15 +117,15 @@ class World:
         if node.alive and not node.frozen:
             client, remote = rng.choice(self.busy_clients), rng.choice(REMOTES)
             held = node.plane.held.get((*client, *remote))
-            if held is None:
+            if news := held is None:
                 held = node.plane.open(client, remote)
-            elif rng.random() < 0.5:
+            elif news := rng.random() < 0.5:
                 node.plane.touch(key_of(held), rng.randint(0, 5))
             else:
                 node.plane.carried(key_of(held))
             if held is not None:
                 flow = self.rules.flows.setdefault(int(held["id"]), Flow(self.now))
-                flow.packet(self.now, self.scenario.timeout / 2)
+                flow.packet(self.now, self.scenario.timeout / 2, news=news)
             if rng.random() < 0.3 and not node.stalled:
                 node.drain()
         self.later(rng.expovariate(8), self.traffic)
