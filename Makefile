@@ -6,7 +6,7 @@ BIN := .venv/bin
 C_FILES = $(shell git ls-files '*.c' '*.h')
 PY_TYPED = nat_control nat_fastpath switch_agent
 
-.PHONY: help build test test-long test-sim test-mutants soak lint bench bench-failover bench-pair fuzz demo clean packages root
+.PHONY: help build test test-long test-sim test-mutants soak lint bench bench-full matplotlib bench-failover bench-pair fuzz demo clean packages root
 
 help:
 	@echo "make build   .venv with the extensions compiled"
@@ -17,7 +17,8 @@ help:
 	@echo "make test-mutants  bugs planted in the sync protocol, all of which the tests must find"
 	@echo "make soak    a pair under traffic, one fault after the other (MINUTES=10 SEED=1; root)"
 	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make bench   measurements, with the floor beside them; bench-failover: what a failover costs (root)"
+	@echo "make bench   every figure of the data plane beside its floor and the peers, in minutes; a report in bench/results (ONLY=micro; root)"
+	@echo "make bench-full    the same at all scales, hours; bench-failover: what a failover costs (root)"
 	@echo "make bench-pair    every figure of the pair, with a report and plots in build/bench-pair (TRIALS=25, ONLY=kill; root)"
 	@echo "make fuzz    fuzzers on packets and on messages of peers and switches (FUZZ_SECONDS=60)"
 	@echo "make clean   all that was built"
@@ -72,8 +73,15 @@ lint: build
 	$(BIN)/mypy $(PY_TYPED)
 	clang-format --dry-run -Werror $(C_FILES)
 
-bench: build
-	$(BIN)/python -m bench
+matplotlib: build
+	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+
+# docs/performance.md tells what is measured and how; ONLY chooses parts
+bench: root matplotlib
+	tools/as-root.sh $(BIN)/python -m bench suite $(if $(ONLY),--only $(ONLY))
+
+bench-full: root matplotlib
+	tools/as-root.sh $(BIN)/python -m bench suite --scale full $(if $(ONLY),--only $(ONLY))
 
 # 25 trials of each kind of kill, ten of the other ends, and new flows in the three modes: half an hour, on a quiet machine
 bench-failover: root build
@@ -82,8 +90,7 @@ bench-failover: root build
 
 # All figures of the pair: an hour and a half, on a quiet machine; ONLY chooses by a word of their names
 TRIALS ?= 25
-bench-pair: root build
-	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+bench-pair: root matplotlib
 	tools/as-root.sh $(BIN)/python -m bench pair --trials $(TRIALS) $(if $(ONLY),--only $(ONLY))
 
 FUZZ_SECONDS ?= 60

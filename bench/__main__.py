@@ -12,7 +12,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import core, cores, failover, io, latency, micro, newflows, pair_commands, peers, relay, scales
+from bench import (
+    core,
+    cores,
+    failover,
+    io,
+    latency,
+    micro,
+    newflows,
+    pair_commands,
+    peers,
+    relay,
+    scales,
+    suite,
+)
 from nat_control.lab import LabError
 
 # What `make bench-failover` measures: the figures that a release states.
@@ -29,6 +42,7 @@ MODULES = {
     "io": io,
     "peers": peers,
     "cores": cores,
+    "suite": suite,
 }
 
 

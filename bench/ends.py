@@ -6,10 +6,11 @@ The links are made for each measurement, in a lab of its own; whoever may be the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -47,6 +48,22 @@ def hugepages_mb() -> int:
         int((folder / "free_hugepages").read_text()) * int(folder.name[10:-2]) // 1024
         for folder in HUGEPAGES.glob("hugepages-*kB")
     )
+
+
+@contextlib.contextmanager
+def reserved_hugepages(mb: int) -> Iterator[None]:
+    """So many are free in here, if the machine can spare them, and given back afterwards."""
+    number = HUGEPAGES / "hugepages-2048kB" / "nr_hugepages"
+    missing = (mb - hugepages_mb()) // 2
+    if missing <= 0 or not os.access(number, os.W_OK):
+        yield
+        return
+    before = int(number.read_text())
+    number.write_text(str(before + missing))
+    try:
+        yield
+    finally:
+        number.write_text(str(before))
 
 
 class Net:

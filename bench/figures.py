@@ -53,9 +53,13 @@ def figure(
     *,
     floor: Sequence[float] | None = None,
     speeds: Sequence[float] | None = None,
+    counted: bool = False,
     **more: Any,
 ) -> Figure:
-    """``values`` of the rounds, ``floor`` those of the same rounds; ``speeds`` the probes before each and one after the last."""
+    """``values`` of the rounds, ``floor`` those of the same rounds; ``speeds`` the probes before each and one after the last.
+
+    What was ``counted`` is not measured by a clock, and noise does not touch it.
+    """
     kept = calm(speeds) if speeds else list(range(len(values)))
     found: Figure = {"figure": name, "unit": unit}
     if not kept:
@@ -66,7 +70,7 @@ def figure(
     if floor is not None:
         judged = [values[i] / floor[i] for i in kept]
         found |= {"floor": spread([floor[i] for i in kept])["median"], "ratio": spread(judged)}
-    return {**found, "drowned": is_drowned(judged), **more}
+    return {**found, "drowned": not counted and is_drowned(judged), **more}
 
 
 def calm(speeds: Sequence[float]) -> list[int]:

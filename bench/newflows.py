@@ -74,7 +74,7 @@ def _steps(sessions: int) -> Figure:
         steps = replay.steps_of_bursts(sessions - last, last // 32)
     return figures.figure(
         "new flows: index buckets looked at by a burst of 32, table nearly full", "buckets", steps.tolist(),
-        bound="32 x 4 indexes x 24",
+        bound="32 x 4 indexes x 24", counted=True,
     )  # fmt: skip
 
 

@@ -85,8 +85,8 @@ def _plots(rows: list[Row], directory: Path) -> list[str]:
 
     done = []
     for name, draw in (
-        ("split-processing", _split),
-        ("new-flows", _new_flows),
+        ("split-processing", split_plot),
+        ("new-flows", new_flows_plot),
         ("failover-steps", _steps),
         ("failover-timeline", _timeline),
     ):
@@ -98,7 +98,7 @@ def _plots(rows: list[Row], directory: Path) -> list[str]:
     return done
 
 
-def _split(pyplot: Any, rows: list[Row]) -> bool:
+def split_plot(pyplot: Any, rows: list[Row]) -> bool:
     """Figure 8.5: what the server and what the receiver sees, while new flows begin and the switch takes them over."""
     found = [row for row in rows if "server_packets" in row]
     if not found:
@@ -115,7 +115,7 @@ def _split(pyplot: Any, rows: list[Row]) -> bool:
     return True
 
 
-def _new_flows(pyplot: Any, rows: list[Row]) -> bool:
+def new_flows_plot(pyplot: Any, rows: list[Row]) -> bool:
     """Figures 8.6 to 8.8: latency of known flows, and what the first packet of a new one takes more."""
     found = [row for row in rows if "added_ms_by_percent" in row]
     if not found:
