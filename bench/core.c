@@ -13,10 +13,13 @@
  *   order=uniform  or zipf, sequential
  *   batch=32       packets that nat_burst is given at once
  *   aes=1, parity=1, preservation=1, quarantine=1, vlan=1
+ *   small_pages=1  of 4 KB, unless there are huge ones set apart
  *
  * Frames are 64 bytes of UDP, each session with its own endpoints, in a ring of buffers that is larger than
  * the L2 cache. Prints one JSON object.
  */
+#include <sys/prctl.h>
+
 #include "known.h"
 #include "memory.h"
 
@@ -163,7 +166,8 @@ static struct asked read_arguments(int argc, char **argv)
                  {"parity", &with.parity},
                  {"preservation", &with.preservation},
                  {"quarantine", &with.quarantine},
-                 {"vlan", &with.vlan}};
+                 {"vlan", &with.vlan},
+                 {"small_pages", &with.small_pages}};
 
     asked.sessions = argc > 1 ? (uint32_t)strtoul(argv[1], NULL, 10) : 0;
     for (int i = 2; i < argc; i++) {
@@ -200,6 +204,8 @@ static struct asked read_arguments(int argc, char **argv)
 int main(int argc, char **argv)
 {
     const struct asked asked = read_arguments(argc, argv);
+    if (with.small_pages)
+        prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
     struct nat_memory memory;
     struct nat_core *core = make_core(asked.sessions, asked.dependent, &memory);
     struct endpoints *all = malloc(asked.sessions * sizeof *all);

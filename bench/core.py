@@ -72,7 +72,7 @@ def lookup(sessions: int, *, rounds: int = 31, order: str = "uniform") -> Any:
 
 
 VALUES = {"dependent": "dependent"}  # of what is a choice and no flag
-OPTIONS = ("aes", "parity", "preservation", "quarantine", "vlan", "dependent")
+OPTIONS = ("aes", "parity", "preservation", "quarantine", "vlan", "dependent", "small_pages")
 
 
 def option_cost(option: str, sessions: int, pairs: int) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class Asked:
     seconds: float = 2
     resolve: bool = True
     translated: bool = True
-    size: int = 64
+    size: str = "64"
     more: tuple[str, ...] = ()
 
 
@@ -181,7 +181,7 @@ def _generator(net: Net, flows: int, asked: Asked) -> Process:
     nat = ["--nat", f"{INSIDE[0]},{OUTSIDE[0]}", "--ours", f"{INSIDE[1]},{OUTSIDE[1]}"]
     command = [
         *CLI, "pktgen", *net.links.generator, "--pool", f"{first}-{last}", "--hosts", str(HOSTS),
-        *(nat if asked.resolve else ["--macs", ",".join(MACS)]), *("--flows", str(flows), "--size", str(asked.size)),
+        *(nat if asked.resolve else ["--macs", ",".join(MACS)]), *("--flows", str(flows), "--size", asked.size),
         *("--cpu", str(net.cpus[0]), "--check", "256", "--seconds", str(asked.seconds), "--json"), *asked.more,
     ]  # fmt: skip
     return net.generator.start(*command, name="pktgen")
@@ -190,8 +190,8 @@ def _generator(net: Net, flows: int, asked: Asked) -> Process:
 Box = Callable[[Net, int], Process]
 
 
-def once(kind: str, box: Box, flows: int, asked: Asked) -> dict[str, Any]:
-    """One measurement: links, box and generator are made and taken away. What pktgen says of its run. Raises LabError."""
+def said(kind: str, box: Box, flows: int, asked: Asked) -> str:
+    """One measurement: links, box and generator are made and taken away. What pktgen has written. Raises LabError."""
     with Lab() as lab:
         net = Net(lab, kind)
         if net.links.sockets:
@@ -204,15 +204,26 @@ def once(kind: str, box: Box, flows: int, asked: Asked) -> dict[str, Any]:
         else:
             process = box(net, flows)
             generator = _generator(net, flows, asked)
-        until(
-            "pktgen ends", lambda: not generator.alive or not _alive(process), PATIENCE + 10 * asked.seconds
-        )
-        said = generator.output
-        if "{" not in said:
+        patience = PATIENCE + 30 * asked.seconds
+        until("pktgen ends", lambda: not generator.alive or not _alive(process), patience)
+        if "{" not in generator.output:
             raise LabError(f"pktgen: {generator.last_line}")
-    found: dict[str, Any] = json.loads(said[said.index("{") : said.rindex("}") + 1])
+        return generator.output
+
+
+def once(kind: str, box: Box, flows: int, asked: Asked) -> dict[str, Any]:
+    """What pktgen says of its run."""
+    text = said(kind, box, flows, asked)
+    found: dict[str, Any] = json.loads(text[text.index("{") : text.rindex("}") + 1])
     run: dict[str, Any] = found["run"]
     return run
+
+
+def rfc9693(kind: str, flows: int, high: float, seconds: float) -> list[dict[str, Any]]:
+    """The phases around our server, below ``high`` packets per second."""
+    asked = Asked(seconds, more=("--rfc9693", "--rate", str(high)))
+    text = said(kind, tandem, flows, asked)
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 def _alive(process: Process) -> bool:

@@ -61,7 +61,7 @@ static inline double probe_ns(void)
 }
 
 static struct {
-    bool aes, parity, preservation, quarantine, vlan;
+    bool aes, parity, preservation, quarantine, vlan, small_pages;
 } with;
 
 /* Returns the length: FRAME, or four bytes more with a tag. */

@@ -29,8 +29,8 @@ SHARES = {1: ">= 0.64, good 0.85", 1024: ">= 0.59, good 0.81", 28_000: ">= 0.60,
           4_000_000: ">= 0.48, good 0.60", 14_000_000: ">= 0.45, good 0.63"}  # fmt: skip
 
 
-def measure(device: str, flows: int, rounds: int, seconds: float, size: int) -> Iterator[Figure]:
-    name = f"io {device}, {flows:,} flows"
+def measure(device: str, flows: int, rounds: int, seconds: float, size: str) -> Iterator[Figure]:
+    name = f"io {device}, {flows:,} flows" + (f", {size} bytes" if size != "64" else "")
     try:
         if device == "replay":
             yield from _replay(name, flows, rounds, seconds)
@@ -69,8 +69,8 @@ def _rate(name: str, nat: list[float], plain: list[float], speeds: list[float], 
     )
 
 
-def _ring(name: str, flows: int, rounds: int, seconds: float, size: int) -> Iterator[Figure]:
-    asked = [str(word) for word in (flows, seconds, rounds, size - 4)]
+def _ring(name: str, flows: int, rounds: int, seconds: float, size: str) -> Iterator[Figure]:
+    asked = [str(word) for word in (flows, seconds, rounds, size)]
     done = subprocess.run(
         [sys.executable, "-m", "bench.io_ring", *asked], capture_output=True, text=True, check=False
     )
@@ -109,7 +109,7 @@ def mpps(kind: str, box: Box, flows: int, asked: Asked, wrong: list[str]) -> flo
     return float(found["packets_per_second"]) / 1e6
 
 
-def _links(name: str, kind: str, flows: int, rounds: int, seconds: float, size: int) -> Figure:
+def _links(name: str, kind: str, flows: int, rounds: int, seconds: float, size: str) -> Figure:
     wrong: list[str] = []
     nat, plain = Asked(seconds, size=size), Asked(seconds, resolve=False, translated=False, size=size)
     values, speeds = figures.interleaved(
@@ -126,6 +126,19 @@ def _links(name: str, kind: str, flows: int, rounds: int, seconds: float, size: 
     }
 
 
+def phases(device: str, flows: int, high: float, seconds: float) -> Iterator[Figure]:
+    """RFC 9693 around our server; each is searched for once."""
+    try:
+        for found in ends.rfc9693(device, flows, high, seconds):
+            name = f"{found['figure']} over {device}, {flows:,} flows"
+            if "missing" in found:
+                yield figures.missing(name, found["missing"])
+            else:
+                yield figures.figure(name, found["unit"], [found["median"]], below=high)
+    except LabError as error:
+        yield figures.missing(f"RFC 9693 over {device}, {flows:,} flows", str(error))
+
+
 def add(what: Any) -> None:
     parser = what.add_parser(
         "io", help="the NAT over devices, beside plain forwarding on the same ports (root)"
@@ -135,7 +148,13 @@ def add(what: Any) -> None:
     parser.add_argument("--rounds", type=int, default=figures.ROUNDS)
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument(
-        "--size", type=int, default=64, help="bytes of a frame, with the checksum of Ethernet"
+        "--size", default="64", help="bytes of a frame, with the checksum of Ethernet; or imix"
+    )
+    parser.add_argument(
+        "--rfc9693",
+        type=float,
+        metavar="PPS",
+        help="the phases around our server, below this rate, and no more",
     )
     parser.add_argument("--json", action="store_true")
 
@@ -143,4 +162,8 @@ def add(what: Any) -> None:
 def run(given: argparse.Namespace) -> None:
     for device in given.devices:
         for flows in given.flows:
+            if given.rfc9693:
+                if device in ends.LINKS:
+                    figures.say(phases(device, flows, given.rfc9693, given.seconds), given.json)
+                continue
             figures.say(measure(device, flows, given.rounds, given.seconds, given.size), given.json)

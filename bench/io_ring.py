@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import figures, nat
-from bench.pktgen import Forwarder, Generator, Order, Phase, What, phases, ring_pair
+from bench.pktgen import IMIX, Forwarder, Generator, Order, Phase, What, phases, ring_pair
 from nat_fastpath.dpdk import Eal, Mempool, Port
 
 PACE = 500_000.0  # new flows per second
 
 
-def measure(flows: int, seconds: float, rounds: int, size: int) -> dict[str, object]:
+def measure(flows: int, seconds: float, rounds: int, sizes: tuple[int, ...]) -> dict[str, object]:
     """Mpps that arrive, and ns of the CPU between the rings for each packet, of NAT and of plain forwarding."""
     cpus = sorted(os.sched_getaffinity(0))
     Eal(memory_mb=256, cpu=cpus[0])
@@ -39,7 +39,7 @@ def measure(flows: int, seconds: float, rounds: int, size: int) -> dict[str, obj
         box = nat.Nat(ours, pool, nat.core_config(of), cpu=cpus[-1])
         phases.open_all(generator, PACE)
         box.drain()
-        phase = Phase(What.OUT | What.IN, Order.RANDOM, seconds=seconds, sizes=(size,), check_every=256)
+        phase = Phase(What.OUT | What.IN, Order.RANDOM, seconds=seconds, sizes=sizes, check_every=256)
         found: dict[str, list[float]] = {"nat": [], "nat_ns": [], "plain": [], "plain_ns": []}
 
         def run(name: str, busy: Callable[[], tuple[float, float]]) -> None:
@@ -65,4 +65,8 @@ def measure(flows: int, seconds: float, rounds: int, size: int) -> dict[str, obj
 
 if __name__ == "__main__":
     number, lasts, times, frame = sys.argv[1:]
-    print(json.dumps(measure(int(number), float(lasts), int(times), int(frame))))
+    print(
+        json.dumps(
+            measure(int(number), float(lasts), int(times), IMIX if frame == "imix" else (int(frame) - 4,))
+        )
+    )

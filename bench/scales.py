@@ -101,6 +101,19 @@ def unsolicited(sessions: int, rounds: int) -> Figure:
     )  # fmt: skip
 
 
+def without_hugepages(sessions: int, rounds: int) -> Figure:
+    """What a packet costs where the kernel has only small pages to give, beside the same with huge ones."""
+
+    def one(**more: int) -> float:
+        return float(core.measure(sessions, rounds=5, **more)["nat_ns"]["median"])
+
+    values, speeds = figures.interleaved({"small": lambda: one(small_pages=1), "huge": one}, rounds)
+    return figures.figure(
+        f"core, {sessions:,} sessions, pages of 4 KB", "ns", values["small"], floor=values["huge"], speeds=speeds,
+        floor_name="huge pages", sessions=sessions,
+    )  # fmt: skip
+
+
 def measure(scales: tuple[int, ...], rounds: int, everything: bool) -> Iterator[Figure]:
     for sessions in scales:
         yield established(sessions, rounds, _goal(sessions), direction="both")
@@ -113,6 +126,7 @@ def measure(scales: tuple[int, ...], rounds: int, everything: bool) -> Iterator[
     for sessions in scales:
         yield look_up(sessions, max(rounds // 2, figures.ROUNDS))
     yield unsolicited(scales[-1], figures.ROUNDS)
+    yield without_hugepages(scales[-1], figures.ROUNDS)
 
 
 def add(what: Any) -> None:

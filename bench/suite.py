@@ -26,6 +26,7 @@ from bench.figures import Figure, tell
 RESULTS = ROOT / "bench" / "results"
 MILLION = 1_000_000
 HUGEPAGES_MB = 2048  # for those whose memory is shared between processes, while they run
+SHARED = ("links", "imix", "memif-14M", "rfc9693", "peers")
 PARTS: dict[str, dict[str, str]] = {
     "quick": {
         "scales": "scales",
@@ -35,6 +36,7 @@ PARTS: dict[str, dict[str, str]] = {
         "cores": "cores",
         "io": "io --devices replay ring --flows 1 1024 28000 --seconds 1",
         "links": "io --devices memif vhost af_packet af_xdp --flows 28000 --seconds 1",
+        "rfc9693": "io --devices memif --flows 12000 --seconds 0.5 --rfc9693 5e6",
         "peers": "peers --flows 28000 --seconds 1",
     },
     "full": {
@@ -46,7 +48,9 @@ PARTS: dict[str, dict[str, str]] = {
         "cores": "cores --rounds 9 --flows 1048576",
         "io": "io --devices replay ring --flows 1 1024 28000 1000000 4000000",
         "links": "io --devices memif vhost af_packet af_xdp --flows 1 1024 28000 1000000",
-        "memif at 14 M": "io --devices memif --flows 14000000 --seconds 5",
+        "memif-14M": "io --devices memif --flows 14000000 --seconds 5",
+        "imix": "io --devices ring memif --flows 28000 --size imix",
+        "rfc9693": "io --devices memif vhost af_packet --flows 120000 --seconds 2 --rfc9693 20e6",
         "peers": "peers --flows 1 1024 28000 262144 1000000",
     },
     # that all of it works, in a minute; no figure of it means anything
@@ -113,7 +117,7 @@ def measure(scale: str, only: list[str], out: Path) -> Path:
         if only and name not in only:
             continue
         tell(f"-- {name}")
-        with reserved_hugepages(HUGEPAGES_MB if name in ("links", "peers") else 0):
+        with reserved_hugepages(HUGEPAGES_MB if name in SHARED else 0):
             _part(name, words, scale, lines)
     return suite_report.write(suite_report.latest(lines), out)
 

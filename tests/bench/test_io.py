@@ -73,3 +73,15 @@ def test_who_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     found = peers.measure(vpp, 10, 1, 0.1)
     assert found["missing"].startswith("not installed")
     assert "median" not in found
+
+
+@root
+def test_phases_around_the_server() -> None:
+    found = bench("io", "--devices", "memif", "--flows", "600", "--seconds", "0.2", "--rfc9693", "5000")
+    assert [one["figure"].split(": ")[1].split(" over")[0] for one in found] == [
+        "set-up rate",
+        "capacity",
+        "throughput",
+    ]
+    assert found[1]["median"] == 600
+    assert all(0 <= one["median"] <= 5000 for one in found)
