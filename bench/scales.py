@@ -110,7 +110,7 @@ def without_hugepages(sessions: int, rounds: int) -> Figure:
     values, speeds = figures.interleaved({"small": lambda: one(small_pages=1), "huge": one}, rounds)
     return figures.figure(
         f"core, {sessions:,} sessions, pages of 4 KB", "ns", values["small"], floor=values["huge"], speeds=speeds,
-        floor_name="huge pages", sessions=sessions,
+        floor_name="huge pages", kind="pages", sessions=sessions,
     )  # fmt: skip
 
 

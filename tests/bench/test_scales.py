@@ -28,7 +28,7 @@ def bench(*arguments: str) -> list[dict[str, Any]]:
 def test_scales() -> None:
     found = bench("scales", "--sessions", "500", "--rounds", "3")
     assert [one["kind"] for one in found].count("core") == 6
-    assert {"look-up", "unsolicited"} <= {one["kind"] for one in found}
+    assert {"look-up", "unsolicited", "pages"} <= {one["kind"] for one in found}
     for one in found:
         assert one["rounds"] == 0 or min(one["median"], one["floor"], one["ratio"]["median"]) > 0, one
 
