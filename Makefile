@@ -6,7 +6,7 @@ BIN := .venv/bin
 C_FILES = $(shell git ls-files '*.c' '*.h')
 PY_TYPED = nat_control nat_fastpath switch_agent
 
-.PHONY: help build test test-long test-sim test-mutants soak lint bench bench-full matplotlib bench-failover bench-pair fuzz demo clean packages root
+.PHONY: help build test test-long test-sim test-mutants test-aarch64 soak lint bench bench-full matplotlib bench-failover bench-pair fuzz demo clean packages root
 
 help:
 	@echo "make build   .venv with the extensions compiled"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-long     variants that make test leaves out, for they take minutes (root)"
 	@echo "make test-sim      the sync protocol between two instances, simulated: 10000 seeds (SEEDS=N)"
 	@echo "make test-mutants  bugs planted in the sync protocol, all of which the tests must find"
+	@echo "make test-aarch64  the core compiled for aarch64, its tests under qemu-user: half an hour"
 	@echo "make soak    a pair under traffic, one fault after the other (MINUTES=10 SEED=1; root)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   every figure of the data plane beside its floor and the peers, in minutes; a report in bench/results (ONLY=micro; root)"
@@ -60,6 +61,9 @@ test-sim: build
 
 test-mutants: build
 	$(BIN)/python -m tests.sim.mutants
+
+test-aarch64: build
+	tools/test-aarch64.sh
 
 # One fault after the other under traffic, in random order: a pair of tests/soak
 MINUTES ?= 10

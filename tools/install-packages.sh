@@ -3,7 +3,7 @@
 # Installs the Debian packages that building, testing and the demo need and that are missing.
 set -eu
 
-PACKAGES="
+PACKAGES="$*
 build-essential pkg-config python3-dev python3-venv libdpdk-dev dpdk dpdk-dev
 iproute2 iputils-ping traceroute ethtool tcpdump curl iperf3 nginx-light dnsmasq-base bind9-dnsutils
 clang clang-format libclang-rt-14-dev openvswitch-switch openvswitch-switch-dpdk
