@@ -15,7 +15,7 @@ help:
 	@echo "make test-long     variants that make test leaves out, for they take minutes (root)"
 	@echo "make test-sim      the sync protocol between two instances, simulated: 10000 seeds (SEEDS=N)"
 	@echo "make test-mutants  bugs planted in the sync protocol, all of which the tests must find"
-	@echo "make test-aarch64  the core compiled for aarch64, its tests under qemu-user: half an hour"
+	@echo "make test-aarch64  the core compiled for aarch64, its tests under qemu-user: a quarter of an hour"
 	@echo "make soak    a pair under traffic, one fault after the other (MINUTES=10 SEED=1; root)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   every figure of the data plane beside its floor and the peers, in minutes; a report in bench/results (ONLY=micro; root)"
