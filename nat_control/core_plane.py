@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from nat_control.dataplane import Capabilities, Ids, Mask, NextHops, Records
-from nat_fastpath.cores import AnyCore
+from nat_fastpath.cores import AnyCore, AnyPosted
 from nat_fastpath.engine import NEIGHBOUR_STATES
 from nat_fastpath.errors import EventRingFull
 
@@ -58,9 +58,18 @@ class CorePlane:
                 ended, records = ended + full.result, full.rest
                 await asyncio.sleep(PAUSE)
 
-    async def commit(self, records: Records) -> int:
-        """See DataPlane. Packets wait for this one: no other thread stands between it and the worker."""
-        posted = self.core.post_commit(records)
+    def commit(self, records: Records) -> Coroutine[Any, Any, int]:
+        """See DataPlane. Packets wait for this one: the worker has it before anybody waits for the answer."""
+        posted: AnyPosted | TimeoutError
+        try:
+            posted = self.core.post_commit(records)
+        except TimeoutError as error:
+            posted = error
+        return self._released(posted)
+
+    async def _released(self, posted: AnyPosted | TimeoutError) -> int:
+        if isinstance(posted, TimeoutError):
+            raise posted
         while (released := posted.result()) is None:
             await asyncio.sleep(SHORT)
         return released

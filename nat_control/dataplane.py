@@ -81,7 +81,7 @@ class DataPlane(Protocol):
         which the driver may have to make room before this returns."""
 
     async def commit(self, records: Records) -> int:
-        """Releases held packets of these pending sessions; returns how many there were."""
+        """Releases held packets of these pending sessions; returns how many there were. May begin before it is awaited."""
 
     async def adopt(self) -> int:
         """The peer is lost: its sessions become ours, all their timers restart in full. Returns how many."""
@@ -122,6 +122,8 @@ def changes(events: Events) -> Changes:
     if not len(events):
         return Changes()
     kind = events["type"]
+    if kind.tobytes().count(EVENT_OPEN) == len(events):  # most often, and the first packets of new flows wait
+        return Changes(opened=sessions_of(events))
     ended = kind == EVENT_CLOSE
     ordered = (events["reason"] == CLOSED_BY_COMMAND) & (events["flags"] & FLAG_FOREIGN != 0)
     return Changes(
@@ -134,5 +136,7 @@ def changes(events: Events) -> Changes:
 
 def sessions_of(events: Events) -> Records:
     """The records that the events carry; shape (n,), dtype RECORD."""
+    if len(events) == 1:
+        return np.frombuffer(bytearray(events.tobytes()[-RECORD.itemsize :]), RECORD)
     raw = np.ascontiguousarray(events).view(np.uint8).reshape(len(events), events.dtype.itemsize)
     return np.ascontiguousarray(raw[:, -RECORD.itemsize :]).reshape(-1).view(RECORD)

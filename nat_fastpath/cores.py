@@ -310,6 +310,7 @@ class _Trace:
 
 _NoTrace = _Trace(0, (), 0)
 AnyCore = Core | Cores
+AnyPosted = Posted | PostedToAll
 
 
 def make(config: CoreConfig, n: int) -> AnyCore:

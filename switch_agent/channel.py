@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,14 @@ from os_ken.ofproto import ofproto_v1_3 as ofp
 from os_ken.ofproto import ofproto_v1_3_parser as parser
 from os_ken.ofproto.ofproto_protocol import ProtocolDesc
 
+from nat_control.straight import Straight
 from nat_control.tls import Tls
 from switch_agent import codec, pipeline, probe
 from switch_agent.codec import Error, Event, Lost, ProtocolError, Ready, TransactionComplete
 from switch_agent.limits import Limits
 from switch_agent.relay import Relay
+from switch_agent.transaction import Decode, Pending, Rows
 
-Rows = np.ndarray[Any, np.dtype[np.void]]  # shape (n,)
-Decode = Callable[[bytes], Rows]  # one part of an answer
 _OPENFLOW = ProtocolDesc(ofp.OFP_VERSION)
 _ORDER = 0x8000_0002  # transaction id of the barrier before a probe's rule; nobody waits for its answer
 _RESENT = (0.002, 0.1)  # seconds until a probe is sent again, first and longest
@@ -186,26 +186,15 @@ class ChannelLost(ConnectionError):
     """There is no connection to the switch, or it ended before the answer came."""
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A transaction that waits for its barrier, or for parts of an answer."""
-
-    done: asyncio.Future[None]
-    errors: list[Error] = field(default_factory=list)
-    parts: list[Rows] = field(default_factory=list)
-    rows: int = 0
-    empty: int = 0
-    kind: int = 0  # of the multipart answer, 0 for a barrier
-    decode: Decode = codec.flow_statistics
-
-
 class _Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
         self.decoder = codec.Decoder(_error_name)
-        self.pending: dict[int, _Pending] = {}
+        self.pending: dict[int, Pending] = {}
         self.probes = probe.Probes(flow_mod)
+        self.heard = 0.0
+        self.lost = False
 
 
 class Channel:
@@ -372,36 +361,35 @@ class Channel:
         txid: int,
         kind: int,
         decode: Decode = codec.flow_statistics,
-    ) -> _Pending:
+    ) -> Pending:
         connection = self._current()
-        pending = _Pending(asyncio.get_running_loop().create_future(), kind=kind, decode=decode)
-        connection.pending[txid] = pending
         loop = asyncio.get_running_loop()
-        last = loop.time() + self.limits.statistics
+        pending = Pending(self.limits, loop.create_future(), loop.time(), decode, kind)
+        connection.pending[txid] = pending
+        guard = loop.call_at(pending.due, self._look_at, connection, txid)
         try:
-            connection.writer.write(data)
-            connection.writer.write(end)
-            async with asyncio.timeout(self.limits.answer) as deadline:
-                await connection.writer.drain()
-                while not pending.done.done():
-                    parts = len(pending.parts)
-                    await asyncio.wait([pending.done], timeout=self.limits.answer / 2)
-                    if len(pending.parts) > parts:  # a long answer comes in time as long as it comes
-                        deadline.reschedule(min(loop.time() + self.limits.answer, last))
-            pending.done.result()
-        except TimeoutError:
-            reason = f"the switch has not answered for {self.limits.answer:g} s"
-            if pending.parts:
-                reason = f"{reason}, or statistics have no end for {self.limits.statistics:g} s"
-            self._lose(connection, reason)
-            raise ChannelLost(reason) from None
+            connection.writer.write(b"".join((data, end)))  # at once: the switch begins with what it has
+            await connection.writer.drain()
+            await pending.done
         except ConnectionError as error:
-            raise ChannelLost(str(error) or "the connection to the switch broke") from None
+            told = pending.done.exception() if pending.done.done() else None
+            raise ChannelLost(str(told or error) or "the connection to the switch broke") from None
         finally:
+            guard.cancel()
             connection.pending.pop(txid, None)
             if pending.done.done() and not pending.done.cancelled():
                 pending.done.exception()  # looked at, so that nobody warns about it
         return pending
+
+    def _look_at(self, connection: _Connection, txid: int) -> None:
+        """Whether an answer is overdue."""
+        loop = asyncio.get_running_loop()
+        if (pending := connection.pending.get(txid)) is None:
+            return
+        if loop.time() < pending.due:
+            loop.call_at(pending.due, self._look_at, connection, txid)
+        else:
+            self._lose(connection, pending.overdue)
 
     async def _returns(self, connection: _Connection, returned: asyncio.Future[None], sent: bytes) -> bool:
         """Whether a probe that was sent comes back in time; it is sent again from time to time."""
@@ -511,20 +499,29 @@ class Channel:
         self._emit(ready)
 
     async def _read(self, connection: _Connection) -> None:
-        while True:
-            asked = False
-            while True:
-                try:
-                    async with asyncio.timeout(self.limits.idle):
-                        data = await _some(connection)
-                    break
-                except TimeoutError:
-                    if asked:
-                        silence = 2 * self.limits.idle
-                        raise ProtocolError(f"the switch has been silent for {silence:g} s") from None
-                    connection.writer.write(codec.echo(codec.ECHO_REQUEST, 0))
-                    asked = True
+        loop = asyncio.get_running_loop()
+
+        def received(data: bytes) -> None:
+            connection.heard = loop.time()
             self._handle(connection, connection.decoder.feed(data))
+
+        connection.heard = loop.time()
+        loop.call_later(self.limits.idle, self._look_for_life, connection, False)
+        await Straight(connection.writer, received).ended(connection.reader)
+        raise ConnectionError("the switch closed the connection")
+
+    def _look_for_life(self, connection: _Connection, asked: bool) -> None:
+        if connection.lost:
+            return
+        loop = asyncio.get_running_loop()
+        due = connection.heard + self.limits.idle
+        if loop.time() < due:
+            loop.call_at(due, self._look_for_life, connection, False)
+        elif asked:
+            self._lose(connection, f"the switch has been silent for {2 * self.limits.idle:g} s")
+        else:
+            connection.writer.write(codec.echo(codec.ECHO_REQUEST, 0))
+            loop.call_later(self.limits.idle, self._look_for_life, connection, True)
 
     def _handle(self, connection: _Connection, events: list[Event]) -> None:
         for event in events:
@@ -540,18 +537,16 @@ class Channel:
                         self._packet_bytes = size
                         self._emit(event)
                 case TransactionComplete(txid) if pending := connection.pending.get(txid):
-                    if not pending.done.done():
-                        pending.done.set_result(None)
+                    pending.complete()
                 case TransactionComplete(txid) if txid == _ORDER:
                     pass
                 case Error(txid) if pending := connection.pending.get(txid):
-                    if len(pending.errors) >= self.limits.errors:
-                        raise ProtocolError("the switch answers with more errors than it was sent messages")
-                    pending.errors.append(event)
-                    if pending.kind and not pending.done.done():
-                        pending.done.set_result(None)
+                    pending.refused(event)
                 case codec.Multipart(txid, kind, more, body):
-                    self._part(connection.pending.get(txid), kind, more, body)
+                    pending = connection.pending.get(txid)
+                    if pending is None or pending.kind != kind:
+                        raise ProtocolError("the switch sends statistics that nobody asked for")
+                    pending.add(body, more, connection.heard)
                 case codec.Echo(xid, body):
                     self._echo(connection, xid, body)
                 case codec.Hello() | codec.Features():
@@ -561,25 +556,15 @@ class Channel:
                         raise ProtocolError(f"{self.limits.events} events wait, and the switch sends more")
                     self._emit(event)
 
-    def _part(self, pending: _Pending | None, kind: int, more: bool, body: bytes) -> None:
-        if pending is None or pending.kind != kind:
-            raise ProtocolError("the switch sends statistics that nobody asked for")
-        part = pending.decode(body)
-        pending.rows += len(part)
-        pending.empty += not len(part) and more
-        if pending.empty > self.limits.empty:
-            raise ProtocolError("statistics that say nothing and do not end")
-        if pending.rows > self.limits.flows:
-            raise ProtocolError(f"statistics of more than {self.limits.flows} flows")
-        pending.parts.append(part)
-        if not more and not pending.done.done():
-            pending.done.set_result(None)
-
     def _emit(self, event: Event) -> None:
         self._events.append(event)
         self._arrived.set()
 
     def _lose(self, connection: _Connection, reason: str) -> None:
+        """Once: what comes of it later is no news."""
+        if connection.lost:
+            return
+        connection.lost = True
         for pending in connection.pending.values():
             if not pending.done.done():
                 pending.done.set_exception(ChannelLost(reason))

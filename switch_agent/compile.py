@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sessions to flow-mods, many at a time: one encoded template per kind of rule, filled in by numpy.
+"""Sessions to flow-mods, many at a time: one encoded template per kind of rule, filled in by numpy, or for a few by hand.
 
 An OpenFlow library takes 0.1 to 0.2 ms for one flow-mod. All flow-mods of one protocol and direction have
 the same layout, so one is encoded, the places of what differs are found by encoding it again with other
@@ -8,6 +8,7 @@ values, and 10 000 are made with a handful of array assignments.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]
 Encode = Callable[[Rule, int, int], bytes]  # rule, command, transaction id → one flow-mod
 EncodeDelete = Callable[[int, int, int], bytes]  # cookie, mask, transaction id → one flow-mod
 
+FEW = 4  # sessions for which numpy takes longer than Python alone: the first packet of each waits
 PROTOCOLS = tuple(PORT_FIELDS)  # others have no ports to match on; they pass through the agent
 # Field of the flow-mod → its width in bytes. The endpoints are those of the packet that the rule matches.
 WIDTHS: Mapping[str, int] = {
@@ -67,9 +69,31 @@ class Template:
     def __init__(self, message: bytes, at: Mapping[str, int]) -> None:
         formats = [f">u{WIDTHS[name]}" for name in at]
         self._message = message
+        self._names = sorted(at, key=at.__getitem__)
+        edges = [
+            0,
+            *(edge for name in self._names for edge in (at[name], at[name] + WIDTHS[name])),
+            len(message),
+        ]
+        self._fixed = [message[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True)]
+        letters = {2: "H", 4: "I", 8: "Q"}
+        parts = [
+            f"{len(part)}s{letters[WIDTHS[name]]}"
+            for part, name in zip(self._fixed, self._names, strict=False)
+        ]
+        self._struct = struct.Struct(f">{''.join(parts)}{len(self._fixed[-1])}s")
         self._layout = np.dtype(
             {"names": list(at), "formats": formats, "offsets": list(at.values()), "itemsize": len(message)}
         )
+
+    def one(self, values: Mapping[str, int]) -> bytes:
+        """A single message, of plain numbers."""
+        named = [
+            part
+            for pair in zip(self._fixed, map(values.__getitem__, self._names), strict=False)
+            for part in pair
+        ]
+        return self._struct.pack(*named, self._fixed[-1])
 
     def fill(self, n: int, values: Mapping[str, Numbers | int]) -> bytes:
         """``n`` messages one after the other; a value is one for all, or shape (n,)."""
@@ -140,10 +164,9 @@ class Compiler:
         txid: int,
         priority: Numbers | int = SESSION_PRIORITY,
     ) -> bytes:
-        """Two flow-mods for each TCP or UDP record, first all outward ones of a protocol, then the inward ones.
-
-        ``priority``: one for all, or shape (n,).
-        """
+        """Two flow-mods for each TCP or UDP record. ``priority``: one for all, or shape (n,)."""
+        if len(records) <= FEW:
+            return _few(self._adds, records, txid, priority, groups)
         parts = []
         for protocol in PROTOCOLS:
             chosen = records["protocol"] == protocol
@@ -158,6 +181,8 @@ class Compiler:
 
     def delete(self, records: Records, txid: int, priority: Numbers | int = SESSION_PRIORITY) -> bytes:
         """Deletes exactly the rules of these records: by match, priority and cookie, which a switch finds fast."""
+        if len(records) <= FEW:
+            return _few(self._deletes, records, txid, priority)
         parts = []
         for protocol in PROTOCOLS:
             chosen = records["protocol"] == protocol
@@ -175,6 +200,29 @@ class Compiler:
         if not len(cookies):
             return b""
         return self._by_cookie.fill(len(cookies), {"cookie": cookies, "txid": txid})
+
+
+def _few(
+    templates: Mapping[tuple[int, bool], Template],
+    records: Records,
+    txid: int,
+    priority: Numbers | int,
+    groups: NextHopGroups | None = None,
+) -> bytes:
+    parts = []
+    for i, values in enumerate(records.tolist()):
+        record = dict(zip(records.dtype.names or (), values, strict=True))
+        if (protocol := record["protocol"]) not in PROTOCOLS:
+            continue
+        common = {"txid": txid, "priority": priority if isinstance(priority, int) else int(priority[i])}
+        for inbound, fields in ((False, OUTWARD), (True, INWARD)):
+            towards = 0 if groups is None else int(groups[not inbound][i])
+            cookie = record["id"] | (INBOUND if inbound else 0)
+            flow = {name: record[field] for name, field in fields.items()}
+            parts.append(
+                templates[protocol, inbound].one({**common, **flow, "cookie": cookie, "group": towards})
+            )
+    return b"".join(parts)
 
 
 def _values(

@@ -13,7 +13,7 @@ from nat_control.dataplane import NO_IDS, DataPlane, Ids, Records
 from nat_fastpath.engine import FLAG_OFFLOAD
 from switch_agent import channel as openflow
 from switch_agent import conntrack, nexthops, ovs_tracker
-from switch_agent.channel import Channel, Rows
+from switch_agent.channel import Channel
 from switch_agent.codec import PacketIn
 from switch_agent.compile import NextHopGroups, Numbers
 from switch_agent.conntrack import Entries
@@ -21,6 +21,7 @@ from switch_agent.ovs_control import OvsError
 from switch_agent.pipeline import CLASS_MASK, INBOUND, SESSION_CLASS, SESSION_PRIORITY, Kind, Pipeline
 from switch_agent.plane import OpenFlowDataPlane
 from switch_agent.session_rules import CHUNK, Reconciled, SwitchError
+from switch_agent.transaction import Rows
 
 T = TypeVar("T")
 _WHOLE = 1000  # ms: the tracker tells when an entry was used last in whole seconds

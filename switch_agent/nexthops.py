@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from switch_agent.compile import NextHopGroups, Records
-from switch_agent.pipeline import NextHop, Pipeline, Side
+from switch_agent.compile import FEW, NextHopGroups, Records
+from switch_agent.pipeline import NextHop, Pipeline
 
 Keys = np.ndarray[Any, np.dtype[np.uint64]]
 
 _EXTERNAL = 1 << 50  # in a key; inside next hops have 0
 _BY_MAC = 1 << 48
+_BASE = {"internal": 0, "external": _EXTERNAL}
+_KEYED = ("internal_mac", "internal_addr", "remote_addr")
 NO_ROUTE = 0
 
 
@@ -52,9 +54,21 @@ class NextHops:
     """Next hops of one switch: routes, what MACs are known, and which groups there are."""
 
     def __init__(self, pipeline: Pipeline, routes: dict[str, Sequence[Route]], limit: int = 4096) -> None:
-        self._pipeline = pipeline
-        self._routes = {
-            side: sorted(found, key=lambda route: route.prefix.prefixlen) for side, found in routes.items()
+        self._ours = [
+            tuple((int(first), int(last)) for first, last in side.addresses)
+            for side in (pipeline.internal, pipeline.external)
+        ]
+        # netmask, network and, where there is a gateway, its key; the longest prefix comes last and wins
+        self._ways = {
+            side: [
+                (
+                    int(r.prefix.netmask),
+                    int(r.prefix.network_address),
+                    key(side, r.gateway) if r.gateway else None,
+                )
+                for r in sorted(found, key=lambda route: route.prefix.prefixlen)
+            ]
+            for side, found in routes.items()
         }
         self._limit = limit
         self._macs: dict[int, int] = {}  # key → MAC, where it is not the key's own or has changed
@@ -76,15 +90,34 @@ class NextHops:
 
     def keys(self, records: Records) -> tuple[Keys, Keys]:
         """Keys towards the inside and the outside, shape (n,); 0 (NO_ROUTE) where there is no way."""
+        if len(records) <= FEW:
+            found = [
+                self._keys_of(*one) for one in zip(*(records[name].tolist() for name in _KEYED), strict=True)
+            ]
+            both = np.array(found, np.uint64).reshape(len(records), 2)
+            return both[:, 0], both[:, 1]
         named = records["internal_mac"]
         inside = np.where(
             named != 0, named | np.uint64(_BY_MAC), self._by_route("internal", records["internal_addr"])
         )
         outside = self._by_route("external", records["remote_addr"])
         # From one inside host to another through a pool address: not a matter of two rules.
-        for side in (self._pipeline.internal, self._pipeline.external):
-            outside[_is_ours(side, records["remote_addr"])] = NO_ROUTE
+        for ranges in self._ours:
+            outside[_within(ranges, records["remote_addr"])] = NO_ROUTE
         return inside.astype(np.uint64), outside
+
+    def _keys_of(self, mac: int, inside: int, remote: int) -> tuple[int, int]:
+        """The same for one."""
+        there = mac | _BY_MAC if mac else self._route("internal", inside)
+        if any(first <= remote <= last for ranges in self._ours for first, last in ranges):
+            return there, NO_ROUTE
+        return there, self._route("external", remote)
+
+    def _route(self, side: str, address: int) -> int:
+        for netmask, network, gateway in reversed(self._ways.get(side, ())):
+            if address & netmask == network:
+                return (address | _BASE[side]) if gateway is None else gateway
+        return NO_ROUTE
 
     def key_of(self, group_id: int) -> int:
         """The next hop of a group, 0 if there is none; for what happens seldom."""
@@ -136,18 +169,19 @@ class NextHops:
 
     def _by_route(self, side: str, addresses: np.ndarray[Any, np.dtype[Any]]) -> Keys:
         found = np.full(len(addresses), NO_ROUTE, np.uint64)
-        base = _EXTERNAL if side == "external" else 0
-        for route in self._routes.get(side, ()):  # the longest prefix comes last and wins
-            covered = addresses & np.uint32(int(route.prefix.netmask)) == int(route.prefix.network_address)
-            if route.gateway is None:
-                found[covered] = addresses[covered].astype(np.uint64) | np.uint64(base)
+        for netmask, network, gateway in self._ways.get(side, ()):
+            covered = addresses & np.uint32(netmask) == network
+            if gateway is None:
+                found[covered] = addresses[covered].astype(np.uint64) | np.uint64(_BASE[side])
             else:
-                found[covered] = base | int(route.gateway)
+                found[covered] = gateway
         return found
 
 
-def _is_ours(side: Side, addresses: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    ours = np.zeros(len(addresses), np.bool_)
-    for first, last in side.addresses:
-        ours |= (addresses >= int(first)) & (addresses <= int(last))
-    return ours
+def _within(
+    ranges: Sequence[tuple[int, int]], addresses: np.ndarray[Any, np.dtype[Any]]
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    found = np.zeros(len(addresses), np.bool_)
+    for first, last in ranges:
+        found |= (addresses >= first) & (addresses <= last)
+    return found

@@ -18,8 +18,7 @@ from switch_agent import channel as openflow
 from switch_agent import codec, nexthops
 from switch_agent.channel import Channel
 from switch_agent.codec import PacketIn
-from switch_agent.compile import NextHopGroups
-from switch_agent.nexthops import NO_ROUTE
+from switch_agent.compile import NextHopGroups, Numbers
 from switch_agent.pipeline import (
     ALL_BITS,
     CLASS_MASK,
@@ -278,6 +277,9 @@ class OpenFlowDataPlane(SessionRules):
     async def _groups(self, records: Records) -> NextHopGroups:
         """Groups of these records, made where they are new."""
         inside, outside = self._hops.keys(records)
+        groups = self._hops.of(inside, outside)
+        if _count(groups) == _count((inside, outside)) and not self._group_lock.locked():
+            return groups
         keys = np.concatenate((inside, outside))
         async with self._group_lock:
             new = self._hops.add(keys)
@@ -294,9 +296,7 @@ class OpenFlowDataPlane(SessionRules):
             finally:
                 self._hops.forget(new[written:])
         groups = self._hops.of(inside, outside)
-        if without := int(
-            ((keys != NO_ROUTE) & (np.concatenate((groups.internal, groups.external)) == 0)).sum()
-        ):
+        if without := _count((inside, outside)) - _count(groups):
             self.refused["next_hops"] += without
             self._report(f"{without} sessions have no rules: no more groups for their next hops")
         return groups
@@ -342,3 +342,8 @@ class OpenFlowDataPlane(SessionRules):
     @property
     def _sides(self) -> tuple[Side, Side]:
         return self._pipeline.internal, self._pipeline.external
+
+
+def _count(halves: tuple[Numbers, Numbers]) -> int:
+    """Of keys, or groups: those that are there, and not NO_ROUTE."""
+    return sum(map(np.count_nonzero, halves))

@@ -17,10 +17,11 @@ import numpy as np
 
 from nat_control.dataplane import NO_IDS, DataPlane, Ids, Mask, Records
 from nat_fastpath.engine import TCP_STATES
+from nat_fastpath.tables import chosen, taken
 from switch_agent import channel as openflow
 from switch_agent import nexthops, recovery
 from switch_agent.activity import NO_ACTIVITY, Activity, applied, by_pair, by_session, packets_of, since
-from switch_agent.channel import Channel, ChannelLost, Rows
+from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Error
 from switch_agent.compile import Compiler, NextHopGroups, Numbers
 from switch_agent.pipeline import (
@@ -36,12 +37,12 @@ from switch_agent.pipeline import (
     Pipeline,
     Rule,
 )
+from switch_agent.transaction import Rows
 
 CHUNK = 2000  # sessions per transaction
 BUSIER = 2  # a session without rules takes the place of one that has carried less than half as much
 SWAPPED = 2000  # at most at one look
 LATER = 32  # looks at most until a table that was full is tried again
-_MISSING_GROUP = 0xFFFF_FFFF
 _ESTABLISHED = TCP_STATES.index("established")
 
 
@@ -206,19 +207,16 @@ class SessionRules(ABC):
     async def _offload(self, records: Records, *, front: bool = False) -> None:
         """Rules for these sessions, the busiest first, while there is room. ``front``: new ones go there in any case."""
         protocol = records["protocol"]
-        records = records[(protocol == TCP) | (protocol == UDP)]  # others pass through the agent
+        records = chosen(records, (protocol == TCP) | (protocol == UDP))  # others pass through the agent
         if not len(records):
             return
         groups = await self._groups(records)
-        wanted = groups.internal.astype(np.uint64) << np.uint64(32) | groups.external.astype(np.uint64)
         ids = records["id"].tolist()
-        pairs = wanted.tolist()
-        reachable = (groups.internal != 0) & (groups.external != 0)
-        due = [
-            i
-            for i in np.flatnonzero(reachable).tolist()
-            if self._ruled.get(ids[i], _MISSING_GROUP) != pairs[i]
+        pairs = [
+            inside << 32 | outside if inside and outside else None
+            for inside, outside in zip(groups.internal.tolist(), groups.external.tolist(), strict=True)
         ]
+        due = [i for i, pair in enumerate(pairs) if pair is not None and self._ruled.get(ids[i]) != pair]
         again = [i for i in due if ids[i] in self._ruled]
         new = [i for i in due if ids[i] not in self._ruled]
         if len(new) > (room := max(self._room - len(self._ruled), 0)):
@@ -231,12 +229,16 @@ class SessionRules(ABC):
                     async with self._front_lock:
                         await self._guard()
                 self._front.update(ids[i] for i in first)
-        chosen = np.array(again + new, np.intp)
-        self._ruled.update((ids[i], pairs[i]) for i in chosen.tolist())
-        chunks = [chosen[at : at + CHUNK] for at in range(0, len(chosen), CHUNK)]
+        wanted = again + new
+        self._ruled.update((ids[i], pair) for i in wanted if (pair := pairs[i]) is not None)
+        if len(wanted) < len(records):
+            which = np.array(wanted, np.intp)
+            records = taken(records, which)
+            groups = NextHopGroups(groups.internal[which], groups.external[which])
+        parts = [slice(at, at + CHUNK) for at in range(0, len(records), CHUNK)]
         works = [
             self._install_rules(records[part], NextHopGroups(groups.internal[part], groups.external[part]))
-            for part in chunks
+            for part in parts
         ]
         if len(works) == 1:  # the first packet of a new flow waits for this: no task for it
             await works[0]

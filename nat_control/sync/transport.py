@@ -12,14 +12,16 @@ import contextlib
 import socket
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
+from typing import cast
 
 import numpy as np
 
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Front, Ids, NextHops, Records
+from nat_control.straight import Straight
 from nat_control.sync import actions as do
-from nat_control.sync.codec import Carried, CodecError, Decoder, Error, Hello, VersionError, encode
+from nat_control.sync.codec import Carried, CodecError, Decoder, Error, Hello, Received, VersionError, encode
 from nat_control.sync.digest import Summary, within, without
 from nat_control.sync.hearsay import Hearsay
 from nat_control.sync.protocol import Protocol
@@ -34,6 +36,7 @@ PACE_BYTES = 1 << 20  # more than that unsent, and InitState waits
 BACKOFF = (0.05, 2.0)  # seconds between two attempts to connect, first and longest
 GOODBYE = 1.0  # seconds for the last bytes to leave
 TICK = 0.5
+COMMITS = 8  # that the plane has at a time; what may go meanwhile goes as one
 NEWCOMERS = 4  # connections beside the peer's that may wait for their Hello to be read
 HELLO = 2.0  # seconds that they have for it
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 8000}
@@ -86,7 +89,10 @@ class Transport:
         self._paging: asyncio.Task[None] | None = None
         self._todo: deque[do.Action] = deque()
         self._carrying = False
-        self._commits: asyncio.Queue[Records] = asyncio.Queue()
+        self._held: list[Records] = []  # may go, once the plane has fewer commits
+        self._commits: set[asyncio.Task[int]] = set()
+        self._incoming: _Incoming | None = None
+        self._running = False
         self._tasks = asyncio.TaskGroup()
         self._leaving = False
         self._newcomers = 0
@@ -168,8 +174,14 @@ class Transport:
         await self.listen()
         link = self._dial if self._server is None else partial(self._serve, self._server)
         async with self._tasks:
-            for work in (self._operate, self._release, self._tick, link):
+            for work in (self._operate, self._tick, link):
                 self._tasks.create_task(work())
+            self._running = True
+            self._commit()
+            try:
+                await asyncio.Future()
+            finally:
+                self._running = False
 
     # -- connections
 
@@ -241,8 +253,7 @@ class Transport:
             self._writer = writer
             self._unreachable = ""
             self._carry_out(self.protocol.connected(self._clock()))
-            await self._read(reader, first)
-            await _drained(reader)
+            await self._read(reader, writer, first)
             writer.close()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(writer.wait_closed(), GOODBYE)
@@ -252,22 +263,35 @@ class Transport:
             writer.transport.abort()
             if self._paging is not None:
                 self._paging.cancel()
-            self._writer = self._connection = None
+            self._writer = self._connection = self._incoming = None
             self._carry_out(self.protocol.disconnected(self._clock(), why))
 
-    async def _read(self, reader: asyncio.StreamReader, first: bytes) -> None:
-        decoder = Decoder()
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, first: bytes) -> None:
+        incoming = self._incoming = _Incoming(writer, self._take)
+        incoming.straight.data_received(first)
         try:
-            while self._writer is not None and (data := first or await reader.read(READ_BYTES)):
-                first = b""
-                for epoch, message in decoder.feed(data):
-                    self._carry_out(self.protocol.received(epoch, message, self._clock()))
-                    await self._room.wait()
+            await incoming.straight.ended(reader)
+            while self._writer is not None and incoming.paused:
+                await self._room.wait()
+                incoming.paused = False
+                self._take()
             if self._writer is not None:
-                decoder.end()
+                incoming.decoder.end()
         except CodecError as error:
             code = do.ErrorCode.VERSION if isinstance(error, VersionError) else do.ErrorCode.MALFORMED
             self._carry_out(self.protocol.broken(str(error), self._clock(), code))
+        # What lies unread at a close is answered with a reset, which overtakes our Error.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(incoming.straight.over.wait(), GOODBYE)
+
+    def _take(self) -> None:
+        """What has come, in order, until the plane is too far behind. Raises CodecError."""
+        incoming = self._incoming
+        while incoming is not None and self._writer is not None and (found := incoming.next()) is not None:
+            self._carry_out(self.protocol.received(*found, self._clock()))
+            if not self._room.is_set():
+                incoming.pause()
+                return
 
     # -- actions
 
@@ -290,7 +314,8 @@ class Transport:
             case do.Close():
                 self._close()
             case do.Commit(records):
-                self._commits.put_nowait(records)
+                self._held.append(records)
+                self._commit()
             case (
                 do.StateChanged()
                 | do.Conflicts()
@@ -360,14 +385,26 @@ class Transport:
             records, step = await self._work.get()
             await step()
             self._records -= records
-            if self._records <= QUEUED_RECORDS:
+            if self._records <= QUEUED_RECORDS and not self._room.is_set():
                 self._room.set()
+                if self._incoming is not None:
+                    self._incoming.resume()
             await asyncio.sleep(0)  # a plane that answers at once must not keep the sockets waiting
 
-    async def _release(self) -> None:
-        """Packets that are held wait for no other operation of the plane."""
-        while True:
-            await self._in_parts(self._plane.commit, await self._commits.get())
+    def _commit(self) -> None:
+        """Packets that are held wait for no other operation of the plane, and not until one knows how many it has released."""
+        if self._running and self._held and len(self._commits) < COMMITS:
+            records, self._held = joined(*self._held), []
+            few = len(records) <= self._plane.capabilities.max_batch
+            work = self._plane.commit(records) if few else self._in_parts(self._plane.commit, records)
+            task = self._tasks.create_task(work)
+            self._commits.add(task)
+            task.add_done_callback(self._committed)
+
+    def _committed(self, task: asyncio.Task[int]) -> None:
+        self._commits.discard(task)
+        if not task.cancelled() and task.exception() is None:
+            self._commit()
 
     async def _in_parts(self, call: Callable[[Records], Awaitable[int]], records: Records) -> int:
         step = self._plane.capabilities.max_batch
@@ -439,6 +476,41 @@ class Transport:
             await asyncio.sleep(TICK)
 
 
+class _Incoming:
+    """What comes on one connection: ``take`` is told, and takes it message by message."""
+
+    def __init__(self, writer: asyncio.StreamWriter, take: Callable[[], None]) -> None:
+        self.decoder = Decoder()
+        self.unread: deque[bytes] = deque()  # what comes while ``take`` rests, after ``pause`` little
+        self.paused = False
+        self._messages: Iterator[Received] = iter(())
+        self._reading = cast(asyncio.Transport, writer.transport)
+        self._take = take
+        self.straight = Straight(writer, self._received)
+
+    def _received(self, data: bytes) -> None:
+        self.unread.append(data)
+        if not self.paused:
+            self._take()
+
+    def next(self) -> Received | None:
+        """Raises CodecError."""
+        while (found := next(self._messages, None)) is None and self.unread:
+            self._messages = self.decoder.feed(self.unread.popleft())
+        return found
+
+    def pause(self) -> None:
+        self.paused = True
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._reading.pause_reading()
+
+    def resume(self) -> None:
+        self.paused = False
+        with contextlib.suppress(RuntimeError):
+            self._reading.resume_reading()
+        self.straight.data_received(b"")
+
+
 async def _first_hello(reader: asyncio.StreamReader, peer: Hello | None) -> bytes:
     """What has come by the time that a Hello, of ``peer`` again if there is one, is whole.
 
@@ -464,14 +536,6 @@ def _prepare(writer: asyncio.StreamWriter) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE.items():
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-async def _drained(reader: asyncio.StreamReader) -> None:
-    """Reads until the peer's end: what lies unread at a close is answered with a reset, which overtakes our Error."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(GOODBYE):
-            while await reader.read(READ_BYTES):
-                pass
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -285,4 +285,5 @@ const struct nat_api nat_api = {
     .announce = nat_announce,
     .flush = nat_flush,
     .wake = events_wake,
+    .waits = hold_waits,
 };

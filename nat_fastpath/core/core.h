@@ -480,6 +480,7 @@ enum nat_verdict hold_for_session(struct nat_core *core, struct nat_packet *pack
 /* Ends the waiting of a session's packets: FORWARD sends them on, anything else is their verdict. */
 void hold_release(struct nat_core *core, uint32_t session, enum nat_verdict verdict);
 bool hold_step(struct nat_core *core);
+bool hold_waits(const struct nat_core *core);
 /* The queue's own work: appends (false: no room), takes the first, and gives a taken one its verdict. */
 bool hold(struct nat_core *core, const struct nat_packet *packet, uint16_t *first, uint16_t *last,
           uint32_t session, int direction);

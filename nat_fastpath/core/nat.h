@@ -593,6 +593,8 @@ struct nat_api {
     /* For the driver, after a burst or a poll: whether the reader of events sleeps and has something to read
      * now. True once. */
     bool (*wake)(struct nat_core *);
+    /* Whether packets wait for what may be told at any moment: that the peer has their session. */
+    bool (*waits)(const struct nat_core *);
 };
 extern const struct nat_api nat_api;
 

@@ -350,6 +350,11 @@ static void neighbour_release(struct nat_core *core, uint16_t at, enum nat_verdi
     }
 }
 
+bool hold_waits(const struct nat_core *core)
+{
+    return core->config.synchronous && core->held_slab.used; /* some perhaps for a next hop */
+}
+
 /* Sessions whose commit did not come in time. */
 bool hold_step(struct nat_core *core)
 {

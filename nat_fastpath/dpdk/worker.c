@@ -382,7 +382,8 @@ static bool send_own(struct worker *w)
 /* Twice as long each time, up to the bound. Returns the time after the sleep. */
 static uint64_t sleep_a_little(struct worker *w, unsigned *sleep_us, uint64_t now)
 {
-    *sleep_us = RTE_MIN(*sleep_us ? *sleep_us * 2 : 1, WORKER_IDLE_BOUND_US);
+    const unsigned bound = w->all->config.api->waits(w->core) ? WORKER_HOLD_BOUND_US : WORKER_IDLE_BOUND_US;
+    *sleep_us = RTE_MIN(*sleep_us ? *sleep_us * 2 : 1, bound);
     nanosleep(&(struct timespec){.tv_nsec = *sleep_us * 1000}, NULL);
     const uint64_t slept = clock_ns() - now;
     add(&w->stats.sleeps, 1);
@@ -403,9 +404,10 @@ static uint64_t turn(struct worker *w, uint64_t now, bool *worked)
         packets |= take_over(w, now);
     *worked = packets | config->api->poll(w->core, now);
     *worked |= send_own(w);
+    send_all(w);
+    /* who is woken may want this CPU: packets that need not wait for it have left by now */
     if (config->wake_fd >= 0 && config->api->wake(w->core))
         eventfd_write(config->wake_fd, 1);
-    send_all(w);
 
     const uint64_t after = clock_ns();
     add(&w->stats.loops, 1);

@@ -13,6 +13,8 @@
 /* Longest sleep of an idle adaptive worker, in microseconds: the most that idling adds to a packet's latency,
  * besides what the kernel adds to any sleep (`sleep_max_ns` shows it). */
 #define WORKER_IDLE_BOUND_US 200u
+/* The same while packets wait for a commit. */
+#define WORKER_HOLD_BOUND_US 16u
 #define WORKERS_MAX (NAT_HANDOFF_SLICE + 1)
 #define WORKER_RING 4096u /* frames from other workers: of that time, 20 millions per second */
 

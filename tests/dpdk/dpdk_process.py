@@ -191,6 +191,34 @@ def capture_through_worker(
     return {**result, "in_use": pool.in_use}
 
 
+def sleeps_with_a_held_packet(inside: str, state: str) -> list[int]:
+    """How often a worker sleeps in 0.3 s while a packet waits for its session's commit, and afterwards."""
+    Eal(memory_mb=64)
+    pool = Mempool("buffers", 2048)
+    devices = [
+        Port(device, pool, index=i, mac=config().ports[i].mac, state_dir=Path(state))
+        for i, device in enumerate(
+            (f"net_pcap0,rx_pcap={inside}", "net_pcap1,tx_pcap=/dev/null,rx_pcap=" + inside)
+        )
+    ]
+    core = Core(config(synchronous=True, hold=60.0))
+    worker = Worker(core, devices, pool)
+    worker.start()
+    found = []
+    try:
+        while not core.counters()["held"]:
+            time.sleep(0.01)
+        for _ in range(2):
+            time.sleep(0.05)
+            before = worker.stats()["sleeps"]
+            time.sleep(0.3)
+            found.append(worker.stats()["sleeps"] - before)
+            core.commit(core.sessions()[0])
+    finally:
+        worker.stop()
+    return found
+
+
 def ring_between_two_nats(inside: str, out: str) -> dict[str, Any]:
     """capture - near NAT - ring - far NAT - capture, with two workers of this process."""
     Eal(memory_mb=128)

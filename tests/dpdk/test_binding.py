@@ -131,6 +131,15 @@ def test_a_capture_through_the_worker_is_what_the_core_makes_of_it(tmp_path: Pat
     assert said["in_use"] == 0, "buffers are lost"
 
 
+def test_a_worker_sleeps_less_while_a_packet_waits_for_a_commit(tmp_path: Path) -> None:
+    """Else the new flow that waits would wait for the worker, too."""
+    inside = tmp_path / "inside.pcap"
+    process.write_capture(str(inside), [frame(udp(CLIENT, 5000, SERVER, 53))])
+    held, idle = process.run(process.sleeps_with_a_held_packet, str(inside), str(tmp_path))
+    assert idle > 100
+    assert held > 1.5 * idle
+
+
 def test_lengths_that_lie_do_not_reach_the_checksum(tmp_path: Path) -> None:
     """The sum that a local sender leaves unfinished, in frames whose total length is too short for it."""
     frames = []

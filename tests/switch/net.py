@@ -55,15 +55,14 @@ def pipeline(**changed: Any) -> Pipeline:
     return Pipeline(**{**sides, "mac": mac_number(VIRTUAL_MAC), **changed})
 
 
+ROUTES = {
+    "internal": [Route(IPv4Network("10.0.0.0/8"))],
+    "external": [Route(IPv4Network("0.0.0.0/0"), GATEWAY), Route(IPv4Network("198.51.100.0/24"))],
+}
+
+
 def next_hops(pipe: Pipeline, limit: int = 4096) -> NextHops:
-    routes = {
-        "internal": [Route(IPv4Network("10.0.0.0/8"))],
-        "external": [
-            Route(IPv4Network("0.0.0.0/0"), GATEWAY),
-            Route(IPv4Network("198.51.100.0/24")),
-        ],
-    }
-    hops = NextHops(pipe, routes, limit)
+    hops = NextHops(pipe, ROUTES, limit)
     hops.learn(GATEWAY_KEY, mac_number(GATEWAY_MAC))
     return hops
 

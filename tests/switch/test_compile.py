@@ -10,8 +10,9 @@ from os_ken.ofproto.ofproto_protocol import ProtocolDesc
 from nat_control.dataplane import Records
 from nat_fastpath.engine import RECORD
 from switch_agent import channel as openflow
+from switch_agent import compile as compiling
 from switch_agent.codec import FLOW_MOD, messages
-from switch_agent.compile import Compiler, NextHopGroups, make_template
+from switch_agent.compile import FEW, Compiler, NextHopGroups, make_template
 from switch_agent.pipeline import FRONT_PRIORITY, INBOUND, SESSION_PRIORITY, Pipeline, Side
 from tests.switch.net import pipeline
 
@@ -37,6 +38,25 @@ def any_records(n: int) -> tuple[Records, NextHopGroups]:
     records["protocol"] = rng.choice([1, 6, 17], n)
     groups = [rng.integers(1, 1 << 31, n).astype(np.uint32) for _ in range(2)]
     return records, NextHopGroups(*groups)
+
+
+def test_few_are_made_like_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = compiler(pipeline(internal=Side(1, 3, 7)))
+    priorities = np.array([SESSION_PRIORITY, FRONT_PRIORITY] * FEW)
+
+    def all_of(n: int) -> list[list[bytes]]:
+        records, groups = any_records(n)
+        of = priorities[:n]
+        data = (
+            made.install(records, groups, 9, of),
+            made.install(records, groups, 9),
+            made.delete(records, 9, of),
+        )
+        return [sorted(one[at : at + size] for _, at, size in messages(one)) for one in data]
+
+    few = [all_of(n) for n in range(FEW + 1)]
+    monkeypatch.setattr(compiling, "FEW", -1)
+    assert few == [all_of(n) for n in range(FEW + 1)]
 
 
 VLANS = [(0, 0), (7, 0), (0, 7), (7, 8), (7, 7)]

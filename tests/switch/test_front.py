@@ -23,6 +23,7 @@ from tests.switch.net import (
     INTERNAL_PORT,
     REMOTE,
     REMOTE_PORT,
+    ROUTES,
     Net,
     ip,
     outward,
@@ -174,9 +175,7 @@ def test_reconciling_knows_front_from_behind(net: Net) -> None:
     net.install(records)
     put(net, records[:40], True)
     pipe = net.plane._pipeline
-    net.plane = OpenFlowDataPlane(
-        net.channel, pipe, NextHops(pipe, net.plane._hops._routes), AsyncMemoryPlane(net.store)
-    )
+    net.plane = OpenFlowDataPlane(net.channel, pipe, NextHops(pipe, ROUTES), AsyncMemoryPlane(net.store))
     net.run(net.plane.prepare())
     assert net.run(net.plane.recover()) == 100
     assert net.plane.in_front.tolist() == records["id"][:40].tolist()

@@ -35,6 +35,7 @@ from tests.switch.net import (
     NEW_GATEWAY_MAC,
     REMOTE,
     REMOTE_PORT,
+    ROUTES,
     VIRTUAL_MAC,
     Net,
     inward,
@@ -382,9 +383,7 @@ def test_a_restarted_agent_finds_its_rules_right(net: Net) -> None:
     net.install(records)
     pipe = net.plane._pipeline
     before = sorted(line.split("actions=")[1] for line in net.session_flows())
-    net.plane = type(net.plane)(
-        net.channel, pipe, type(net.plane._hops)(pipe, net.plane._hops._routes), net.plane._store
-    )
+    net.plane = type(net.plane)(net.channel, pipe, type(net.plane._hops)(pipe, ROUTES), net.plane._store)
     net.install(records)
     assert sorted(line.split("actions=")[1] for line in net.session_flows()) == before
     assert net.run(net.plane.reconcile()) == Reconciled(200, 0, 0)
@@ -403,9 +402,7 @@ def test_a_new_agent_reads_the_sessions_back(net: Net) -> None:
 
     net.store = MemoryPlane(1, [])
     pipe = net.plane._pipeline
-    net.plane = OpenFlowDataPlane(
-        net.channel, pipe, NextHops(pipe, net.plane._hops._routes), AsyncMemoryPlane(net.store)
-    )
+    net.plane = OpenFlowDataPlane(net.channel, pipe, NextHops(pipe, ROUTES), AsyncMemoryPlane(net.store))
     net.run(net.plane.prepare())
     until("its packet is counted", lambda: net.run(net.plane.activity())["packets_out"].sum() == 1)
     assert net.run(net.plane.recover()) == 301

@@ -13,6 +13,7 @@ from nat_control.config import parse, to_core
 from nat_fastpath.engine import FLAG_OFFLOAD
 from switch_agent.activity import ACTIVITY, applied
 from switch_agent.agent import pipeline_of
+from switch_agent.compile import FEW
 from switch_agent.failover import WithGroup
 from switch_agent.nexthops import NextHops, key
 from switch_agent.pipeline import (
@@ -189,6 +190,19 @@ def test_a_next_hop_has_its_mac_or_none() -> None:
     found.learn(key("internal", mac=5), 6)
     assert found.hop(key("internal", mac=5)).mac == 6
     assert pipeline().next_hop(NextHop("internal", None)) == (ToController(),)
+
+
+def test_few_have_the_keys_that_many_have() -> None:
+    records = random_records(400)
+    rng = np.random.default_rng(3)
+    pool = int(IPv4Address("198.51.100.9"))
+    records["internal_mac"][::2] = 0
+    records["internal_addr"] = rng.choice([0x0A000001, 0x0AFFFFFF, 0xC0A80001], 400)
+    records["remote_addr"] = rng.choice([0x0A000001, 0x08080808, *range(pool - 9, pool + 6)], 400)
+    one = hops()
+    few = [one.keys(records[at : at + FEW]) for at in range(0, 400, FEW)]
+    assert np.array_equal(np.concatenate(few, axis=1), one.keys(records))
+    assert len(np.unique(one.keys(records)[1])) > 4
 
 
 def test_groups_are_the_same_after_a_restart_and_never_shared() -> None:
