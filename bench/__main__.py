@@ -16,6 +16,7 @@ from bench import (
     core,
     cores,
     failover,
+    first_packet,
     io,
     latency,
     micro,
@@ -209,14 +210,15 @@ def _failover(arguments: argparse.Namespace) -> None:
 
 
 def _newflow(arguments: argparse.Namespace) -> None:
-    results = [
-        failover.new_flow_latency(mode, arguments.flows) for mode in ("off", "asynchronous", "synchronous")
-    ]
+    results = first_packet.measure(
+        arguments.flows, tell=lambda line: print(line, file=sys.stderr, flush=True)
+    )
     if arguments.json:
         for result in results:
             print(json.dumps(result))
     else:
-        _print("new flows: ms that the first packet takes more than the second", results)
+        shown = [{key: row[key] for key in row if not key.endswith("percent")} for row in results]
+        _print("new flows: ms that the first packet takes more than the second (p50 / p99 / max)", shown)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
 SOURCE = Path(__file__).with_name("stream.c")
 FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 HOWS = ("kill", "stop", "link", "planned", "failback", "takeover", "release")
-PORT, OTHER_PORT, ECHO_PORT = 9000, 9001, 9002
+PORT, OTHER_PORT = 9000, 9001
 LEAD, REST = 0.6, 1.3  # seconds of the stream before and after the end
 SETTLED, BIN = 0.1, 0.01  # seconds
 OPENING = 180.0  # seconds that the sessions of a case may take
@@ -315,37 +315,6 @@ def endpoints(arrivals: np.ndarray[Any, Any], flows: int) -> np.ndarray[Any, Any
     came = arrivals["address"].astype(np.uint64) << np.uint64(16) | arrivals["port"]
     last[arrivals["sequence"] % np.uint64(flows)] = came
     return last
-
-
-# -- new flows ---------------------------------------------------------------------------------------------
-
-
-def new_flow_latency(mode: str, flows: int = 500) -> dict[str, Any]:
-    """What the first packet of a flow takes more than its second, in ms: p50, p99 and the rest of it."""
-    with Lab() as lab:
-        pair = Pair(lab, Case(mode=mode))
-        pair.net.outside.start(pair.program, "echo", OUTSIDE, str(ECHO_PORT), name="echo").ready("listening")
-        file = lab.directory / "asked"
-        pair.net.client.run(
-            pair.program, "ask", OUTSIDE, str(ECHO_PORT), str(flows), "2000", str(file), timeout=120
-        )
-        times = np.fromfile(file, "<u8").reshape(-1, 2) / 1e6
-    answered = times[(times > 0).all(axis=1)]
-    added = answered[:, 0] - np.median(answered[:, 1])
-    p50, p99 = np.percentile(added, [50, 99])
-    return {
-        "mode": mode,
-        "flows": len(times),
-        "unanswered": len(times) - len(answered),
-        "known_rtt_ms": round(float(np.median(answered[:, 1])), 4),
-        "added_ms_by_percent": [round(float(one), 5) for one in np.percentile(added, range(101))],
-        "known_ms_by_percent": [round(float(one), 5) for one in np.percentile(answered[:, 1], range(101))],
-        "added_ms": {
-            "p50": round(float(p50), 4),
-            "p99": round(float(p99), 4),
-            "max": round(float(added.max()), 4),
-        },
-    }
 
 
 # -- results -----------------------------------------------------------------------------------------------

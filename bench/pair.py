@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import deaths, failover, rules, sync
+from bench import deaths, failover, first_packet, rules, sync
 from bench.failover import Case, LabError
 from nat_control.lab import Lab
 from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
@@ -34,7 +34,9 @@ def _of(case: Case) -> Callable[[int, Tell], dict[str, Any]]:
 
 
 def _new_flows(mode: str) -> Callable[[int, Tell], dict[str, Any]]:
-    return lambda trials, tell: failover.new_flow_latency(mode, 20 * trials)
+    """Beside mode off, in turn."""
+    modes = (mode,) if mode == "off" else ("off", mode)
+    return lambda trials, tell: first_packet.measure(20 * trials, modes, tell=tell)[-1]
 
 
 def generator(rate: int = 100_000, flows: int = 50_000, seconds: float = 3) -> dict[str, Any]:

@@ -20,6 +20,11 @@ SPREADS = {
     "reaction_ms": "then written, ms",
     "first_good_ms": "first good, ms",
 }
+ADDED = {
+    "added_ms": "added ms",
+    "over_off_ms": "more than with mode off",
+    "added_at_server_ms": "of it between the server's ports",
+}
 SINGLE = ("sessions_lost", "init_state_s", "new_per_second", "rules_per_second", "false_deaths", "init_states", "lost",
           "sent_per_second", "lost_before", "server_mb")  # fmt: skip
 
@@ -54,8 +59,11 @@ def _result(row: Row) -> str:
     if "failed" in row:
         return f"**failed**: {row['failed']}"
     said = [f"{words} {_three(row[key])}" for key, words in SPREADS.items() if row.get(key)]
-    if added := row.get("added_ms"):
-        said.append(f"added ms: p50 {added['p50']:.3g}, p99 {added['p99']:.3g}, max {added['max']:.3g}")
+    said += [
+        f"{words}: {', '.join(f'{name} {ms:.3g}' for name, ms in row[key].items())}"
+        for key, words in ADDED.items()
+        if row.get(key)
+    ]
     if each := row.get("each"):
         said.append("; ".join(_in_a_row(n, each[n]) for n in (0, 2) if n < len(each)))
     said += [f"{key.replace('_', ' ')} {row[key]:,}" for key in SINGLE if row.get(key) is not None]

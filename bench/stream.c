@@ -8,11 +8,11 @@
  *   echo ADDRESS PORT                                      until SIGTERM: sends back what comes
  *   ask DESTINATION PORT FLOWS GAP_US FILE                 for each new flow two questions, one after the
  *                                                          other; FILE gets both round-trip times in ns
- *   witness ADDRESS PORT                                   until SIGTERM: answers with what it sees as source
- *   churn SOURCE DESTINATION PORT RATE FIRST FLOWS WAIT FILE
- *                                                          RATE new flows per second, from flow FIRST on, and
- *                                                          "asked"; then (WAIT 1: after SIGUSR1) again in
- *                                                          those that were answered; FILE gets a `flow` each
+ *   tap INTERFACE OTHER PORT FILE                          until SIGTERM; FILE gets a `seen` for each
+ * question and answer of ask that passes one of these interfaces witness ADDRESS PORT until SIGTERM: answers
+ * with what it sees as source churn SOURCE DESTINATION PORT RATE FIRST FLOWS WAIT FILE RATE new flows per
+ * second, from flow FIRST on, and "asked"; then (WAIT 1: after SIGUSR1) again in those that were answered;
+ * FILE gets a `flow` each
  *
  * Times are CLOCK_MONOTONIC in ns, which is one clock for all namespaces of a machine. A flow is a source
  * port; the sender writes IP headers itself, so that 50 000 of them need one socket.
@@ -20,8 +20,11 @@
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <linux/if_ether.h>
+#include <net/if.h>
 #include <netinet/ip.h>
 #include <netinet/udp.h>
+#include <netpacket/packet.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdint.h>
@@ -65,6 +68,11 @@ struct flow {
         uint32_t address;
         uint16_t port, tries;
     } round[2];
+};
+
+struct seen {
+    uint64_t number, at_ns; /* CLOCK_REALTIME */
+    uint32_t other, outgoing;
 };
 
 static volatile sig_atomic_t ended;
@@ -301,6 +309,63 @@ static int ask(char **a)
     return 0;
 }
 
+/* Times are the kernel's, of when it had the frame. */
+static int tap(char **a)
+{
+    const uint16_t port = htons((uint16_t)atoi(a[2]));
+    FILE *file = create(a[3]);
+    struct pollfd taps[2];
+
+    for (unsigned i = 0; i < 2; i++) {
+        const struct sockaddr_ll here = {.sll_family = AF_PACKET,
+                                         .sll_protocol = htons(ETH_P_ALL),
+                                         .sll_ifindex = (int)if_nametoindex(a[i])};
+        const int s = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        if (s < 0 || here.sll_ifindex == 0 ||
+            setsockopt(s, SOL_SOCKET, SO_TIMESTAMPNS, &(int){1}, sizeof(int)) ||
+            bind(s, (const struct sockaddr *)&here, sizeof here))
+            die(a[i]);
+        taps[i] = (struct pollfd){.fd = s, .events = POLLIN};
+    }
+    printf("listening\n");
+    fflush(stdout);
+    while (!ended) {
+        poll(taps, 2, -1);
+        for (unsigned i = 0; i < 2; i++) {
+            struct {
+                uint8_t link[14];
+                struct iphdr ip;
+                struct udphdr udp;
+                uint64_t number;
+            } __attribute__((packed)) frame;
+            struct sockaddr_ll from;
+            char control[CMSG_SPACE(sizeof(struct timespec))];
+            struct iovec vector = {&frame, sizeof frame};
+            struct msghdr message = {.msg_name = &from,
+                                     .msg_namelen = sizeof from,
+                                     .msg_iov = &vector,
+                                     .msg_iovlen = 1,
+                                     .msg_control = control,
+                                     .msg_controllen = sizeof control};
+            const ssize_t n = recvmsg(taps[i].fd, &message, 0);
+            const struct cmsghdr *stamp = n < 0 ? NULL : CMSG_FIRSTHDR(&message);
+            if (stamp == NULL || n < (ssize_t)sizeof frame || frame.ip.protocol != IPPROTO_UDP ||
+                frame.ip.ihl != 5 || frame.udp.len != htons(sizeof frame.udp + sizeof frame.number) ||
+                (frame.udp.dest != port && frame.udp.source != port))
+                continue;
+            struct timespec t;
+            memcpy(&t, CMSG_DATA(stamp), sizeof t);
+            const struct seen seen = {frame.number, (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec, i,
+                                      from.sll_pkttype == PACKET_OUTGOING};
+            if (fwrite(&seen, sizeof seen, 1, file) != 1)
+                die(a[3]);
+        }
+    }
+    if (fclose(file))
+        die(a[3]);
+    return 0;
+}
+
 static int witness(char **a)
 {
     const int s = listen_at(a[0], a[1]);
@@ -397,8 +462,9 @@ int main(int n, char **a)
         const char *name;
         int arguments;
         int (*run)(char **);
-    } modes[] = {{"send", 7, send_stream}, {"receive", 3, receive_stream}, {"echo", 2, echo},
-                 {"ask", 5, ask},          {"witness", 2, witness},        {"churn", 8, churn}};
+    } modes[] = {
+        {"send", 7, send_stream}, {"receive", 3, receive_stream}, {"echo", 2, echo},  {"ask", 5, ask},
+        {"tap", 4, tap},          {"witness", 2, witness},        {"churn", 8, churn}};
 
     const struct sigaction action = {.sa_handler = end};
     sigaction(SIGTERM, &action, NULL);
