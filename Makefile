@@ -42,12 +42,12 @@ root:
 
 # In namespaces, mostly waiting for clocks: three files at a time. Alone: what asks for huge pages, or times the machine itself.
 LABS := $(addprefix tests/,netns switch planes)
-ALONE := $(addprefix tests/,dpdk host watch netns/test_vhost.py)
+ALONE := $(addprefix tests/,dpdk host watch netns/test_vhost.py bench/test_io.py)
 # A lab counts each lost packet, and its neighbour may have had the CPU for a while: what failed must pass on its own.
 AGAIN := { echo "once more, alone: what failed beside others"; tools/as-root.sh $(BIN)/python -m pytest -m "not long" --last-failed --last-failed-no-failures none; }
 
 test: root build
-	tools/as-root.sh $(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(LABS) $(ALONE))
+	tools/as-root.sh $(BIN)/python -m pytest -n auto --dist worksteal -m "not long" $(addprefix --ignore=,$(LABS) $(ALONE))
 	tools/as-root.sh $(BIN)/python -m pytest -n 3 --dist loadfile -m "not long" $(LABS) $(addprefix --ignore=,$(ALONE)) || $(AGAIN)
 	tools/as-root.sh $(BIN)/python -m pytest -m "not long" $(ALONE) || $(AGAIN)
 
