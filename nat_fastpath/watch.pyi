@@ -71,9 +71,9 @@ class Watch:
     ) -> None:
         """Closes."""
 
-    def arm(self, data: bytes, fd: int) -> None:
-        """From now on, once, ``data`` is written on the stream socket ``fd`` when the peer dies. It forgets what was
-        fired before. ``fd`` must stay open until ``disarm``. Raises ValueError when ``data`` is too long or ``fd`` is
+    def arm(self, data: bytes, fd: int | None) -> None:
+        """From now on, once, ``data`` is written on the stream socket ``fd`` when the peer dies; None: that is told, and nothing
+        written. It forgets what was fired before. ``fd`` must stay open until ``disarm``. Raises ValueError when ``data`` is too long or ``fd`` is
         no stream socket."""
 
     def update(self, data: bytes) -> bool:

@@ -183,17 +183,20 @@ cdef class Watch:
     def __exit__(self, kind, value, trace):
         self.close()
 
-    def arm(self, bytes data not None, int fd):
+    def arm(self, bytes data not None, fd):
         cdef heartbeat *hb = self._open()
         _in_range("length of data", len(data), 0, HB_MAX_PREPARED)
-        with socket.socket(fileno=os.dup(fd)) as stream:
-            if stream.type != socket.SOCK_STREAM:
-                raise ValueError("fd must be a stream socket")
+        cdef int stream_fd = -1
+        if fd is not None:
+            stream_fd = fd
+            with socket.socket(fileno=os.dup(fd)) as stream:
+                if stream.type != socket.SOCK_STREAM:
+                    raise ValueError("fd must be a stream socket")
         cdef const char *start = data
         cdef size_t n = len(data)
         cdef int error
         with nogil:
-            error = hb_arm(hb, start, n, fd)
+            error = hb_arm(hb, start, n, stream_fd)
         if error:
             raise _failed(error)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -61,6 +62,7 @@ STEP = 0.005  # seconds between two looks at the core: ARP, ageing, events
 EARLY = 1024  # frames that wait until what an earlier agent has left is known
 OPERATIONS = 4096  # that wait for the switch
 GONE = 1  # OFPPR_DELETE
+Operation = Callable[[], Awaitable[object]]
 
 
 def say(line: str) -> None:
@@ -191,13 +193,16 @@ class Agent:
         self.counts: Counter[str] = Counter()
         self._macs: dict[int, int] = {}
         self._early: list[tuple[int, bytes]] = []  # frames from before all sessions were known
-        self._work: asyncio.Queue[Callable[[], Awaitable[object]]] = asyncio.Queue()
+        # of the switch, one after the other; those that are 0 go before the others
+        self._work: asyncio.PriorityQueue[tuple[int, int, Operation]] = asyncio.PriorityQueue()
+        self._numbers = itertools.count()
         self._behind = False  # operations were dropped since the rules were compared
         self.carrier = Carrier(
             config,
             self.plane,
             self.takeover_channel,
-            later=self._work.put_nowait,
+            later=self._later,
+            first=partial(self._later, urgency=0),
             announce=self.core.announce,
             prepared=self._macs.clear,
             known=self._all_known,
@@ -333,10 +338,13 @@ class Agent:
         if len(closed := sessions_of(events[events["type"] == EVENT_CLOSE])):
             self._change(partial(self.plane.withdraw, closed))
 
-    def _change(self, operation: Callable[[], Awaitable[object]]) -> None:
+    def _later(self, operation: Operation, urgency: int = 1) -> None:
+        self._work.put_nowait((urgency, next(self._numbers), operation))
+
+    def _change(self, operation: Operation) -> None:
         """Of rules of sessions: put behind the others; where the switch is too far behind, all are compared later instead."""
         if self._work.qsize() < OPERATIONS:
-            self._work.put_nowait(operation)
+            self._later(operation)
         elif not self._behind:
             self._behind = True
             say(f"the switch is {OPERATIONS} operations behind: rules are compared when it has caught up")
@@ -344,7 +352,7 @@ class Agent:
     async def _operations(self) -> None:
         """What changes the switch, one after the other."""
         while True:
-            await (await self._work.get())()
+            await (await self._work.get())[2]()
             self._send_held()
             if self._behind and self._work.empty():
                 self._behind = False
@@ -409,7 +417,7 @@ class Agent:
                 due = monotonic() - ranked >= (self.pair.activity_period if self.pair else ACTIVITY_PERIOD)
                 ranked = monotonic() if due else ranked
                 done = asyncio.Event()  # a look that waits behind others is not asked for twice
-                self._work.put_nowait(partial(self._refresh, done, rank=due))
+                self._later(partial(self._refresh, done, rank=due))
                 await done.wait()
 
     async def _refresh(self, done: asyncio.Event, *, rank: bool) -> None:

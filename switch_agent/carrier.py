@@ -8,6 +8,7 @@ written before anything here is told (nat_fastpath.watch); all else is done in o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -38,7 +39,7 @@ BUSY = 10.0  # seconds after which a return no longer waits for a moment without
 class Carrier:
     """The state between switch, agent and server.
 
-    ``later`` puts an operation behind those that change the switch already; ``prepared`` hears of each preparation of the
+    ``later`` puts an operation behind those that change the switch already, ``first`` before them; ``prepared`` hears of each preparation of the
     switch, ``known`` once that all sessions of an earlier agent are known; ``announce`` makes the agent's core tell its addresses
     to the network.
     """
@@ -50,6 +51,7 @@ class Carrier:
         takeover_channel: Channel,
         *,
         later: Callable[[Callable[[], Awaitable[object]]], None],
+        first: Callable[[Callable[[], Awaitable[object]]], None],
         announce: Callable[[], None],
         prepared: Callable[[], None],
         known: Callable[[], None],
@@ -62,7 +64,7 @@ class Carrier:
         self._heartbeat = config.heartbeat
         self._plane = plane
         self._takeover_channel = takeover_channel
-        self._later = later
+        self._later, self._first = later, first
         self._announce = announce
         self._prepared = prepared
         self._tell_known = known
@@ -80,6 +82,7 @@ class Carrier:
         # then no packet opens a session, and no rule is taken for a stranger's.
         self.known = False
         self._returning = False
+        self._going_back = False  # rules that lead to the server are being written
         self._connected = False
         self._timer: asyncio.TimerHandle | None = None
         self._leaving = False  # the server has handed the traffic over, and ends
@@ -110,7 +113,7 @@ class Carrier:
         if not self._takeover_channel.connected:
             why = "".join(f": {line}" for line in list(self._takeover_channel.refusals)[-1:])
             found["takeover connection"] = (
-                f"the switch is not connected to {self._switch.takeover}: a server that hangs is not noticed{why}"
+                f"the switch is not connected to {self._switch.takeover}: a takeover waits for the agent's loop{why}"
             )
         if not self.pair.watch.stats()["alive"]:
             found["heartbeat"] = "no heartbeats come from the server, although it is connected"
@@ -162,7 +165,7 @@ class Carrier:
     def _is_anybody_there(self) -> None:
         """The switch forwards to the server as an earlier agent, or connection, has left it: is it alive?"""
         if self.pair is None or not self.pair.watch.stats()["alive"]:
-            self._later(partial(self._carry, "the switch forwards to a server that is not there"))
+            self._take_over("the switch forwards to a server that is not there")
 
     async def _recover(self) -> None:
         """Sessions of an earlier agent, from its rules. Raises ChannelLost."""
@@ -188,8 +191,8 @@ class Carrier:
             self._look_at_links()
 
     def _look_at_links(self) -> None:
-        if self.forwarding and self._down:
-            self._later(partial(self._carry, f"port {self._ports_down} is down"))
+        if self._down and (self.forwarding or self._going_back):
+            self._take_over(f"port {self._ports_down} is down")
 
     @property
     def _ports_down(self) -> str:
@@ -215,21 +218,32 @@ class Carrier:
                     self._arm()
                 elif event == TransactionComplete(TAKEOVER_TXID):
                     self._barrier = monotonic_ns()
-                    if self.last_takeover:
+                    if self.last_takeover and not self.last_takeover["barrier"]:
                         self.last_takeover["barrier"] = self._barrier
-                elif isinstance(event, Lost) and self.pair is not None:
-                    self.pair.watch.disarm()  # its descriptor will be another one's
+                elif isinstance(event, Lost) and self.pair is not None and self.pair.watch.disarm():
+                    self._arm()  # without bytes: the descriptor will be another one's
 
     # -- the pair ------------------------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        """The watch may take over once the server carries and both connections stand."""
+        """The watch may take over once the server carries; without its connection it tells us, and we do."""
         wanted = (
             self.forwarding or not self._plane.partition.forwards
         )  # there it changes nothing, and notices all the same
-        if self.pair is None or not (wanted and self.ready and self._takeover_channel.connected):
+        if self.pair is None or self._plane.overtaken or not (wanted and self.ready):
             return
-        self.pair.watch.arm(self._plane.prepared_takeover(), self._takeover_channel.fileno())
+        there = self._takeover_channel.connected
+        fileno = self._takeover_channel.fileno() if there else None
+        self.pair.watch.arm(self._plane.prepared_takeover(), fileno)
+
+    def _take_over(self, why: str) -> None:
+        """The bytes are written before this returns; the rest of a takeover is done as soon as what is under way has ended."""
+        if self.forwarding or self._going_back:
+            if self.pair is None or self.pair.watch.disarm():  # else its thread has written them
+                with contextlib.suppress(ChannelLost):
+                    self._takeover_channel.write(self._plane.prepared_takeover())
+            self._plane.take_over()
+        self._first(partial(self._carry, why))
 
     def fired(self) -> None:
         assert self.pair is not None
@@ -245,7 +259,7 @@ class Carrier:
                 f"the server is dead ({reason}); written {(times['written'] - (times['detected'] or 0)) / 1e3:.0f} µs later"
             )
         self.pair.transport.lose()
-        self._later(partial(self._carry, reason))  # also if the peer was not operational yet
+        self._take_over(reason)  # also if the peer was not operational yet
 
     def notice(self, action: do.Action) -> None:
         match action:
@@ -260,7 +274,7 @@ class Carrier:
                     self._look_for_return(BUSY)
                 if before is State.OPERATIONAL:
                     self._reconciled = False
-                    self._later(partial(self._carry, why))
+                    self._take_over(why)
             case do.DigestCompared(differing):
                 assert self.pair is not None
                 self._differ = bool(differing) or self.pair.protocol.apart
@@ -357,6 +371,7 @@ class Carrier:
         """The switch carries; returns what it said against that. The watch may have seen to it already; then this changes
         nothing on the switch."""
         self._returning, failed = False, ""
+        self._plane.overtaken = False
         if not self.forwarding:
             return failed
         self.forwarding = False
@@ -452,6 +467,7 @@ class Carrier:
             self._reconciled = True
             if self.forwarding:
                 return ""
+            self._going_back = True
             # what comes from the server passes before anything goes to it
             await self._plane.install_static_peer_rules(Kind.FROM_SERVER)
             await self._drained()
@@ -463,6 +479,8 @@ class Carrier:
             self._say(f"return: {error}")
             await self._stay()
             return str(error)
+        finally:
+            self._going_back = False
         self.forwarding = True
         self.unproved = ""
         self._arm()

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -273,13 +273,22 @@ class Channel:
         self._packets = self._packet_bytes = 0
         return found
 
-    async def transact(self, data: bytes | bytearray | memoryview, txid: int) -> tuple[Error, ...]:
+    async def transact(
+        self,
+        data: bytes | bytearray | memoryview,
+        txid: int,
+        unless: Callable[[], bool] | None = None,
+    ) -> tuple[Error, ...]:
         """Sends messages that all have ``txid``, then a barrier; returns what the switch refused of them.
+
+        ``unless`` is asked in the moment of sending: then nothing is sent.
 
         What it has acknowledged and not done, where that is to be proved, is an error that names no rule. At most
         ``limits.outstanding`` wait for their barrier, and their proof, at a time, the others here. Raises ChannelLost.
         """
         async with self._slots:
+            if unless is not None and unless():
+                return ()
             if not self.prove:
                 return tuple((await self._ask(data, codec.barrier(txid), txid, 0)).errors)
             connection = self._current()

@@ -9,6 +9,7 @@ that matter most, up to ``max_flows`` rules; the others pass through the agent (
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from nat_control.dataplane import Capabilities, DataPlane, Ids, Mask, NextHops, Records
 from switch_agent import channel as openflow
 from switch_agent import codec, nexthops
-from switch_agent.channel import Channel
+from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import PacketIn
 from switch_agent.compile import NextHopGroups, Numbers
 from switch_agent.pipeline import (
@@ -58,6 +59,7 @@ class OpenFlowDataPlane(SessionRules):
     ) -> None:
         super().__init__(channel, pipeline, next_hops, store, max_flows, report)
         self._group_lock = asyncio.Lock()
+        self.overtaken = False  # nothing may lead to the server any more, whatever is under way
 
     @property
     def capabilities(self) -> Capabilities:
@@ -153,10 +155,13 @@ class OpenFlowDataPlane(SessionRules):
         for kind in kinds or (Kind.FROM_SERVER, Kind.TO_SERVER):
             if kind is Kind.TO_SERVER:
                 async with self._front_lock:
-                    self.server_carries = True
+                    self.server_carries = not self.overtaken
                     if self._guarded:
-                        await self._rules(self._pipeline.tcp_to_server())
-            await self._rules(tuple(rule for rule in self._pipeline.forward() if rule.cookie == kind.cookie))
+                        await self._rules(self._pipeline.tcp_to_server(), lambda: self.overtaken)
+            forward = tuple(rule for rule in self._pipeline.forward() if rule.cookie == kind.cookie)
+            await self._rules(forward, lambda: self.overtaken)
+            if self.overtaken:
+                raise SwitchError("the switch takes over meanwhile")
 
     async def delete_static_peer_rules(self, *kinds: Kind) -> None:
         """The switch carries from here on. A planned hand-over deletes TO_SERVER, waits, and FROM_SERVER."""
@@ -173,7 +178,7 @@ class OpenFlowDataPlane(SessionRules):
         """Whether the switch has the rules that forward to the server, from whenever; then they are those of this partition. Raises
         ChannelLost, SwitchError."""
         found = await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)
-        self.server_carries = bool(len(found)) and self._pipeline.partition.forwards
+        self.server_carries = bool(len(found)) and self._pipeline.partition.forwards and not self.overtaken
         if len(await self._channel.statistics(Kind.LATCH.cookie, ALL_BITS)):
             self._report("the switch has gone over by itself: a link to the server was lost")
             self.server_carries = False
@@ -186,10 +191,21 @@ class OpenFlowDataPlane(SessionRules):
                 openflow.flow_mod(rule, openflow.DELETE_STRICT, txid)
                 for rule in self._pipeline.forward_of_others()
             ]
-            self._insist(await self._channel.transact(b"".join(data), txid), "forward rules")
+            errors = await self._channel.transact(b"".join(data), txid, lambda: self.overtaken)
+            self._insist(errors, "forward rules")
+            self.server_carries = not self.overtaken
         else:
             await self.delete_static_peer_rules()
         return self.server_carries
+
+    def take_over(self) -> None:
+        """The switch carries, now: what has been sent is undone ahead of all that waits, and nothing of what is under way leads
+        to the server any more until ``overtaken`` is taken back."""
+        self.overtaken, self.server_carries = True, False
+        with contextlib.suppress(ChannelLost):
+            self._channel.write(
+                b"".join(openflow.delete_by_cookie(kind.cookie, txid=TAKEOVER_TXID) for kind in TAKEN_OVER)
+            )
 
     def prepared_takeover(self) -> bytes:
         """What makes the switch carry, for any OpenFlow connection that has been greeted.
@@ -228,10 +244,10 @@ class OpenFlowDataPlane(SessionRules):
         self._guarded = self.server_carries = False
         self._room = self._most
 
-    async def _rules(self, rules: tuple[Rule, ...]) -> None:
+    async def _rules(self, rules: tuple[Rule, ...], unless: Callable[[], bool] | None = None) -> None:
         txid = self._channel.next_txid()
         data = b"".join(openflow.flow_mod(rule, openflow.ADD, txid) for rule in rules)
-        self._insist(await self._channel.transact(data, txid), "static rules")
+        self._insist(await self._channel.transact(data, txid, unless), "static rules")
 
     async def _ensure(
         self,

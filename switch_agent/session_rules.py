@@ -167,7 +167,7 @@ class SessionRules(ABC):
     async def _groups(self, records: Records) -> NextHopGroups: ...
 
     @abstractmethod
-    async def _rules(self, rules: tuple[Rule, ...]) -> None: ...
+    async def _rules(self, rules: tuple[Rule, ...], unless: Callable[[], bool] | None = None) -> None: ...
 
     @abstractmethod
     async def _delete_kinds(self, *kinds: Kind) -> None: ...
@@ -388,7 +388,7 @@ class SessionRules(ABC):
             return
         await self._rules(self._pipeline.guard())
         if self.server_carries:
-            await self._rules(self._pipeline.tcp_to_server())
+            await self._rules(self._pipeline.tcp_to_server(), lambda: not self.server_carries)
         self._guarded = True
 
     async def _unguard(self) -> None:

@@ -129,6 +129,23 @@ def test_hung_or_ended(net: PairLab, how: signal.Signals) -> None:
         passes(net)
 
 
+def test_hung_without_the_takeover_connection(net: PairLab) -> None:
+    """The watch has nowhere to write; the agent hears of the death, and writes on the connection that it has."""
+    net.start_server()
+    net.carrier("server")
+    net.ovs.set_controllers("tcp:127.0.0.1:6653")
+    until(
+        "the connection is gone", lambda: "is not connected to" in json.dumps(net.show("agent")["degraded"])
+    )
+    net.server.signal(signal.SIGSTOP)
+    net.carrier("switch", timeout=2)  # its connection would stand for longer
+    takeover = net.show("agent")["takeover"]
+    assert (takeover["reason"], takeover["written"]) == ("silence", None)
+    passes(net)
+    net.server.signal(signal.SIGCONT)
+    net.carrier("server")
+
+
 def test_agent_killed_and_back(net: PairLab) -> None:
     """The server goes on; the agent finds its rules again."""
     net.start_server()

@@ -4,6 +4,7 @@
 import asyncio
 import errno
 import os
+import select
 import signal
 import socket
 import threading
@@ -96,6 +97,15 @@ def test_after_disarm_nothing_is_written() -> None:
                 w.watch_tcp()
                 outcomes[in_time] += 1
     assert sum(outcomes.values()) == 400
+
+
+def test_with_nowhere_to_write_a_death_is_told() -> None:
+    with pair() as (w, peer):
+        w.arm(b"take over", None)
+        peer.stop()
+        assert select.select([w.eventfd], [], [], 5)[0]
+        assert w.fired == "silence"
+        assert w.times["written"] is None
 
 
 def test_disarmed_and_armed_again(stream: Stream) -> None:
