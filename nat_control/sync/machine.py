@@ -77,6 +77,7 @@ class Machine:
         self.state = State.STARTING
         self.heartbeat_key = codec.NO_KEY
         self.peer: Hello | None = None
+        self._rank = (0, 0, 0)  # of our last Hello
         self.precedence = Precedence.CARRIES  # for the next Hello
         self.conflicts = 0  # sessions refused, here or at the peer, since the start
         self.gaps = 0  # in the peer's changes, since the start

@@ -192,7 +192,9 @@ class Protocol(Offloading):
         self.epoch = (self.epoch + 1) & 0xFFFFFFFF
         self._forget()
         self._deadline = now + self.limits.handshake
-        self._send(self._own_hello())
+        hello = self._own_hello()
+        self._rank = rank(hello)
+        self._send(hello)
         self._become(State.HANDSHAKE, "connected")
 
     def _own_hello(self) -> Hello:
@@ -236,7 +238,7 @@ class Protocol(Offloading):
             self._fail(*misfit)
         else:
             self.peer = message
-            self.yields = rank(own) < rank(message)
+            self.yields = self._rank < rank(message)  # what we have become since, the peer has not heard
             self._exchange = Exchange(self._txid())
             self._deadline = now + self.limits.exchange
             self._become(State.EXCHANGING, f"instance {message.instance} answers")

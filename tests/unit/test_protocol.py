@@ -21,6 +21,7 @@ from nat_control.sync.actions import (
     Install,
     Limits,
     Mode,
+    Precedence,
     Send,
     SendState,
     State,
@@ -117,6 +118,21 @@ def machine(state: State, mode: Mode = Mode.SYNCHRONOUS, **limits: float) -> Pro
         p.stop(0.0)
     assert p.state is state
     return p
+
+
+def test_whose_sessions_stay_is_said_by_what_was_sent() -> None:
+    """A side whose role changes while its Hello is on the way: the other one has heard what it was."""
+    sides = [Protocol(1, (OURS,), Mode.SYNCHRONOUS), Protocol(2, (THEIRS,), Mode.SYNCHRONOUS)]
+    sides[0].precedence, sides[1].precedence = Precedence.STANDS_BY, Precedence.CARRIES
+    hellos = []
+    for side in sides:
+        side.plane_ready()
+        hellos += sent(side.connected(0.0))
+    sides[0].precedence, sides[0].term = Precedence.DECIDES, 9
+    for side, hello in zip(sides, reversed(hellos), strict=True):
+        assert isinstance(hello, Hello)
+        side.received(hello.epoch, hello, 0.0)
+    assert [side.yields for side in sides] == [True, False]
 
 
 def refused(actions: list[Action], code: ErrorCode) -> str:
