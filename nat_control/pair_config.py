@@ -303,6 +303,11 @@ def _read_twin(section: Section) -> Twin | None:
     if section.get("with", choice(WITH), WITH[0]) == "server":
         if "role" not in section.values:
             fault(section.path("role"), "missing: of two servers one is `primary`, the other `secondary`")
+        if section.values.get("partition", PARTITIONS[0]) != PARTITIONS[0]:
+            fault(
+                section.path("partition"),
+                "of two servers one carries all: only `all_peer`, or `with: switch`, is possible",
+            )
         return twin
     for key in ("role", "on_split", "return", "probe_ms"):
         if key in section.values and section.reader.good(section.path("with")):

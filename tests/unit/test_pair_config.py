@@ -161,6 +161,12 @@ def test_what_does_not_fit_two_servers() -> None:
     assert problems(with_sections({**PAIR, "peer": peer}, devices=True)) == dict.fromkeys(
         ("peer.role", "peer.probe_ms"), "only of a pair of servers (`with: server`)"
     )
+    for partition in pair_config.PARTITIONS[1:]:
+        local = {"local_protocols": ["udp"]} if partition == "by_protocol" else {}
+        peer = {**TWIN["peer"], "partition": partition, **local}
+        assert problems(with_sections({**TWIN, "peer": peer}, devices=True)) == {
+            "peer.partition": "of two servers one carries all: only `all_peer`, or `with: switch`, is possible"
+        }
     peer = {"listen": "127.0.0.1:7000", "with": "server", "role": "primary"}
     assert problems(with_sections({**SWITCH, "peer": peer}, devices=False)) == {
         "peer.with": "a switch agent's peer is a server by itself: leave it out"
