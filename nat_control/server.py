@@ -326,6 +326,8 @@ class Server:
         if self.pair is not None and (self.twin is None or self.twin.here):
             why = await self.pair.hand_over()
             say(f"the peer is not asked to carry: {why}" if why else "the peer carries")
+        if self.twin is not None:
+            self.twin.leave()
 
     def _watch(self) -> None:
         before, self.worker_stats = self.worker_stats, self.workers.stats()

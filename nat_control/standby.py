@@ -21,6 +21,8 @@ LAST = 6.0  # for the other one
 # Two that carry, and do not get in step: when one stands down all the same. The first by its term and with nothing of the
 # other one's, then the last by its term if it is that one, for it has not what the pair had, then the first in any case.
 MERGE, MERGE_NEW, MERGE_LAST = 5.0, 7.5, 10.0
+# That nobody has carried while this one stood by, whatever has changed meanwhile: then it asks on the ports.
+NOBODY = {True: 10.0, False: 15.0}
 STEADY = 5.0  # that the secondary carries in step, before the primary takes it back by itself
 
 
@@ -33,7 +35,7 @@ class View:
     primary: bool
     both: bool = False  # on_split
     automatic: bool = False  # return
-    fit: bool = True  # all ports have a link
+    fit: bool = True  # all ports have a link, and all workers move
     seen: bool = True  # the peer was heard since we have started
     alive: bool = True  # it is heard
     lost: float = 0.0  # seconds since it was heard, or since we have started
@@ -44,6 +46,7 @@ class View:
     stepped: bool = True  # that was so once since we have started
     equal: bool = True  # and no digest and no refusal says otherwise
     quiet: float = 0.0
+    uncarried: float = 0.0  # seconds that this one has stood by, and heard of nobody who carries
 
 
 Decision = tuple[RoleState | None, str]  # what to become, and why; None: what it is
@@ -53,6 +56,8 @@ STAY: Decision = None, ""
 def decide(v: View) -> Decision:
     if v.state is RoleState.PROBING:
         return STAY
+    if v.uncarried >= NOBODY[v.primary]:
+        return RoleState.PROBING, f"nobody has carried for {NOBODY[v.primary]:g} s"
     if not v.alive:
         return STAY if v.state is RoleState.ACTIVE else _alone(v)
     if v.state is RoleState.ACTIVE:

@@ -33,7 +33,8 @@ def role_of(config: Config) -> Role | None:
         or config.heartbeat is None
     ):
         return None
-    return Role(RoleState.STANDBY, probe=config.peer.twin.probe_ms / 1000)
+    twin = config.peer.twin
+    return Role(RoleState.STANDBY, probe=twin.probe_ms / 1000, both=twin.on_split == "both")
 
 
 class Twin:
@@ -61,8 +62,8 @@ class Twin:
         self._fit = fit
         self._pair: Pair | None = None
         self._told: tuple[object, ...] = ()
-        self._since = self._heard = clock()
-        self._seen = self._stepped = False
+        self._since = self._heard = self._carried = clock()
+        self._seen = self._stepped = self._left = False
         self._links = True
         self._at_death: RoleState | None = None
         self._said = self._wanted = role.state
@@ -78,7 +79,6 @@ class Twin:
         while True:
             if turn % LOOK_AT_LINKS == 0:
                 self._links = self._fit()
-                self._role.unfit = not self._links
             turn += 1
             self._step()
             await asyncio.sleep(TICK)
@@ -91,9 +91,12 @@ class Twin:
         if alive:
             self._seen, self._heard = True, now
         self._stepped |= synced
+        fit = self._links and not heard["stalled"]
+        if self._role.state is not RoleState.STANDBY or (alive and heard["peer_carries"]):
+            self._carried = now
         told = (
             self._role.state,
-            self._links,
+            fit,
             alive,
             heard["peer_carries"],
             heard["peer_unfit"],
@@ -108,7 +111,7 @@ class Twin:
             primary=self._config.primary,
             both=self._config.on_split == "both",
             automatic=self._config.returns == "automatic",
-            fit=self._links,
+            fit=fit,
             seen=self._seen,
             alive=alive,
             lost=now - self._heard,
@@ -119,16 +122,22 @@ class Twin:
             stepped=self._stepped,
             equal=not pair.differing and not pair.protocol.apart,
             quiet=now - self._since,
+            uncarried=now - self._carried,
         )
 
     def _step(self) -> None:
         assert self._pair
+        if self._left:
+            return
         view = self.view()
+        self._role.unfit = not view.fit
+        # who was in step has all that the other one needs, or has given it; else half a NAT is better than none
+        self._role.yields = view.alive and view.stepped and view.peer_fit
         if (prepared := at_death(view)) is not self._at_death:
             self._at_death = prepared
             self._pair.watch.follow(self._role.address, prepared)
         if self._seen:  # who has never met anybody has nobody to give way to
-            self._role.fence = self._silence
+            self._role.fence = min(self._silence, self._its_silence or self._silence)
         wanted, why = decide(view)
         if wanted is not None:
             self._become(wanted, why, view)
@@ -146,6 +155,8 @@ class Twin:
         assert self._pair
         protocol, state = self._pair.protocol, self._role.state
         here = state is RoleState.ACTIVE
+        if here and self._wanted is RoleState.PROBING:  # a takeover like any other
+            self._role.term = max(self._role.term, self._pair.watch.stats()["peer_term"]) + 1
         protocol.precedence = Precedence.CARRIES if here else Precedence.STANDS_BY
         if protocol.peer is None:
             protocol.term = self._role.term
@@ -160,6 +171,8 @@ class Twin:
 
     def _changed_by_others(self, state: RoleState) -> str:
         assert self._pair
+        if state is RoleState.STANDBY and self._pair.watch.stats()["stalled"]:
+            return "a worker stands still, and the peer can carry"
         if state is RoleState.STANDBY:
             return "this process stood still, and another one answers on the ports since"
         fired = self._pair.watch.fired
@@ -173,6 +186,18 @@ class Twin:
         if protocol.peer is not None:
             carrier = protocol.instance if self.here else protocol.peer.instance
             self._pair.transport.carries(carrier, lasting=False, why=why)
+
+    @property
+    def _its_silence(self) -> float:
+        """Seconds without a heartbeat of ours after which the peer takes over; 0: it has not told."""
+        assert self._pair
+        return self._pair.watch.stats()["peer_silence_us"] / 1e6
+
+    def leave(self) -> None:
+        """This process ends: from here on it is silent, and answers nobody who asks on the ports."""
+        self._left = True
+        self._role.yields = False
+        self._role.state = RoleState.STANDBY
 
     # -- the peer, and the operator
 
@@ -247,7 +272,18 @@ class Twin:
 
     def conditions(self) -> dict[str, str]:
         """What should not be, by name."""
+        assert self._pair
         view, found = self.view(), {}
+        if view.alive and self._its_silence and round(self._its_silence / self._silence, 3) != 1:
+            found["silence"] = (
+                f"the peer waits {self._its_silence * 1000:g} ms for our heartbeats, and we {self._silence * 1000:g} ms for its: "
+                "make interval_ms and misses of `heartbeat` the same in both files"
+            )
+        its = "both" if self._pair.watch.stats()["peer_both"] else "primary"
+        if view.alive and self._its_silence and its != self._config.on_split:
+            found["on_split"] = (
+                f"peer.on_split is {its} at the peer, and {self._config.on_split} here: make it the same in both files"
+            )
         if view.alive and view.carries and view.state is RoleState.ACTIVE:
             found["role"] = "both servers carry: one stands down once both are in step"
         elif view.alive and not view.carries and view.state is RoleState.STANDBY:

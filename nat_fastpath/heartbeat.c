@@ -131,7 +131,7 @@ static void die(struct heartbeat *hb, enum hb_reason reason)
     hb->fired = reason;
     hb->times.last_heartbeat = hb->last_heartbeat;
     hb->times.detected = clock_ns();
-    role_take_over(hb->role, hb->at_death, (uint32_t)hb->stats.peer_term);
+    role_take_over(hb->role, reason, hb->at_death, (uint32_t)hb->stats.peer_term);
     write_prepared(hb);
     signal_fd(hb->event_fd);
 }
@@ -266,23 +266,23 @@ static void drain(struct heartbeat *hb)
 /* -- the sender -------------------------------------------------------------------------------------------
  */
 
-/* Adds up progress; true when a worker has stood still for longer than the patience. Only time in which this
- * thread ran counts: after a stop of the whole process the workers get their chance first. */
-static bool look_at_workers(struct heartbeat *hb, uint64_t now, uint64_t *progress)
+/* Adds up progress; "stalled" when a worker has stood still for longer than the patience. Only time in which
+ * this thread ran counts: after a stop of the whole process the workers get their chance first. */
+static void look_at_workers(struct heartbeat *hb, uint64_t now, struct hb_packet *packet)
 {
     const uint64_t interval = hb->config.interval_ns;
     const uint64_t passed = now - hb->last_look < interval ? now - hb->last_look : interval;
-    bool stalled = false;
 
     hb->last_look = now;
+    hb->stats.stalled = false;
     for (unsigned i = 0; i < hb->config.n_counters; i++) {
         const uint64_t loops = __atomic_load_n(hb->config.counters[i], __ATOMIC_RELAXED);
         hb->still_ns[i] = loops == hb->seen[i] ? hb->still_ns[i] + passed : 0;
         hb->seen[i] = loops;
-        *progress += loops;
-        stalled |= hb->still_ns[i] > hb->config.patience_ns;
+        packet->progress += loops;
+        hb->stats.stalled |= hb->still_ns[i] > hb->config.patience_ns;
     }
-    return stalled;
+    packet->flags |= hb->stats.stalled ? HB_STALLED : 0;
 }
 
 static void send_heartbeat(struct heartbeat *hb, uint64_t now)
@@ -290,16 +290,16 @@ static void send_heartbeat(struct heartbeat *hb, uint64_t now)
     struct hb_packet packet = {
         .instance = hb->config.instance,
         .workers = (uint8_t)hb->config.n_counters,
+        .flags = hb->leave ? HB_LEAVE : 0,
         .epoch = hb->config.epoch,
         .interval_us = (uint32_t)(hb->config.interval_ns / 1000),
         .nonce = hb->config.nonce,
         .echo = hb->peer_nonce,
         .sequence = ++hb->sequence,
+        .silence_us = (uint32_t)(hb->config.interval_ns * hb->config.misses / 1000),
     };
-    uint64_t progress = 0;
-    packet.flags = (hb->leave ? HB_LEAVE : 0) | (look_at_workers(hb, now, &progress) ? HB_STALLED : 0);
-    packet.progress = progress;
-    role_tell(hb->role, &packet);
+    look_at_workers(hb, now, &packet);
+    role_tell(hb->role, &packet, !lost(hb) && !hb->left);
     if (!hb->config.connected && !hb->peer_length)
         return;
     hb_seal(&packet, hb->config.key);

@@ -56,6 +56,9 @@ struct hb_config {
     F(peer_term)                                                                                             \
     F(peer_carries) /* by its last heartbeat that counts; and so the next one */                             \
     F(peer_unfit)                                                                                            \
+    F(peer_both)                                                                                             \
+    F(peer_silence_us) /* after which it holds us dead; 0: it has not told */                                \
+    F(stalled)         /* a worker of ours stands still */                                                   \
     F(peer_progress)                                                                                         \
     F(write_error) /* errno that ended the writing of the prepared bytes, 0 if none did */
 
@@ -78,7 +81,8 @@ void hb_destroy(struct heartbeat *hb); /* stops first */
 int hb_start(struct heartbeat *hb);
 void hb_stop(struct heartbeat *hb);
 
-/* Copies the bytes; `fd` is a stream socket that stays open until disarmed or fired. 0 or an errno. */
+/* Copies the bytes; `fd` is a stream socket that stays open until disarmed or fired, or -1: a death is told,
+ * and nothing written. 0 or an errno. */
 int hb_arm(struct heartbeat *hb, const void *data, size_t n, int fd);
 /* Other bytes, all at once. 0; ECANCELED when not armed, or fired already; ENOMEM, EMSGSIZE. */
 int hb_update(struct heartbeat *hb, const void *data, size_t n);

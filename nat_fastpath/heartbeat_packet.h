@@ -19,6 +19,7 @@ enum hb_flag {
     HB_STALLED = 2, /* the process lives, and one of its workers does not advance */
     HB_CARRIES = 4, /* of two servers, the one that answers for their addresses */
     HB_UNFIT = 8,   /* it should not be: a port has no link */
+    HB_BOTH = 16,   /* it believes our death without asking on its ports */
 };
 
 struct hb_packet {
@@ -32,11 +33,11 @@ struct hb_packet {
     uint64_t nonce; /* drawn by the sender at its start */
     uint64_t
         echo; /* the nonce that the sender last heard: a recording of an earlier conversation has another */
-    uint64_t sequence; /* counts up from 1 */
-    uint64_t progress; /* sum of the workers' loop counters */
-    uint32_t term;     /* of its role, or 0 */
-    uint32_t reserved;
-    uint64_t tag; /* SipHash-2-4 of all the bytes before it */
+    uint64_t sequence;   /* counts up from 1 */
+    uint64_t progress;   /* sum of the workers' loop counters */
+    uint32_t term;       /* of its role, or 0 */
+    uint32_t silence_us; /* after so long without a heartbeat the sender holds us dead; 0: it does not tell */
+    uint64_t tag;        /* SipHash-2-4 of all the bytes before it */
 } __attribute__((packed));
 
 uint64_t hb_siphash(const uint8_t key[HB_KEY_BYTES], const uint8_t *data, size_t n);

@@ -8,10 +8,14 @@
 #include "heartbeat.h"
 #include "role.h"
 
-/* At the other one's death; a role that somebody has changed already stays. */
-static void role_take_over(struct nat_role *role, uint32_t at_death, uint32_t peer_term)
+/* At the other one's death; a role that somebody has changed already stays. An end of TCP while heartbeats
+ * come may be the connection's alone: then the ports are asked in any case. */
+static void role_take_over(struct nat_role *role, enum hb_reason reason, uint32_t at_death,
+                           uint32_t peer_term)
 {
     uint32_t standby = NAT_ROLE_STANDBY;
+    if (reason == HB_TCP_END && at_death == NAT_ROLE_ACTIVE)
+        at_death = NAT_ROLE_PROBING;
     if (!role || at_death == NAT_ROLE_STANDBY || __atomic_load_n(&role->state, __ATOMIC_RELAXED) != standby)
         return;
     const uint32_t term = __atomic_load_n(&role->term, __ATOMIC_RELAXED);
@@ -19,10 +23,17 @@ static void role_take_over(struct nat_role *role, uint32_t at_death, uint32_t pe
     __atomic_compare_exchange_n(&role->state, &standby, at_death, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 }
 
-static void role_tell(const struct nat_role *role, struct hb_packet *packet)
+/* `heard`: the other one is. Of several workers the others go on, and would answer it when it asks; so who
+ * has one that stands still is silent before the other one decides. */
+static void role_tell(struct nat_role *role, struct hb_packet *packet, bool heard)
 {
     if (!role)
         return;
+    uint32_t active = NAT_ROLE_ACTIVE;
+    if (heard && packet->flags & HB_STALLED && __atomic_load_n(&role->yields, __ATOMIC_RELAXED))
+        __atomic_compare_exchange_n(&role->state, &active, NAT_ROLE_STANDBY, false, __ATOMIC_RELEASE,
+                                    __ATOMIC_RELAXED);
+    packet->flags |= __atomic_load_n(&role->both, __ATOMIC_RELAXED) ? HB_BOTH : 0;
     packet->flags |= __atomic_load_n(&role->state, __ATOMIC_ACQUIRE) == NAT_ROLE_ACTIVE ? HB_CARRIES : 0;
     packet->flags |= __atomic_load_n(&role->unfit, __ATOMIC_RELAXED) ? HB_UNFIT : 0;
     packet->term = __atomic_load_n(&role->term, __ATOMIC_RELAXED);
@@ -37,6 +48,8 @@ static void role_hear(struct nat_role *role, struct hb_stats *stats, const struc
     stats->peer_term = packet->term;
     stats->peer_carries = !!(packet->flags & HB_CARRIES);
     stats->peer_unfit = !!(packet->flags & HB_UNFIT);
+    stats->peer_both = !!(packet->flags & HB_BOTH);
+    stats->peer_silence_us = packet->silence_us;
 }
 
 #endif

@@ -7,7 +7,19 @@ from enum import IntEnum
 
 import numpy as np
 
-WORDS = ("state", "term", "probe_us", "fence_us", "answered", "unanswered", "fenced", "announce", "unfit")
+WORDS = (
+    "state",
+    "term",
+    "probe_us",
+    "fence_us",
+    "answered",
+    "unanswered",
+    "fenced",
+    "announce",
+    "unfit",
+    "yields",
+    "both",
+)
 
 
 class RoleState(IntEnum):
@@ -20,16 +32,17 @@ class RoleState(IntEnum):
 
 class Role:
     """``probe``: seconds that nobody answers before PROBING becomes ACTIVE; ``fence``: a worker that carries and stood
-    still for longer probes first, 0: never. Keep it as long as anything has its ``address``.
+    still for longer probes first, 0: never; ``both``: the peer's death is believed without a probe. Keep it as long as anything has its ``address``.
 
     The state is what cores and heartbeat have made of it by now; each word is read and written whole.
     """
 
-    def __init__(self, state: RoleState, *, probe: float, fence: float = 0) -> None:
+    def __init__(self, state: RoleState, *, probe: float, fence: float = 0, both: bool = False) -> None:
         self._words = np.zeros(1, [(name, "<u4") for name in WORDS])
         self.state = state
         self._words["probe_us"] = round(probe * 1e6)
         self.fence = fence
+        self._words["both"] = both
 
     @property
     def address(self) -> int:
@@ -61,6 +74,15 @@ class Role:
     @unfit.setter
     def unfit(self, unfit: bool) -> None:
         self._words["unfit"] = unfit
+
+    @property
+    def yields(self) -> bool:
+        """Whether the peer can carry, so that the heartbeat gives it the role when a worker of ours stands still."""
+        return bool(self._words["yields"][0])
+
+    @yields.setter
+    def yields(self, yields: bool) -> None:
+        self._words["yields"] = yields
 
     @property
     def fence(self) -> float:

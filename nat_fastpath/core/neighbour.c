@@ -288,8 +288,6 @@ void finish(struct nat_core *core, struct nat_packet *packet, enum nat_verdict v
         return; /* it went from one queue into another */
     packet->verdict = (uint8_t)verdict;
     core->stats.verdicts[verdict]++;
-    if (verdict == NAT_FORWARD || verdict == NAT_FRAGMENT)
-        count_pieces(core, packet);
     trace_finished(core, packet);
     /* there is room: its own place was just given back */
     hold(core, packet, &core->done_first, &core->done_last, NONE32, OUT);
@@ -298,8 +296,13 @@ void finish(struct nat_core *core, struct nat_packet *packet, enum nat_verdict v
 unsigned nat_take(struct nat_core *core, struct nat_packet *out, unsigned max)
 {
     unsigned n = 0;
-    while (n < max && core->done_first != NONE16)
-        out[n++] = unhold(core, &core->done_first, &core->done_last).packet;
+    while (n < max && core->done_first != NONE16 &&
+           !standby_keeps(core, &core->held[core->done_first].packet)) {
+        struct nat_packet *packet = &out[n++];
+        *packet = unhold(core, &core->done_first, &core->done_last).packet;
+        if (packet->verdict == NAT_FORWARD || packet->verdict == NAT_FRAGMENT)
+            count_pieces(core, packet);
+    }
     return n;
 }
 
@@ -377,6 +380,7 @@ bool hold_step(struct nat_core *core)
 
 void nat_flush(struct nat_core *core)
 {
+    standby_give_up(core);
     fragments_flush(core);
     for (uint32_t at = 0; at < core->session_slab.top; at++)
         if (core->sessions[at].protocol)

@@ -26,6 +26,8 @@ struct nat_role {
     uint32_t fenced;     /* how often a core had not been polled for so long */
     uint32_t announce;   /* counts up: who carries shall say so again */
     uint32_t unfit;      /* not 0: it should not carry, since a port has no link; the heartbeat tells */
+    uint32_t yields; /* not 0: the other one can carry, so a worker that stands still is reason to stand by */
+    uint32_t both;   /* not 0: a death is believed without asking on the ports; the heartbeat tells */
 };
 
 #endif

@@ -7,6 +7,9 @@
 #include "core.h"
 
 #define PROBE_NS 500000u /* between two probes */
+/* One turn counts for so much at most: an answer that came while this core was away is heard before it
+ * carries. */
+#define TURN_NS (2u * PROBE_NS)
 /* A switch that misses the first announcement sends to the wrong port until we send anything there. */
 #define ANNOUNCE_TIMES 4u
 #define ANNOUNCE_MS 25u
@@ -47,8 +50,8 @@ static __attribute__((noinline)) void become(struct nat_core *core, uint32_t sta
     }
     if (!news)
         return;
-    s->probe_next_ns = core->now_ns;
-    s->probe_until_ns = core->now_ns + get(&core->config.role->probe_us) * 1000ull;
+    s->probe_next_ns = s->probe_at_ns = core->now_ns;
+    s->probe_left_ns = get(&core->config.role->probe_us) * 1000ull;
     core->outbox_head = core->outbox_tail;
     if (state == NAT_ROLE_STANDBY && core->held_slab.used)
         nat_flush(core);
@@ -100,11 +103,35 @@ void standby_burst(struct nat_core *core, struct nat_packet *packets, unsigned n
     }
 }
 
+static bool leaves(const struct nat_packet *packet)
+{
+    return packet->verdict == NAT_FORWARD || packet->verdict == NAT_FRAGMENT || packet->verdict == NAT_REPLY;
+}
+
+bool standby_keeps(const struct nat_core *core, const struct nat_packet *packet)
+{
+    return core->standby.state == NAT_ROLE_PROBING && leaves(packet);
+}
+
+void standby_give_up(struct nat_core *core)
+{
+    for (uint16_t at = core->done_first; core->standby.silent && at != NONE16; at = core->held[at].next) {
+        struct nat_packet *packet = &core->held[at].packet;
+        if (!leaves(packet))
+            continue;
+        core->stats.verdicts[packet->verdict]--;
+        core->stats.verdicts[packet->verdict = NAT_DROP_STANDBY]++;
+    }
+}
+
 bool standby_step(struct nat_core *core)
 {
     struct standby *s = &core->standby;
     if (s->state == NAT_ROLE_PROBING && has_slice(core, 0)) {
-        if (core->now_ns >= s->probe_until_ns) {
+        const uint64_t passed = core->now_ns - s->probe_at_ns, lived = passed < TURN_NS ? passed : TURN_NS;
+        s->probe_at_ns = core->now_ns;
+        s->probe_left_ns -= lived < s->probe_left_ns ? lived : s->probe_left_ns;
+        if (!s->probe_left_ns) {
             change(core->config.role, NAT_ROLE_PROBING, NAT_ROLE_ACTIVE, &core->config.role->unanswered);
         } else if (core->now_ns >= s->probe_next_ns) {
             s->probe_next_ns = core->now_ns + PROBE_NS;

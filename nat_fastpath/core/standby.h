@@ -11,7 +11,7 @@
 struct standby {
     uint32_t state;
     bool silent; /* not ACTIVE */
-    uint64_t probe_until_ns, probe_next_ns;
+    uint64_t probe_left_ns, probe_at_ns, probe_next_ns;
     uint32_t announced, announce_left, announce_ms;
 };
 
@@ -24,6 +24,10 @@ void standby_burst(struct nat_core *core, struct nat_packet *packets, unsigned n
  * MAC of ours. */
 void neighbour_announce(struct nat_core *core);
 void neighbour_probe(struct nat_core *core);
+/* Whether a packet that has its verdict waits until it is known who carries; and what happens to those that
+ * waited when it is another one. */
+bool standby_keeps(const struct nat_core *core, const struct nat_packet *packet);
+void standby_give_up(struct nat_core *core);
 /* Probes and repeated announcements; whether there was anything to do. */
 bool standby_step(struct nat_core *core);
 

@@ -171,6 +171,44 @@ def test_without_an_answer_it_carries_after_the_time() -> None:
     assert pair.roles[1].counts()["unanswered"] == 1
 
 
+def test_time_that_it_did_not_live_does_not_count() -> None:
+    """It was stopped while it asked; the answer waits in its rings."""
+    pair = Pair()
+    active, standby = pair.nats
+    pair.roles[1].state = RoleState.PROBING
+    standby.core.poll(standby.now)
+    answers = [(port, active.raw(data, port).frame) for port, data in standby.core.outbox()]
+    for _ in range(3):
+        standby.now += SECOND
+        standby.core.poll(standby.now)
+        assert pair.roles[1].state is RoleState.PROBING
+    for port, data in answers:
+        standby.raw(data, port)
+    assert pair.roles[1].state is RoleState.STANDBY
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_what_was_held_waits_for_the_answer(answered: bool) -> None:
+    pair = Pair(synchronous=True)
+    active, other = pair.nats
+    pair.roles[0].fence = 0.01
+    assert active.send(udp(CLIENT, 4000, SERVER, 53)).verdict == Verdict.HELD
+    if answered:
+        pair.roles[1].state = RoleState.ACTIVE
+    active.now = other.now = active.now + SECOND // 50
+    active.core.poll(active.now)
+    assert pair.roles[0].state is RoleState.PROBING
+    records, _ = active.core.sessions(0)
+    assert active.core.commit(records) == 1
+    assert active.core.take() == [], "nobody knows yet who carries"
+    for _ in range(8):
+        pair.step()
+    sent = [one.verdict for one in active.core.take()]
+    assert sent == [Verdict.DROP_STANDBY if answered else Verdict.FORWARD]
+    assert active.core.verdicts()[Verdict.FORWARD] == int(not answered)
+    assert active.core.counters()["tx_packets.1"] - active.core.counters()["arp_requests_sent"] <= 8
+
+
 def test_who_stood_still_asks_before_it_sends() -> None:
     pair = Pair()
     active, other = pair.nats
@@ -230,9 +268,10 @@ def test_several_cores_change_together_and_the_first_asks() -> None:
     for core in cores:
         core.poll(now)
     assert [len(core.outbox()) for core in cores] == [2, 0]
-    now += SECOND // 100
-    for core in cores:
-        core.poll(now)
+    for _ in range(5):
+        now += SECOND // 1000
+        for core in cores:
+            core.poll(now)
     assert role.state is RoleState.ACTIVE
     for core in cores:
         core.poll(now + 1)

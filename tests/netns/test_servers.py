@@ -14,6 +14,7 @@ import pytest
 from nat_control.client import Client
 from nat_control.lab import Lab, until
 from nat_control.twin_lab import NAMES, OUTSIDE, TwinLab
+from tests.stopped_thread import stopped_thread
 
 
 @contextmanager
@@ -122,6 +123,21 @@ def test_a_stopped_one_is_replaced_and_stands_down_when_it_wakes(net: TwinLab) -
     where(net, "two")
     passes(net)
     assert net.show("two")["role"]["term"] > 1
+
+
+def test_one_of_two_workers_stands_still() -> None:
+    """The other one goes on, and would answer on the ports for ever."""
+    with twins(workers=2) as net:
+        net.start(*NAMES)
+        net.in_step("one")
+        passes(net)
+        with stopped_thread(net.servers["one"].pid, "nat-worker-1"):
+            net.carrier("two", 5)
+            assert net.role("one") == "stands by"
+            assert "a worker stands still" in net.show("one")["role"]["why"]
+            where(net, "two")
+            passes(net)
+        net.in_step("two")
 
 
 def test_sync_network_cut_alone_moves_nothing(net: TwinLab) -> None:

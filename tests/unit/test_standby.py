@@ -15,6 +15,7 @@ from nat_control.standby import (
     MERGE,
     MERGE_LAST,
     MERGE_NEW,
+    NOBODY,
     SETTLED,
     START,
     STEADY,
@@ -103,6 +104,19 @@ TABLE: dict[str, tuple[dict[str, object], RoleState | None]] = {
         {"carries": False, "primary": False, "peer_fit": False, "quiet": SETTLED},
         ACTIVE,
     ),
+    "and whatever toggles, not for ever": (
+        {"carries": False, "fit": False, "quiet": 0.0, "uncarried": NOBODY[True]},
+        PROBING,
+    ),
+    "nor the secondary": (
+        {"carries": False, "primary": False, "quiet": 0.0, "uncarried": NOBODY[False]},
+        PROBING,
+    ),
+    "which lets the primary be first": (
+        {"carries": False, "primary": False, "quiet": 0.0, "uncarried": NOBODY[False] - 0.1},
+        None,
+    ),
+    "and without a peer, too": ({"alive": False, "quiet": 0.0, "uncarried": NOBODY[True]}, PROBING),
     "to whom a link is missing waits": ({"carries": False, "fit": False, "quiet": LAST - 0.1}, None),
 }
 

@@ -23,7 +23,7 @@ def twin_of(*, alive: bool) -> tuple[Twin, Any]:
     role = role_of(config)
     assert role
     twin = Twin(config, role, clock=lambda: 0.0, say=lambda line: None, fit=lambda: True)
-    heard = {"alive": alive, "peer_carries": True, "peer_unfit": False, "peer_term": 6}
+    heard = {"alive": alive, "peer_carries": True, "peer_unfit": False, "peer_term": 6, "stalled": False}
     protocol = SimpleNamespace(peer=None, apart=False, instance=1)
     watch = SimpleNamespace(stats=lambda: heard, fired="")
     pair: Any = SimpleNamespace(state=State.ALONE, differing=False, protocol=protocol, watch=watch)

@@ -176,7 +176,7 @@ class Forger:
         self.fields: dict[str, Any] = {
             "magic": b"TNHB", "version": 2, "instance": 2, "flags": 0, "workers": 0, "epoch": 200,
             "interval_us": 20_000, "nonce": nonce, "echo": 0, "sequence": 0, "progress": 0,
-            "term": 0, "reserved": 0,
+            "term": 0, "silence_us": 0,
         }  # fmt: skip
 
     def heartbeat(self, key: bytes = KEY, **changes: Any) -> bytes:

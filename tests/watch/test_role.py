@@ -3,6 +3,7 @@
 
 import socket
 
+import numpy as np
 import pytest
 
 from nat_fastpath.role import Role, RoleState
@@ -32,6 +33,43 @@ def test_the_survivor_takes_over_with_a_higher_term(after: RoleState) -> None:
             peer.stop()
             until(lambda: w.fired)
             assert (ours.state, ours.term) == (after, 8)
+
+
+def test_the_end_of_a_connection_alone_is_asked_about() -> None:
+    """With heartbeats coming it need not be a death; who answers on the ports carries on."""
+    role = Role(RoleState.STANDBY, probe=1)
+    one, other = socket.socketpair()
+    ours, its = socket.socketpair()
+    with pair() as (w, _), one, other, ours:
+        w.follow(role.address, RoleState.ACTIVE)
+        w.watch_tcp(ours.fileno())
+        w.arm(b"", one.fileno())
+        its.close()
+        until(lambda: w.fired == "TCP end")
+        assert role.state is RoleState.PROBING
+        assert w.stats()["alive"]
+
+
+@pytest.mark.parametrize("yields", [True, False])
+def test_a_worker_that_stands_still_gives_the_role_away(yields: bool) -> None:
+    """The others would go on, and answer the one that asks."""
+    still, its = Role(RoleState.ACTIVE, probe=1), Role(RoleState.STANDBY, probe=1, both=True)
+    moves, stands = np.zeros(2, np.uint64)[:1], np.zeros(1, np.uint64)
+    counters = [int(one.ctypes.data) for one in (moves, stands)]
+    with pair({"counters": counters, "patience_ms": 60.0}) as (w, peer):
+        w.follow(still.address, RoleState.STANDBY)
+        peer.follow(its.address, RoleState.STANDBY)
+        still.yields = yields
+
+        def works() -> bool:
+            moves[0] += 1
+            return bool(peer.stats()["received_stalled"] >= 3)
+
+        until(works)
+        assert still.state is (RoleState.STANDBY if yields else RoleState.ACTIVE)
+        assert w.stats()["stalled"]
+        until(lambda: bool(peer.stats()["peer_carries"]) is not yields)
+        assert (w.stats()["peer_both"], w.stats()["peer_silence_us"]) == (1, 60_000)
 
 
 def test_who_carries_or_shall_stay_is_left_alone() -> None:
