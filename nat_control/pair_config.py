@@ -105,7 +105,7 @@ class Switch:
     ``ovs`` is the run directory, or control socket, of an Open vSwitch that the agent may manage. ``mark`` and ``tags`` (inside,
     outside; 0 untagged) are of the one link to the server. ``failover``: what goes over when a link to it is lost, the agent by
     its rules or, before it and without it, the switch by a group. ``nat``: sessions are rules, or entries of Open vSwitch's
-    connection tracking.
+    connection tracking. ``state`` is a directory for what is remembered over a reboot.
     """
 
     openflow: str
@@ -121,6 +121,7 @@ class Switch:
     tags: tuple[int, int] = (0, 0)
     failover: str = FAILOVERS[0]
     nat: str = NATS[0]
+    state: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,7 @@ KEYS: Mapping[str, Mapping[str, bool]] = {
         "tags": False,
         "failover": False,
         "nat": False,
+        "state": False,
     },
     "switch_ports": {
         "internal": True,
@@ -361,6 +363,7 @@ def read_switch(section: Section) -> Switch:
         mark=section.get("mark", choice(MARKS), MARKS[0]),
         failover=section.get("failover", choice(FAILOVERS), FAILOVERS[0]),
         nat=section.get("nat", choice(NATS), NATS[0]),
+        state=section.get("state", lambda value: Path(_path(value)), None),
         tags=(tags.get("internal", integer(1, 4094), 0), tags.get("external", integer(1, 4094), 0)),
     )
 

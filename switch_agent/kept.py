@@ -11,9 +11,9 @@ from nat_control.config import Config
 
 
 def file_of(config: Config) -> Path:
-    """In $TANDEM_NAT_STATE, or beside the socket."""
-    state = os.environ.get("TANDEM_NAT_STATE")
-    return (Path(state) if state else config.control.socket.parent) / f"{config.instance}.kept"
+    """In ``switch.state``, or $TANDEM_NAT_STATE, or beside the socket."""
+    state = (config.switch and config.switch.state) or os.environ.get("TANDEM_NAT_STATE")
+    return Path(state or config.control.socket.parent) / f"{config.instance}.kept"
 
 
 class Kept:
@@ -35,6 +35,10 @@ class Kept:
             if now:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._path.write_text("the switch keeps the traffic until `tandem-nat peer release`\n")
+                if self._path.is_relative_to("/run") or self._path.is_relative_to("/var/run"):
+                    self._say(
+                        f"{self._path}: a reboot forgets that the switch keeps the traffic; `switch.state` can be a directory that lasts"
+                    )
             else:
                 self._path.unlink(missing_ok=True)
         except OSError as error:
