@@ -413,6 +413,8 @@ class Agent:
                 await self.pair.activity_pause(self.front.period)
             else:
                 await asyncio.sleep(ACTIVITY_PERIOD)
+            if self.plane.may_latch:
+                self._change(self.carrier.look_at_latch)
             if self.carrier.ready and (self.plane.carries_some or self.plane.full_at is not None):
                 due = monotonic() - ranked >= (self.pair.activity_period if self.pair else ACTIVITY_PERIOD)
                 ranked = monotonic() if due else ranked

@@ -25,7 +25,7 @@ from switch_agent.codec import Lost, PortDescription, Ready, TransactionComplete
 from switch_agent.kept import Kept, file_of
 from switch_agent.ovs_control import Caretaker
 from switch_agent.pipeline import Kind
-from switch_agent.plane import TAKEOVER_TXID, OpenFlowDataPlane, SwitchError
+from switch_agent.plane import GONE_OVER, TAKEOVER_TXID, OpenFlowDataPlane, SwitchError
 
 # Seconds between the rules of one direction and those of the other, when the traffic moves on purpose: the server sends what
 # it has, and a switch that goes by its cache for some milliseconds after a barrier (Open vSwitch) forgets the rules before.
@@ -183,6 +183,7 @@ class Carrier:
         ports = self._switch.ports
         if port.number not in (ports.server_internal, ports.server_external):
             return
+        self._later(self.look_at_latch)  # it may have been down for a moment of which nobody tells
         if up:
             if self._down.pop(port.number, None):
                 self._look_for_return(AGAIN)
@@ -193,6 +194,14 @@ class Carrier:
     def _look_at_links(self) -> None:
         if self._down and (self.forwarding or self._going_back):
             self._take_over(f"port {self._ports_down} is down")
+
+    async def look_at_latch(self) -> None:
+        """The switch may have gone over without us: it watches more of a link than it tells."""
+        try:
+            if self.ready and self.forwarding and self._plane.may_latch and await self._plane.latched():
+                self._take_over(GONE_OVER)
+        except ChannelLost:
+            pass  # looked at when the switch is back
 
     @property
     def _ports_down(self) -> str:

@@ -18,7 +18,7 @@ from switch_agent.codec import PacketIn
 from switch_agent.compile import NextHopGroups, Numbers
 from switch_agent.conntrack import Entries
 from switch_agent.ovs_control import OvsError
-from switch_agent.pipeline import CLASS_MASK, INBOUND, SESSION_CLASS, SESSION_PRIORITY, Kind, Pipeline
+from switch_agent.pipeline import CLASS_MASK, INBOUND, SESSION_CLASS, SESSION_PRIORITY, Pipeline, Rule
 from switch_agent.plane import OpenFlowDataPlane
 from switch_agent.session_rules import CHUNK, Reconciled, SwitchError
 from switch_agent.transaction import Rows
@@ -33,7 +33,6 @@ class ConntrackPlane(OpenFlowDataPlane):
     What each session has carried is not known, only when it was used last; and all sessions are behind the server.
     """
 
-    _obsolete = (Kind.RETURN,)
     _swapped = 0  # nobody knows which carry most
 
     def __init__(
@@ -55,8 +54,10 @@ class ConntrackPlane(OpenFlowDataPlane):
     async def prepare(self) -> None:
         await self._asked(ovs_tracker.prepare(self._ovs, self._most))
         await super().prepare()
-        await self._rules(conntrack.rules(self._pipeline))
         self._owners.adopt(await self._entries())
+
+    def _static(self) -> tuple[Rule, ...]:
+        return (*super()._static(), *conntrack.rules(self._pipeline))
 
     async def wipe(self) -> None:
         await super().wipe()
@@ -137,6 +138,7 @@ class ConntrackPlane(OpenFlowDataPlane):
             self._insist(await self._channel.transact(data, txid), "deletion of entries")
 
     async def reconcile(self) -> Reconciled:
+        self._reshaped = False  # an entry knows no port
         done = await super().reconcile()
         txid = self._channel.next_txid()
         rules = openflow.delete_by_cookie(SESSION_CLASS, CLASS_MASK, txid)  # see _left

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from switch_agent.pipeline import (
     FORWARD_MASK,
     INBOUND,
     SESSION_CLASS,
+    SESSION_PRIORITY,
+    STATIC_CLASS,
     TAKEN_OVER,
     Kind,
     Pipeline,
@@ -38,14 +41,20 @@ from switch_agent.session_rules import Reconciled, SessionRules, SwitchError
 
 __all__ = ["OpenFlowDataPlane", "Reconciled", "SwitchError"]
 
+MARK = 0x80  # of a static rule's cookie, beside its kind, while they are written
+GONE_OVER = "the switch has gone over by itself: a link to the server was lost"
 TAKEOVER_TXID = 0x8000_0001  # beyond those that a channel gives
+
+
+def _marked(rule: Rule) -> Rule:
+    return replace(rule, cookie=rule.cookie | MARK)
 
 
 class OpenFlowDataPlane(SessionRules):
     """A DataPlane over one switch. ``report`` gets a line whenever the switch refuses something."""
 
-    # Rules of an agent with another MAC for probes, and of one whose sessions are no rules.
-    _obsolete: tuple[Kind, ...] = (Kind.RETURN, Kind.TRACK)
+    # What `prepare` leaves to others: it comes and goes with what it serves.
+    _passing = frozenset((*TAKEN_OVER, Kind.TCP_OUT_FRONT, Kind.TCP_IN_FRONT, Kind.TOWARDS))
 
     def __init__(
         self,
@@ -59,6 +68,7 @@ class OpenFlowDataPlane(SessionRules):
     ) -> None:
         super().__init__(channel, pipeline, next_hops, store, max_flows, report)
         self._group_lock = asyncio.Lock()
+        self._reshaped = False  # the rules of sessions are those of another configuration
         self.overtaken = False  # nothing may lead to the server any more, whatever is under way
 
     @property
@@ -133,18 +143,40 @@ class OpenFlowDataPlane(SessionRules):
                 openflow.GROUP_EXISTS,
                 "a fast-failover group that goes on in a table (`switch.failover: group` is for Open vSwitch)",
             )
-        txid = self._channel.next_txid()
-        earlier = b"".join(openflow.delete_by_cookie(kind.cookie, txid=txid) for kind in self._obsolete)
-        base = b"".join(openflow.flow_mod(rule, txid=txid) for rule in self._pipeline.base())
-        self._insist(await self._channel.transact(earlier + base, txid), "static rules")
+        await self._write_static()
+
+    def _static(self) -> tuple[Rule, ...]:
+        """What a switch must take."""
+        return self._pipeline.base()
+
+    async def _write_static(self) -> None:
+        """Makes the static rules ours, whatever an agent with another configuration has left, without a moment that has none.
+
+        A rule takes the place of one with its match. So ours are written with a mark in their cookies first: what has none then
+        has no place among them, and goes; and then as they shall be.
+        """
+        rules = self._static()
+        await self._rules(tuple(map(_marked, rules)))
         self.tcp_control = True
         try:
-            await self._rules(self._pipeline.tcp_control())
+            await self._rules(tuple(map(_marked, self._pipeline.tcp_control())))
+            rules += self._pipeline.tcp_control()
         except SwitchError as error:
             self.tcp_control = False
             self._report(
                 f"{error} (on TCP flags): TCP ages by its established timer while the switch carries"
             )
+        found = await self._channel.statistics(STATIC_CLASS, CLASS_MASK | MARK)
+        cookies = set(found["cookie"].tolist())
+        left = {kind for kind in Kind if kind.cookie in cookies} - self._passing
+        # these match what sessions' rules do: another port, VLAN or MAC is theirs, too
+        self._reshaped = self._reshaped or not left.isdisjoint((Kind.NEW_FLOW, Kind.TCP_OUT, Kind.TCP_IN))
+        if left:
+            await self._delete_kinds(*left)
+        await self._rules(rules)
+        txid = self._channel.next_txid()
+        marked = openflow.delete_by_cookie(STATIC_CLASS | MARK, CLASS_MASK | MARK, txid)
+        self._insist(await self._channel.transact(marked, txid), "deletion of static rules")
 
     async def install_static_peer_rules(self, *kinds: Kind) -> None:
         """The server carries from here on: first what comes from it may pass, then it gets what is its own."""
@@ -179,24 +211,38 @@ class OpenFlowDataPlane(SessionRules):
         ChannelLost, SwitchError."""
         found = await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)
         self.server_carries = bool(len(found)) and self._pipeline.partition.forwards and not self.overtaken
-        if len(await self._channel.statistics(Kind.LATCH.cookie, ALL_BITS)):
-            self._report("the switch has gone over by itself: a link to the server was lost")
+        if await self.latched():
+            self._report(GONE_OVER)
             self.server_carries = False
         if (
             self.server_carries
         ):  # what an agent with another partition has left goes, but not before ours is there
             txid = self._channel.next_txid()
-            data = [openflow.flow_mod(rule, txid=txid) for rule in self._pipeline.forward()]
-            data += [
+            ours = [openflow.flow_mod(rule, txid=txid) for rule in self._pipeline.forward()]
+            others = [
                 openflow.flow_mod(rule, openflow.DELETE_STRICT, txid)
                 for rule in self._pipeline.forward_of_others()
             ]
-            errors = await self._channel.transact(b"".join(data), txid, lambda: self.overtaken)
+            errors = await self._channel.transact(b"".join(ours + others), txid, lambda: self.overtaken)
             self._insist(errors, "forward rules")
+            if len(await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)) > len(ours):
+                # of other ports or tags; sessions' rules carry for the moment that it takes
+                kinds = (Kind.TO_SERVER, Kind.FROM_SERVER, Kind.TCP_TO_SERVER)
+                delete = [openflow.delete_by_cookie(kind.cookie, txid=txid) for kind in kinds]
+                errors = await self._channel.transact(b"".join(delete + ours), txid, lambda: self.overtaken)
+                self._insist(errors, "forward rules")
             self.server_carries = not self.overtaken
         else:
             await self.delete_static_peer_rules()
         return self.server_carries
+
+    async def latched(self) -> bool:
+        """Whether the switch has gone over by itself (failover.py), and nobody has taken note yet. Raises ChannelLost."""
+        return len(await self._channel.statistics(Kind.LATCH.cookie, ALL_BITS)) > 0
+
+    @property
+    def may_latch(self) -> bool:
+        return bool(self._pipeline.groups())
 
     def take_over(self) -> None:
         """The switch carries, now: what has been sent is undone ahead of all that waits, and nothing of what is under way leads
@@ -234,6 +280,17 @@ class OpenFlowDataPlane(SessionRules):
         """Writes the prepared bytes once more, on this connection. Raises ChannelLost."""
         self._channel.write(self.prepared_takeover())
 
+    async def reconcile(self) -> Reconciled:
+        """See SessionRules. Rules of sessions that match by other ports or VLANs than ours go first, though their cookies are right."""
+        if self._reshaped:
+            async with self._front_lock:
+                await self._unguard()
+            txid = self._channel.next_txid()
+            data = openflow.delete_by_cookie(SESSION_CLASS, CLASS_MASK, txid)
+            self._insist(await self._channel.transact(data, txid), "deletion of rules")
+            self._reshaped = False
+        return await super().reconcile()
+
     async def wipe(self) -> None:
         """Everything off the switch: rules, groups. Sessions stay in the store. Raises ChannelLost."""
         txid = self._channel.next_txid()
@@ -247,7 +304,26 @@ class OpenFlowDataPlane(SessionRules):
     async def _rules(self, rules: tuple[Rule, ...], unless: Callable[[], bool] | None = None) -> None:
         txid = self._channel.next_txid()
         data = b"".join(openflow.flow_mod(rule, openflow.ADD, txid) for rule in rules)
-        self._insist(await self._channel.transact(data, txid, unless), "static rules")
+        errors = await self._channel.transact(data, txid, unless)
+        full = any((error.type, error.code) == openflow.TABLE_FULL for error in errors)
+        if full and await self._make_room(len(rules)):  # what all go by comes before what one session does
+            errors = await self._channel.transact(data, txid, unless)
+        self._insist(errors, "static rules")
+
+    async def _make_room(self, rules: int) -> int:
+        """In a full table, for so many: the newest of the sessions behind lose theirs, and pass through the agent. Returns how many."""
+        behind = [one for one in self._ruled if one not in self._front and one not in self._moving]
+        chosen = np.array(behind[-rules:], np.uint64)
+        if not len(chosen):
+            return 0
+        for one in chosen.tolist():
+            del self._ruled[one]
+        self._room, self._later = len(self._ruled), max(self._later, 1)
+        await self._each(chosen, lambda records: self._delete(records, SESSION_PRIORITY))
+        self._report(
+            f"the switch's table is full: {len(chosen)} sessions leave their rules' room to static ones"
+        )
+        return len(chosen)
 
     async def _ensure(
         self,

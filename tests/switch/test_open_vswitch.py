@@ -20,7 +20,17 @@ from switch_agent.codec import Error, Lost, PortStatus, Ready, TransactionComple
 from switch_agent.failover import WithGroup
 from switch_agent.nexthops import NextHops, key
 from switch_agent.ovs import RECEIVE_BUFFER, OpenVSwitch
-from switch_agent.pipeline import FastFailover, Kind, Output, Rule, SetField, StaticGroup, mac_text
+from switch_agent.pipeline import (
+    FORWARD_COOKIE,
+    FORWARD_MASK,
+    FastFailover,
+    Kind,
+    Output,
+    Rule,
+    SetField,
+    StaticGroup,
+    mac_text,
+)
 from switch_agent.plane import TAKEOVER_TXID, OpenFlowDataPlane, Reconciled, SwitchError
 from tests.memory_plane import AsyncMemoryPlane, MemoryPlane
 from tests.switch.net import (
@@ -285,11 +295,16 @@ def test_a_full_table_is_reported_and_the_rest_is_kept_as_records(net: Net) -> N
     net.ovs.vsctl(*limit[1:], "--", "set", "bridge", net.ovs.bridge, "flow_tables:0=@t")
     try:
         records = random_records(50)
-        assert net.install(records) == 50
+        assert net.install(records[:10]) + net.install(records[10:]) == 50
         assert net.plane.refused["table_full"] >= 40
         assert "TABLE_FULL" in net.lines[0]
         assert net.plane.offloaded == len(net.session_flows()) // 2 == net.plane.has_rules(records).sum()
         assert len(net.store) == 50
+        net.run(net.plane.install_static_peer_rules())  # a return has room all the same
+        assert len(net.ovs.flows(f"cookie={FORWARD_COOKIE:#x}/{FORWARD_MASK:#x}")) == 4
+        assert net.plane.offloaded == len(net.session_flows()) // 2 == net.plane.full_at
+        assert "leave their rules' room" in net.lines[-1]
+        net.run(net.plane.delete_static_peer_rules())
     finally:
         net.ovs.vsctl("clear", "bridge", net.ovs.bridge, "flow_tables")
     net.run(net.plane.rerank())

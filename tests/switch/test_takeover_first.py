@@ -15,9 +15,10 @@ from nat_control import config as configuration
 from nat_control.lab import until
 from switch_agent.carrier import Carrier
 from switch_agent.codec import PortDescription
+from switch_agent.failover import LATCH, WithGroup
 from switch_agent.pipeline import FORWARD_COOKIE, FORWARD_MASK, Kind
 from switch_agent.plane import SwitchError
-from tests.switch.net import Net, record
+from tests.switch.net import Net, pipeline, record
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pair-switch.yaml"
 
@@ -99,24 +100,61 @@ def test_a_session_that_comes_to_the_front_shows_the_dead_server_nothing(net: Ne
     assert to_server(net) == []
 
 
-def test_a_lost_link_waits_for_nobody(net: Net, tmp_path: Path) -> None:
-    """The rules are gone although no operation is done any more."""
-    config = configuration.load(EXAMPLE)
-    config = replace(config, control=replace(config.control, socket=tmp_path / "agent.sock"))
-    waiting: dict[str, list[object]] = {"later": [], "first": []}
+class Waiting:
+    """A carrier whose operations are done when the test says so."""
 
-    async def body() -> None:
-        carrier = Carrier(
-            config, net.plane, net.second, later=waiting["later"].append, first=waiting["first"].append,
+    def __init__(self, net: Net, directory: Path) -> None:
+        config = configuration.load(EXAMPLE)
+        assert config.switch
+        self.port = config.switch.ports.server_internal
+        self.later: list[Callable[[], Awaitable[object]]] = []
+        self.first: list[Callable[[], Awaitable[object]]] = []
+        self.carrier = Carrier(
+            replace(config, control=replace(config.control, socket=directory / "agent.sock")),
+            net.plane, net.second, later=self.later.append, first=self.first.append,
             announce=lambda: None, prepared=lambda: None, known=lambda: None, say=net.lines.append,
         )  # fmt: skip
+
+    def link(self, up: bool) -> None:
+        self.carrier.link(PortDescription(self.port, "inner", b"", up), up)
+
+
+def test_a_lost_link_waits_for_nobody(net: Net, tmp_path: Path) -> None:
+    """The rules are gone although no operation is done any more."""
+
+    async def body() -> None:
+        waiting = Waiting(net, tmp_path)
         await net.plane.install_static_peer_rules()
-        carrier.ready = carrier.forwarding = True
+        waiting.carrier.ready = waiting.carrier.forwarding = True
         assert len(to_server(net)) == 4
-        assert config.switch
-        port = PortDescription(config.switch.ports.server_internal, "inner", b"", False)
-        carrier.link(port, False)
+        waiting.link(False)
+        assert len(waiting.first) == 1
 
     net.run(body())
     until("the rules are gone", lambda: to_server(net) == [], 2)
-    assert [len(waiting[which]) for which in ("first", "later")] == [1, 0]
+
+
+def test_a_switch_that_went_over_by_itself_is_found_out(real: Net, tmp_path: Path) -> None:
+    """Its group has seen a link lost, and no port status has told of it."""
+    plain = pipeline()
+    real.fresh(pipeline=WithGroup(plain.internal, plain.external, plain.mac))
+
+    async def body() -> None:
+        waiting = Waiting(real, tmp_path)
+        await real.plane.install_static_peer_rules()
+        waiting.carrier.ready = waiting.carrier.forwarding = True
+        await waiting.carrier.look_at_latch()
+        assert waiting.carrier.forwarding
+        assert not waiting.first
+        real.ovs.ofctl(
+            "add-flow", f"table={LATCH},cookie={Kind.LATCH.cookie:#x},actions=load:1->NXM_NX_REG0[]"
+        )
+        waiting.link(True)
+        for work in waiting.later:
+            await work()
+        assert len(waiting.first) == 1
+        await waiting.first[0]()
+        assert not waiting.carrier.forwarding
+
+    real.run(body())
+    assert to_server(real) == real.ovs.flows(f"cookie={Kind.LATCH.cookie:#x}/-1") == []
