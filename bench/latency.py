@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from bench import failover, figures, histogram, pair
+from bench import figures, first_packet, histogram, pair
 from bench.figures import Figure
 from bench.replay import Outcome, Replay, core_config
 from nat_control.lab import LabError
 
 SHARES = (0.1, 0.5, 0.9)
-MODES = ("off", "asynchronous", "synchronous")
 
 
 def _told(
@@ -72,17 +71,15 @@ def new(flows: int, rounds: int, seconds: float) -> Iterator[Figure]:
 
 def of_the_pair(flows: int) -> Iterator[Figure]:
     """New flows in the three modes, and who forwards what while new flows begin; in namespaces."""
-    for mode in MODES:
-        name = f"latency: new flows of a pair, {mode}"
-        try:
-            found = failover.new_flow_latency(mode, flows)
-        except LabError as error:
-            yield figures.missing(name, str(error))
-            continue
-        added = found["added_ms"]
-        yield figures.figure(
-            name, "ms more than a known one (p50)", [added["p50"]], **{**found, "kind": "pair"}
-        )
+    try:
+        for found in first_packet.measure(flows):
+            name = f"latency: new flows of a pair, {found['mode']}"
+            median = found["added_ms"]["p50"]
+            yield figures.figure(
+                name, "ms more than a known one (p50)", [median], **{**found, "kind": "pair"}
+            )
+    except LabError as error:
+        yield figures.missing("latency: new flows of a pair", str(error))
     try:
         yield figures.figure("split processing", "", [0.0], **pair.split_processing())
     except LabError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures.thread  # noqa: F401 (asyncio's first thread would, when no descriptor may be left)
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -133,6 +134,9 @@ class ControlLoop:
             tasks.append(asyncio.create_task(self._hang_ups(self._hang_up)))
         for task in tasks:
             task.add_done_callback(lambda task: _fail(end, task))
+        # What is there by now stays: a look at all of it, some 100 000 objects of modules, would hold up everything else.
+        gc.collect()
+        gc.freeze()
         try:
             ready()
             name = await end
