@@ -415,15 +415,23 @@ class Agent:
                 await asyncio.sleep(ACTIVITY_PERIOD)
             if self.plane.may_latch:
                 self._change(self.carrier.look_at_latch)
-            if self.carrier.ready and (self.plane.carries_some or self.plane.full_at is not None):
+            if self._worth_a_look:
                 due = monotonic() - ranked >= (self.pair.activity_period if self.pair else ACTIVITY_PERIOD)
                 ranked = monotonic() if due else ranked
                 done = asyncio.Event()  # a look that waits behind others is not asked for twice
                 self._later(partial(self._refresh, done, rank=due))
                 await done.wait()
 
+    @property
+    def _worth_a_look(self) -> bool:
+        return self.carrier.ready and (self.plane.carries_some or self.plane.full_at is not None)
+
     async def _refresh(self, done: asyncio.Event, *, rank: bool) -> None:
         try:
+            # Behind a return there is nothing to see. Open vSwitch has just thrown away the entries of all flows then, and in a heap
+            # with as many holes statistics of 100 000 rules take it seconds, in which it forwards nothing.
+            if not self._worth_a_look:
+                return
             await self.front.look()
             if rank and self.core.counters()["sessions"] > self.plane.offloaded:
                 await self.plane.rerank()

@@ -207,8 +207,8 @@ class Carrier:
     def _ports_down(self) -> str:
         return ", ".join(f"{number} ({name})" for number, name in sorted(self._down.items()))
 
-    async def _reconcile(self) -> None:
-        found = await self._plane.reconcile()
+    async def _reconcile(self, *, refresh: bool = False) -> None:
+        found = await self._plane.reconcile(refresh=refresh)
         self._say(f"rules: {found.right} right, {found.restored} restored, {found.deleted} deleted")
 
     async def compare(self) -> None:
@@ -471,8 +471,7 @@ class Carrier:
         if why := self._unfit():
             return why
         try:
-            await self._plane.refresh()
-            await self._reconcile()
+            await self._reconcile(refresh=True)
             self._reconciled = True
             if self.forwarding:
                 return ""

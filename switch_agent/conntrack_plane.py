@@ -137,8 +137,10 @@ class ConntrackPlane(OpenFlowDataPlane):
             data = conntrack.flushes(tuples[at : at + CHUNK], txid)
             self._insist(await self._channel.transact(data, txid), "deletion of entries")
 
-    async def reconcile(self) -> Reconciled:
+    async def reconcile(self, *, refresh: bool = False) -> Reconciled:
         self._reshaped = False  # an entry knows no port
+        if refresh:
+            await self.refresh()
         done = await super().reconcile()
         txid = self._channel.next_txid()
         rules = openflow.delete_by_cookie(SESSION_CLASS, CLASS_MASK, txid)  # see _left

@@ -280,7 +280,7 @@ class OpenFlowDataPlane(SessionRules):
         """Writes the prepared bytes once more, on this connection. Raises ChannelLost."""
         self._channel.write(self.prepared_takeover())
 
-    async def reconcile(self) -> Reconciled:
+    async def reconcile(self, *, refresh: bool = False) -> Reconciled:
         """See SessionRules. Rules of sessions that match by other ports or VLANs than ours go first, though their cookies are right."""
         if self._reshaped:
             async with self._front_lock:
@@ -289,7 +289,7 @@ class OpenFlowDataPlane(SessionRules):
             data = openflow.delete_by_cookie(SESSION_CLASS, CLASS_MASK, txid)
             self._insist(await self._channel.transact(data, txid), "deletion of rules")
             self._reshaped = False
-        return await super().reconcile()
+        return await super().reconcile(refresh=refresh)
 
     async def wipe(self) -> None:
         """Everything off the switch: rules, groups. Sessions stay in the store. Raises ChannelLost."""

@@ -442,12 +442,14 @@ class SessionRules(ABC):
             self._front.update(front.intersection(ids))
         return held
 
-    async def reconcile(self) -> Reconciled:
+    async def reconcile(self, *, refresh: bool = False) -> Reconciled:
         """Makes the switch hold the rules that it should, and no others. Raises ChannelLost, SwitchError.
 
-        Called after ``prepare`` on a new connection, and once the store is whole.
+        Called after ``prepare`` on a new connection, and once the store is whole. ``refresh``: does that too, with what is read anyway.
         """
         found = await self._found()
+        if refresh:
+            await self._refresh(by_pair(found))
         known = await self._known()
         async with self._front_lock:
             self._guarded = False
@@ -509,17 +511,16 @@ class SessionRules(ABC):
 
     async def activity(self) -> Activity:
         """What each session's rules have carried since they were installed; dtype ACTIVITY. Raises ChannelLost."""
-        return by_session(await self._by_pair())
-
-    async def _by_pair(self) -> Activity:
-        return by_pair(await self._found())
+        return by_session(by_pair(await self._found()))
 
     async def refresh(self) -> int:
         """Tells the store, and who listens to ``tell``, what the switch has carried since the last call.
 
         Returns for how many sessions. Raises ChannelLost.
         """
-        now = await self._by_pair()
+        return await self._refresh(by_pair(await self._found()))
+
+    async def _refresh(self, now: Activity) -> int:
         self._seen, carried = now, by_session(since(self._seen, now))
         refreshed = 0
         async for page in self._store.sessions():

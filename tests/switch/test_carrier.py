@@ -77,11 +77,10 @@ def test_a_server_that_dies_while_the_traffic_goes_back_gets_none(
         carrier, plane = agent.carrier, agent.plane
         reasons = ["", "no heartbeats come from the server"]
 
-        async def noted(*what: object) -> None:
-            done.append(what)
+        async def noted(*what: object, **how: object) -> None:
+            done.append(what or how)
 
         monkeypatch.setattr(carrier, "_unfit", lambda: reasons.pop(0))
-        monkeypatch.setattr(plane, "refresh", noted)
         monkeypatch.setattr(carrier, "_reconcile", noted)
         monkeypatch.setattr(plane, "install_static_peer_rules", noted)
         monkeypatch.setattr(plane, "delete_static_peer_rules", lambda: noted("none forwards"))
@@ -89,4 +88,25 @@ def test_a_server_that_dies_while_the_traffic_goes_back_gets_none(
         assert not carrier.forwarding
 
     played(tmp_path, play)
-    assert done == [(), (), (Kind.FROM_SERVER,), ("none forwards",)]
+    assert done == [{"refresh": True}, (Kind.FROM_SERVER,), ("none forwards",)]
+
+
+def test_who_waits_for_a_return_to_look_at_the_counters_does_not_look_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    async def play(agent: Agent) -> None:
+        async def look() -> None:
+            nonlocal looks
+            looks += 1
+
+        monkeypatch.setattr(agent.front, "look", look)
+        agent.carrier.ready = True
+        for server_carries in (False, True):
+            agent.plane.server_carries = server_carries
+            await agent._refresh(done := asyncio.Event(), rank=False)
+            assert done.is_set()
+
+    played(tmp_path, play)
+    assert looks == 1
