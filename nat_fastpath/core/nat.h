@@ -590,8 +590,7 @@ struct nat_api {
     bool (*cut)(const uint8_t *, uint16_t, struct nat_piece *);
     void (*announce)(struct nat_core *);
     void (*flush)(struct nat_core *);
-    /* For the driver, after a burst or a poll: whether the reader of events sleeps and has something to read
-     * now. True once. */
+    /* For the driver, after a burst or a poll: whether a reader of events that sleeps has some. True once. */
     bool (*wake)(struct nat_core *);
     /* Whether packets wait for what may be told at any moment: that the peer has their session. */
     bool (*waits)(const struct nat_core *);
