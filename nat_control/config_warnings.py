@@ -44,6 +44,6 @@ def warnings(config: Config) -> tuple[str, ...]:
     if "dscp" in (config.mark, config.switch.mark if config.switch else ""):
         found.append(
             f"{where}: dscp takes the lowest bit of the DSCP: codepoints of RFC 2474's pools 2 and 3 lose it, "
-            "the standard ones (CS, AF, EF) lose nothing"
+            "LE (RFC 8622) among them; CS, AF and EF lose nothing"
         )
     return tuple(found)

@@ -184,13 +184,14 @@ def tap_files(interface: str) -> tuple[Path, ...]:
 
 
 def is_attached(file: Path) -> bool:
-    """Whether the interface of one of ``tap_files`` exists, in whatever network namespace, under whatever name."""
+    """Whether the interface of one of ``tap_files`` exists, in whatever network namespace, under whatever name. Raises OSError
+    where this process can open nothing more."""
     return bool(_tap_of(file))
 
 
 def _tap_of(file: Path) -> str:
     try:
         lines = file.read_text().splitlines()
-    except OSError:  # closed meanwhile
+    except (FileNotFoundError, ProcessLookupError):  # closed meanwhile
         return ""
     return next((line.removeprefix("iff:").strip() for line in lines if line.startswith("iff:")), "")

@@ -227,7 +227,7 @@ class Port:
         self._sockets: list[socket.socket] = []
         self._missed = 0
         self._paused, self._patience = False, HANDSHAKE
-        self._tap, self._tap_files = "", tuple[Path, ...]()
+        self._tap, self._tap_files, self._tap_up = "", tuple[Path, ...](), True
         self._lock = threading.Lock()
         if device in interface_names():
             self._interface = Interface(
@@ -460,11 +460,20 @@ class Port:
         unknown = 0xFFFFFFFF
         if self._interface is not None:  # the driver knows only how it was at the start
             link.up = self._interface.is_running
-        elif self._tap_files and self._tap not in interface_names():  # whose state the driver does not see
-            link.up = any(words.is_attached(file) for file in self._tap_files)
+        elif self._tap_files:
+            link.up = self._tap_up = self._tap_link(bool(link.up))
         return Link(
             bool(link.up), 0 if link.speed_mbps == unknown else link.speed_mbps, bool(link.full_duplex)
         )
+
+    def _tap_link(self, driver: bool) -> bool:
+        """The driver does not see a tap in another namespace. While this process can open nothing more it is as it was."""
+        try:
+            if self._tap in interface_names():
+                return driver
+            return any(words.is_attached(file) for file in self._tap_files)
+        except OSError:
+            return self._tap_up
 
     @property
     def _connects(self) -> bool:

@@ -2,8 +2,8 @@
  *
  * One link for both sides, without tags: the lowest bit of the DSCP is set in the inside's packets, in either
  * direction. It is there on the link only: taken away before the core sees a packet, put on behind it.
- * Codepoints that are standards have 0 there (RFC 2474, 6: pool 1), so of these nothing is lost. ARP has no
- * DSCP: it tells by its addresses.
+ * Codepoints of RFC 2474's pool 1 have 0 there, so of these nothing is lost; of the standards only LE
+ * (000001, RFC 8622) has 1, and arrives as default. ARP has no DSCP: it tells by its addresses.
  */
 #ifndef MARK_H
 #define MARK_H
