@@ -132,6 +132,8 @@ class MemoryPlane:
             del self._users[external], self.owner[external]
             if self.mapping.get(client) == external:
                 del self.mapping[client]
+                if left := [one for one, whose in self.owner.items() if whose == client]:
+                    self.mapping[client] = left[0]  # after a split it had another one, too
         self._event(EVENT_CLOSE, reason, record)
 
     def events(self) -> Events:

@@ -11,7 +11,7 @@ uint32_t mapping_find(const struct nat_core *core, uint8_t protocol, uint32_t ad
 void mapping_expect(const struct nat_core *core, uint8_t protocol, uint32_t address, uint16_t port);
 
 /* NONE32 without room. An unlisted one serves its sessions and packets from outside, and no new sessions from
- * inside. */
+ * inside, unless the listed one goes before it. */
 uint32_t mapping_add(struct nat_core *core, const struct session_request *r, uint32_t slot, uint64_t id,
                      bool listed);
 

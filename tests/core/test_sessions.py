@@ -18,6 +18,7 @@ from nat_fastpath.engine import (
     FLAG_FOREIGN,
     FLAG_INBOUND,
     FLAG_PENDING,
+    FLAG_PREVAILS,
     RECORD,
     TCP_STATES,
     Core,
@@ -66,6 +67,30 @@ def a_record(**changes: int) -> np.ndarray:
         "idle_ms": 1000,
     }
     return records([{**row, **changes}])
+
+
+@pytest.mark.parametrize("prevails", [False, True])
+def test_what_is_left_of_two_external_endpoints_serves_new_sessions(prevails: bool) -> None:
+    """After a split there are two; once the one that had the new sessions ends, there shall be no third."""
+    nat = Nat()
+    other = number(OTHER_SERVER)
+    both = [a_record(), a_record(id=79, mapping_id=80, external_port=6000, remote_addr=other)]
+    both[1]["flags"] |= FLAG_PREVAILS if prevails else 0
+    assert [nat.core.install(one) for one in both] == [1, 1]
+    serves, waits = both[::-1] if prevails else both
+    sent = nat.out(udp(CLIENT, 4000, SERVER, 54))
+    assert sent[UDP].sport == serves["external_port"][0]
+    page, _ = nat.core.sessions(0)
+    ends = page[page["external_port"] == serves["external_port"][0]]
+    assert nat.core.delete(ends) == 2
+    after = nat.out(udp(CLIENT, 4000, SERVER, 55))
+    assert (after.src, after[UDP].sport) == (sent.src, waits["external_port"][0])
+    assert nat.core.counters()["mappings"] == 1
+    page, _ = nat.core.sessions(0)
+    assert nat.core.delete(page) == 2
+    assert nat.core.counters()["mappings"] == 0
+    fresh = nat.out(udp(CLIENT, 4000, SERVER, 56))[UDP].sport
+    assert fresh not in (5000, 6000), "the index has forgotten both"
 
 
 def test_hairpin_needs_the_others_consent_and_shows_external_addresses() -> None:
