@@ -148,6 +148,10 @@ class Rules:
         if not ordered:
             self.ended.add(number)
 
+    def ends_on_purpose(self, number: int) -> None:
+        self.on_purpose.add(number)
+        self.ended.add(number)
+
     def queues(self, node: Node) -> None:
         p = node.protocol
         self.must(p.waiting <= p.limits.waiting, "bounded", "too much waits for the peer")

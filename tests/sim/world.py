@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from nat_control.sync.actions import State
 from nat_fastpath.engine import FLAG_FOREIGN
-from tests.memory_plane import UDP, Endpoint, key_of
+from tests.memory_plane import COMMAND, UDP, Endpoint, key_of
 from tests.sim.link import Link
 from tests.sim.node import Node
 from tests.sim.rules import OPERATIONAL, Flow, Rules
@@ -143,8 +143,8 @@ class World:
         own = [key for key, held in node.plane.held.items() if not held["flags"] & FLAG_FOREIGN]
         if node.alive and own and not node.frozen:
             key = self.rng.choice(own)
-            self.rules.on_purpose.add(int(node.plane.held[key]["id"]))
-            node.plane.close(key)
+            self.rules.ends_on_purpose(int(node.plane.held[key]["id"]))
+            node.plane.close(key, COMMAND)
         self.later(self.rng.expovariate(self.scenario.purpose), self.ending)
 
     def connecting(self) -> None:
