@@ -28,7 +28,7 @@ def main() -> None:
         sys.exit("usage: python -m tests.sim SEED | FIRST LAST [PROCESSES]")
     failed, wanted, began = 0, range(seeds[0], seeds[1] + 1), time.monotonic()
     with multiprocessing.Pool(*seeds[2:]) as pool:
-        for done, text in enumerate(pool.imap(failure, wanted, chunksize=16), 1):
+        for done, text in enumerate(pool.imap_unordered(failure, wanted, chunksize=16), 1):
             if text:
                 failed += 1
                 print(text, flush=True)
