@@ -350,6 +350,7 @@ SHOWN: dict[str, str] = {
     "refused": "openings before ends",
     "front": "a move is answered before it is done",
     "rest": "an operation is waited for without end",
+    "given up": "an operation is never finished",
     "equal": "ends are not told",
     "content": "TCP states are not told",
     "owner": "nothing is ceded",

@@ -20,6 +20,7 @@ from nat_control.sync.codec import (
     Decoder,
     DeleteComplete,
     DeleteEntries,
+    Error,
     Hello,
     InitState,
     InstallComplete,
@@ -297,6 +298,8 @@ class Node:
         self.front.notice(action)
         match action:
             case do.Send(epoch, message):
+                if isinstance(message, Error):
+                    self.rules.gives_up(message)
                 self.send(epoch, message)
             case do.Close(reason):
                 world.note(f"{self.index} closes: {reason}")

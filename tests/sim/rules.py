@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nat_control.sync.actions import State
-from nat_control.sync.codec import HEADER, MAX_PAYLOAD
+from nat_control.sync.actions import ErrorCode, State
+from nat_control.sync.codec import HEADER, MAX_PAYLOAD, Error
 from nat_fastpath.engine import FLAG_FOREIGN, FLAG_PENDING
 from tests.memory_plane import key_of, outside
 from tests.sim.scenario import BROKEN
@@ -28,6 +28,7 @@ RULES = {
     "held": "no packet waits longer than the limits say",
     "operational": "with a healthy network both become operational in bounded time",
     "rest": "nothing is under way forever",
+    "given up": "nobody gives up a connection without a fault of it, unless too much waits",
     "equal": "at rest both sides hold the same, but for refused sessions that both can name, and know it",
     "content": "at rest what both hold has the same endpoints and TCP state",
     "owner": "at rest each session has one owner",
@@ -43,6 +44,8 @@ OPERATIONAL = (
     60.0  # seconds from the end of all faults: a plane that hung, an exchange that ends for it, the next
 )
 REFUSING = frozenset(("full", "refuse", "split", "freeze", *BROKEN))
+# What lets a connection be, or ends it without an error.
+HARMLESS = frozenset(("crash", "cut", "leave", "split", "full", "refuse"))
 CROSSING = 2.0  # seconds that news may be on its way, and looks as much younger than it is
 UNSURE = frozenset(("slow", "mute", *BROKEN))  # activity may be told too late
 
@@ -158,6 +161,11 @@ class Rules:
         self.must(p.outstanding <= p.limits.window, "bounded", "the window is exceeded")
         kept = node.decoder.kept
         self.must(kept <= HEADER.size + MAX_PAYLOAD, "bounded", "the decoder keeps too much")
+
+    def gives_up(self, error: Error) -> None:
+        """A side tells the other what is wrong."""
+        reason = error.code == ErrorCode.SLOW or not self.world.scenario.faults <= HARMLESS
+        self.must(reason, "given up", error.text)
 
     def ticks(self, node: Node) -> None:
         if node.protocol.state is State.ALONE and not node.operations and not node.working:
