@@ -153,8 +153,10 @@ class Merging(Machine):
         self._out.append(Mended(told["id"], ended["id"], wanted))
         if len(ended):
             self._delete_at_plane(Input.EVENTS, 0, ended)
-        if len(told):
-            self._tell(Changes(opened=told), now)
+        # What the peer was refused for these may have room now: one of them tells it so.
+        room_made = ended[: len(self.refused_here) > 0]
+        if len(told) or len(room_made):
+            self._tell(Changes(opened=told, closed=room_made), now)
 
     def _want_entries(self, message: WantEntries, now: float) -> None:
         """These sessions are looked for."""

@@ -197,6 +197,27 @@ def test_what_was_refused_is_offered_again_when_something_has_ended() -> None:
     assert len(looks_for_refused(p, OURS, 200.0)[0].besides) == 0
 
 
+@pytest.mark.parametrize("lists", [True, False])
+def test_who_has_refused_tells_when_it_ends_what_its_peer_no_longer_has(lists: bool) -> None:
+    """Else the peer never hears that there is room, and both would stay apart."""
+    p = machine(State.OPERATIONAL)
+    (install,) = only(Install, p.received(EPOCH, InstallEntries(1, THEIRS[1:]), 1.0))
+    p.plane_done(install.op, 1.0, THEIRS["id"][1:])
+    if lists:
+        (fetch,) = only(Fetch, p.received(EPOCH, WantEntries(THEIRS["id"][:1]), 2.0))
+        actions = p.fetched(fetch.op, THEIRS[:1], 2.0)
+    else:
+        (take,) = only(TakeDigest, p.verify(2.0))
+        own, buckets = summary(THEIRS[:1]), tuple(range(256))
+        p.digest_taken(take.at, own.buckets, own.count, 2.0)
+        only(TakeBuckets, p.received(EPOCH, BucketEntries(0, buckets), 2.0))
+        actions = p.buckets_taken(take.at, buckets, THEIRS[:1], 2.0)
+    (delete,) = only(Delete, actions)
+    (told,) = sent(actions)
+    assert isinstance(told, DeleteEntries)
+    assert list(told.records["id"]) == list(delete.records["id"]) == list(THEIRS["id"][:1])
+
+
 def test_what_is_refused_and_has_ended_unseen_keeps_nobody_apart() -> None:
     p = machine(State.OPERATIONAL)
     (told,) = sent(p.events(Changes(opened=OURS), 1.0))
