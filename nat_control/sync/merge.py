@@ -244,10 +244,11 @@ class Merging(Machine):
 
     def _ended(self, records: Records) -> None:
         """Either side ended these; what was refused for them may have room."""
+        # So may what is on its way there: the answer that refuses it may come after this end.
+        self._may_fit = self._may_fit or bool(self._outbox) or len(self.refused_there) > 0
         if not self.apart:
             return
         ids = records["id"]
         self.refused_there = np.setdiff1d(self.refused_there, ids)
         self._offered = np.setdiff1d(self._offered, ids)
         self.refused_here = self.refused_here[~np.isin(self.refused_here["id"], ids)]
-        self._may_fit = self._may_fit or len(self.refused_there) > 0

@@ -218,6 +218,15 @@ def test_who_has_refused_tells_when_it_ends_what_its_peer_no_longer_has(lists: b
     assert list(told.records["id"]) == list(delete.records["id"]) == list(THEIRS["id"][:1])
 
 
+def test_what_ended_before_the_refusal_was_told_may_have_made_room() -> None:
+    p = machine(State.OPERATIONAL)
+    (told,) = sent(p.events(Changes(opened=OURS), 1.0))
+    (delete,) = only(Delete, p.received(EPOCH, DeleteEntries(1, THEIRS), 1.0))
+    p.plane_done(delete.op, 1.0)
+    p.received(EPOCH, InstallComplete(told.txid, OURS["id"]), 1.0)
+    assert len(looks_for_refused(p, OURS, 100.0)[0].besides) == 0
+
+
 def test_what_is_refused_and_has_ended_unseen_keeps_nobody_apart() -> None:
     p = machine(State.OPERATIONAL)
     (told,) = sent(p.events(Changes(opened=OURS), 1.0))
