@@ -59,6 +59,7 @@ from tests.sim.rules import Violation
 from tests.sim.world import simulate
 
 MUTANT_SEEDS = 400  # by then a planted bug must be found
+KEEN = (17, 18, 32, 86, 235)  # seeds that find what few others do, so tried early
 FEW = 20  # that cost less than the unit tests
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -366,7 +367,7 @@ SHOWN: dict[str, str] = {
 
 def found_by_simulation(seeds: int = MUTANT_SEEDS, rule: str = "") -> bool:
     """``rule``: this one must be broken, not just any."""
-    for seed in range(seeds):
+    for seed in sorted(range(seeds), key=lambda seed: (seed >= 10, seed not in KEEN, seed)):
         try:
             simulate(seed)
         except Exception as error:
