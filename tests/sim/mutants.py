@@ -352,7 +352,7 @@ SHOWN: dict[str, str] = {
     "front": "a move is answered before it is done",
     "rest": "an operation is waited for without end",
     "given up": "an operation is never finished",
-    "equal": "ends are not told",
+    "equal": "late answers end the exchange",
     "content": "TCP states are not told",
     "owner": "nothing is ceded",
     "ports": "a plane never gives a port back",
