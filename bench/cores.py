@@ -20,6 +20,7 @@ from typing import Any
 
 from bench import core, figures
 from bench.figures import Figure
+from bench.io import ring
 from bench.replay import Outcome, Replay, core_config
 from nat_control.lab import LabError, call
 
@@ -64,6 +65,27 @@ def spread(flows: int, rounds: int, seconds: float) -> Figure:
     )  # fmt: skip
 
 
+def workers(flows: int, rounds: int, seconds: float) -> Iterator[Figure]:
+    """Two workers of a server between ring devices that cannot spread: each gives the other what is its own."""
+    if len(os.sched_getaffinity(0)) < 2:
+        yield figures.missing("cores: two workers, software spread", "there is one CPU")
+        return
+    try:
+        values, speeds = ring("workers", flows, seconds, rounds, "64")
+    except LabError as error:
+        yield figures.missing("cores: two workers, software spread", str(error))
+        return
+    shared = {"generator_shares_a_cpu": len(os.sched_getaffinity(0)) < 3, "kind": "cores"}
+    for name, unit, key in (("rate", "Mpps", ""), ("CPU time of a packet", "ns", "_ns")):
+        yield figures.figure(
+            f"cores: two workers, software spread: {name}", unit, values[f"two{key}"], floor=values[f"one{key}"],
+            floor_name="one worker", speeds=speeds, **shared,
+        )  # fmt: skip
+    yield figures.figure(
+        "cores: share that was handed off", "of packets", values["handed_off"], counted=True, **shared
+    )
+
+
 def hand_off(rounds: int) -> Figure:
     """ns of giving a packet to another core through a ring, and of finding whose it is; half of them with two cores."""
     library = figures.library(
@@ -105,15 +127,16 @@ def _counted(sessions: int, rounds: int) -> int:
 def measure(flows: int, rounds: int, seconds: float) -> Iterator[Figure]:
     two = spread(flows, rounds, seconds)
     yield two
-    ring = hand_off(rounds)
-    yield ring
+    given = hand_off(rounds)
+    yield given
+    yield from workers(flows, rounds, seconds)
     counted = instructions()
     if counted is None:
         yield figures.missing("cores: instructions per packet", "valgrind is not installed")
     else:
         yield figures.figure("cores: instructions per packet", "instructions", [counted], kind="cores")
-    if two["rounds"] and ring.get("rounds"):
-        yield from model(1e3 / two["floor"], two["ratio"]["median"] / 2, ring["median"], counted)
+    if two["rounds"] and given.get("rounds"):
+        yield from model(1e3 / two["floor"], two["ratio"]["median"] / 2, given["median"], counted)
 
 
 def model(ns: float, memory: float, handed: float, counted: float | None) -> Iterator[Figure]:

@@ -61,6 +61,8 @@ def figure(
     What was ``counted`` is not measured by a clock, and noise does not touch it.
     """
     kept = calm(speeds) if speeds else list(range(len(values)))
+    if floor is not None:
+        kept = [i for i in kept if floor[i] > 0]  # one that had nothing to say is none to compare with
     found: Figure = {"figure": name, "unit": unit}
     if not kept:
         return {**found, "rounds": 0, "dropped": len(values), "drowned": True, **more}

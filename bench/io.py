@@ -69,15 +69,22 @@ def _rate(name: str, nat: list[float], plain: list[float], speeds: list[float], 
     )
 
 
-def _ring(name: str, flows: int, rounds: int, seconds: float, size: str) -> Iterator[Figure]:
-    asked = [str(word) for word in (flows, seconds, rounds, size)]
+def ring(
+    what: str, flows: int, seconds: float, rounds: int, size: str
+) -> tuple[dict[str, list[float]], list[float]]:
+    """``values`` and ``speeds`` of io_ring.py. Raises LabError."""
+    asked = [what, *(str(word) for word in (flows, seconds, rounds, size))]
     done = subprocess.run(
         [sys.executable, "-m", "bench.io_ring", *asked], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise LabError(f"io_ring: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    values, speeds = found["values"], found["speeds"]
+    return found["values"], found["speeds"]
+
+
+def _ring(name: str, flows: int, rounds: int, seconds: float, size: str) -> Iterator[Figure]:
+    values, speeds = ring("plain", flows, seconds, rounds, size)
     yield figures.figure(
         f"{name}: per packet",
         "ns",

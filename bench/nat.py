@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from ipaddress import IPv4Address
 from typing import Any
 
 from bench.pktgen import Flows
+from nat_fastpath import cores
 from nat_fastpath.core_config import CoreConfig, PoolRange, PortConfig, RouteConfig
-from nat_fastpath.dpdk import Mempool, Port, Worker
-from nat_fastpath.engine import Core
+from nat_fastpath.dpdk import Mempool, Port, Workers
 
 MACS = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")  # of the NAT, inside first
 ROUTERS = bytes.fromhex("0200000000f1"), bytes.fromhex("0200000000f2")  # the generator's
@@ -47,27 +48,43 @@ def core_config(of: Flows, **changes: Any) -> CoreConfig:
 
 
 class Nat:
-    """A worker that polls on a CPU of its own. ``drain`` reads all events away, as the control loop would."""
+    """Workers that poll, each on its CPU of ``cpus``, or ``n`` anywhere. ``drain`` reads all events away, as the control loop would."""
 
-    def __init__(self, ports: tuple[Port, Port], pool: Mempool, config: CoreConfig, cpu: int | None) -> None:
-        self.core = Core(config)
-        self.worker = Worker(self.core, ports, pool, cpu=cpu, idle="busy" if cpu is not None else "adaptive")
-        self.worker.start()
+    def __init__(
+        self,
+        ports: tuple[Port, Port],
+        pool: Mempool,
+        config: CoreConfig,
+        cpus: Sequence[int] | None = None,
+        n: int = 1,
+    ) -> None:
+        n = len(cpus) if cpus else n
+        self.core = cores.make(config, n)
+        self.workers = Workers(
+            cores.parts(self.core), ports, pool, cpus=cpus, idle="busy" if cpus else "adaptive"
+        )
+        self.workers.start()
         self._asked, self._busy = time.monotonic(), 0.0
 
     def drain(self) -> int:
         total = 0
-        while n := len(self.core.events(65536)):
-            total += n
+        for core in cores.parts(self.core):
+            while n := len(core.events(65536)):
+                total += n
         return total
 
     def busy(self) -> tuple[float, float]:
-        """Packets that were forwarded so far, and seconds of the turns that had work."""
+        """Packets that were forwarded so far, and seconds of the turns that had work, of all workers."""
         now = time.monotonic()
-        self._busy += self.worker.stats().get("busy_share", 0.0) * (now - self._asked)
+        share = sum(stats["busy_share"] for stats in self.workers.stats())
+        self._busy += share * (now - self._asked)
         self._asked = now
         return float(self.core.verdicts()[0]), self._busy
 
+    def handed_off(self) -> int:
+        """Packets that came to another worker than theirs."""
+        return int(sum(stats["handed_off"] for stats in self.workers.stats()))
+
     def close(self) -> None:
-        self.worker.stop()
+        self.workers.stop()
         self.core.close()

@@ -38,7 +38,7 @@ def around_a_nat(state: str) -> dict[str, Any]:
     pool = Mempool("buffers", 16384)
     ours, theirs = _ports(state, pool)
     of = nat.flows(FLOWS)
-    box = nat.Nat(ours, pool, nat.core_config(of), cpu=None)
+    box = nat.Nat(ours, pool, nat.core_config(of))
     generator = Generator(theirs, pool, of, nat.ROUTERS)
     try:
         for side in (0, 1):
@@ -76,7 +76,7 @@ def phases_around_a_nat(state: str) -> list[dict[str, Any]]:
     pool = Mempool("buffers", 16384)
     ours, theirs = _ports(state, pool)
     of = nat.flows(2 * FLOWS)
-    box = nat.Nat(ours, pool, nat.core_config(of, max_sessions=FLOWS), cpu=None)
+    box = nat.Nat(ours, pool, nat.core_config(of, max_sessions=FLOWS))
     generator = Generator(theirs, pool, of, nat.ROUTERS)
 
     def clear() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,15 @@ def test_the_model_of_cores() -> None:
 @pytest.mark.skipif(shutil.which("callgrind_annotate") is None, reason="apt install valgrind")
 def test_instructions_are_counted() -> None:
     assert 100 < (cores.instructions(64) or 0) < 1000
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two CPUs")
+def test_two_workers() -> None:
+    """Rings have one queue, so half of what comes is the other worker's."""
+    rate, each, share = cores.workers(2000, 2, 0.2)
+    for found in (rate, each):
+        assert found["rounds"] == 0 or min(found["median"], found["floor"]) > 0, found
+    assert 0.3 < share["median"] < 0.7
 
 
 def test_cores() -> None:
