@@ -145,6 +145,8 @@ def _core(rows: list[Figure], direction: str) -> list[Figure]:
 
 def _throughput(plot: Any, rows: list[Figure]) -> bool:
     found = _core(rows, "both")
+    if not found:
+        return False
     sessions = [row["sessions"] for row in found]
     for key, name, colour in (("median", "NAT", OURS), ("floor", "the floor", FLOOR)):
         plot.plot(sessions, [1e3 / row[key] for row in found], "o-", label=name, color=colour)
@@ -181,6 +183,8 @@ def _directions(plot: Any, rows: list[Figure]) -> bool:
     one = {row["sessions"]: row for row in _core(rows, "out")}
     both = {row["sessions"]: row for row in _core(rows, "both")}
     there = sorted(one.keys() & both.keys())
+    if not there:
+        return False
     for found, name in ((one, "one way"), (both, "both ways")):
         plot.plot(there, [1e3 / found[n]["median"] for n in there], "o-", label=name)
         plot.plot(there, [1e3 / found[n]["floor"] for n in there], ":", label=f"the floor, {name}")
@@ -198,6 +202,8 @@ def _pair(plot: Any, rows: list[Figure]) -> bool:
 
 def _latency(plot: Any, rows: list[Figure], kind: str) -> bool:
     found = [row for row in rows if row.get("kind") == kind and row.get("curve")]
+    if not found:
+        return False
     for row in found:
         times, shares = zip(*row["curve"], strict=True)
         plot.step(
