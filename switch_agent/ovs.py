@@ -75,15 +75,16 @@ class OpenVSwitch:
                 )
         self.set_controllers(*controllers)
 
-    def set_controllers(self, *targets: str) -> None:
-        """A controller on a unix socket must be at ``controller_socket``, or at a path that begins like it."""
+    def set_controllers(self, *targets: str, probe_ms: int = 5000) -> None:
+        """A controller on a unix socket must be at ``controller_socket``, or at a path that begins like it. One that is
+        silent for ``probe_ms`` is asked whether it lives, and is lost when it stays so as long again; 0: never."""
         if not targets:
             self.vsctl("del-controller", self.bridge)
             return
         self.vsctl("set-controller", self.bridge, *targets)
         # A lost controller is looked for again after a second at most, and not after eight.
         for uuid in self.vsctl("get", "bridge", self.bridge, "controller").strip("[]\n").split(","):
-            self.vsctl("set", "controller", uuid.strip(), "max_backoff=1000", "inactivity_probe=5000")
+            self.vsctl("set", "controller", uuid.strip(), "max_backoff=1000", f"inactivity_probe={probe_ms}")
 
     def set_ssl(self, key: Path, certificate: Path, ca: Path) -> None:
         """What it shows controllers at ``ssl:ADDRESS:PORT``, and who may be one."""

@@ -164,7 +164,8 @@ class Net:
         self.second = Channel(1)
         self.second_socket = f"unix:{self.ovs.controller_socket}-takeover"
         self.run(self.second.listen(self.second_socket))
-        self.ovs.set_controllers(f"unix:{self.ovs.controller_socket}", self.second_socket)
+        # the loop runs only where a test asks something of it
+        self.ovs.set_controllers(f"unix:{self.ovs.controller_socket}", self.second_socket, probe_ms=0)
         self.run(self.expect(lambda event: type(event).__name__ == "Ready"))
         self.lines: list[str] = []
         self.fresh()

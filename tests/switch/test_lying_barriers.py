@@ -28,7 +28,7 @@ class LyingNet(Net):
         self.heard = Channel(1, Limits(proof=1))
         self.run(self.heard.listen(f"unix:{self.liar.there}"))
         self.run(self.liar.start())
-        self.ovs.set_controllers(f"unix:{path}", self.second_socket, f"unix:{self.liar.here}")
+        self.ovs.set_controllers(f"unix:{path}", self.second_socket, f"unix:{self.liar.here}", probe_ms=0)
         self.run(self.expect(lambda event: type(event).__name__ == "Ready", self.heard))
 
     def lying(self, *, prove: bool) -> OpenFlowDataPlane:

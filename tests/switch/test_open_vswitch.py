@@ -373,7 +373,7 @@ def test_connection_lost_and_back(net: Net) -> None:
     net.wires["client"].send(out_packet())
     assert net.wires["outside"].receive() == translated_out()
 
-    net.ovs.set_controllers(f"unix:{net.ovs.controller_socket}", net.second_socket)
+    net.ovs.set_controllers(f"unix:{net.ovs.controller_socket}", net.second_socket, probe_ms=0)
     ready = net.run(net.expect(lambda event: isinstance(event, Ready)))
     assert isinstance(ready, Ready)
     assert {port.name: port.number for port in ready.ports if port.name in DEVICES} == DEVICES
