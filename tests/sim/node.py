@@ -299,7 +299,7 @@ class Node:
         match action:
             case do.Send(epoch, message):
                 if isinstance(message, Error):
-                    self.rules.gives_up(message)
+                    self.rules.gives_up(self, message)
                 self.send(epoch, message)
             case do.Close(reason):
                 world.note(f"{self.index} closes: {reason}")

@@ -162,9 +162,10 @@ class Rules:
         kept = node.decoder.kept
         self.must(kept <= HEADER.size + MAX_PAYLOAD, "bounded", "the decoder keeps too much")
 
-    def gives_up(self, error: Error) -> None:
-        """A side tells the other what is wrong."""
-        reason = error.code == ErrorCode.SLOW or not self.world.scenario.faults <= HARMLESS
+    def gives_up(self, node: Node, error: Error) -> None:
+        """A side tells the other what is wrong, or nobody: who died before it accepted cannot answer a Hello."""
+        alone = node.link is not node.peer.link
+        reason = error.code == ErrorCode.SLOW or alone or not self.world.scenario.faults <= HARMLESS
         self.must(reason, "given up", error.text)
 
     def ticks(self, node: Node) -> None:
