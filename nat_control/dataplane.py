@@ -84,7 +84,8 @@ class DataPlane(Protocol):
         """Releases held packets of these pending sessions; returns how many there were. May begin before it is awaited."""
 
     async def adopt(self) -> int:
-        """The peer is lost: its sessions become ours, all their timers restart in full. Returns how many."""
+        """The peer is lost: its sessions become ours. All timers restart in full, ours too, since the peer may have carried
+        them and told no more. Returns how many became ours."""
 
     async def cede(self, instance: int, besides: Ids) -> int:
         """The peer is back: sessions with its instance number in their id are its own again; those of the ids

@@ -821,7 +821,7 @@ cdef class Core:
         return posted
 
     def adopt(self):
-        """The peer's sessions become ours, and their timers restart; returns how many there were."""
+        """The peer's sessions become ours, and all timers restart; returns how many became ours."""
         return self._command(NAT_CMD_ADOPT, np.zeros(1, RECORD), 0)[0]
 
     def cede(self, instance, besides=()):

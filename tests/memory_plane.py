@@ -182,6 +182,7 @@ class MemoryPlane:
         taken = [held for held in self.held.values() if held["flags"] & FLAG_FOREIGN]
         for held in taken:
             held["flags"] &= 0xFF ^ FLAG_FOREIGN
+        for held in self.held.values():
             held["idle_ms"] = 0
         return len(taken)
 

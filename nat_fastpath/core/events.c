@@ -237,6 +237,8 @@ static bool change_owner(struct nat_core *core, struct nat_command *command)
         uint64_t id = core->cold[command->cursor].id;
         if (!s->protocol || (cede && nat_id_instance(id) != ids[0]))
             continue;
+        if (!cede) /* the peer may have carried ours, too, and died before it said so */
+            s->last_ms = core->now_ms;
         uint8_t owner = cede && !is_among(id, ids + 1, command->count - 1) ? NAT_SESSION_FOREIGN : 0;
         if ((s->flags & NAT_SESSION_FOREIGN) == owner)
             continue;

@@ -332,15 +332,13 @@ def test_a_pending_session_can_be_deleted(subject: Subject) -> None:
 # -- ownership ---------------------------------------------------------------------------------------------
 
 
-def test_adopt_takes_the_peers_sessions_and_restarts_their_timers(subject: Subject) -> None:
+def test_adopt_takes_the_peers_sessions_and_restarts_all_timers(subject: Subject) -> None:
     theirs, ours = sessions(5, flags=FLAG_FOREIGN, idle_ms=60_000), sessions(3, 100, INSTANCE, idle_ms=60_000)
     subject.run(subject.plane.install(np.concatenate([theirs, ours])))
     assert subject.run(subject.plane.adopt()) == 5
     now = subject.held()
     assert not now["flags"].any()
-    taken = np.isin(now["id"], theirs["id"])
-    assert (now["idle_ms"][taken] < 30_000).all()
-    assert (now["idle_ms"][~taken] >= 60_000).all()
+    assert (now["idle_ms"] < 30_000).all(), "the peer may have carried ours as well"
     assert subject.run(subject.plane.adopt()) == 0
     assert len(subject.events()) == 0
     subject.check()

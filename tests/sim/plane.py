@@ -57,9 +57,7 @@ class AgeingPlane(MemoryPlane):
         del self.used[int(record["id"])], self.opened[int(record["id"])]
 
     def adopt(self) -> int:
-        for held in self.held.values():
-            if held["flags"] & FLAG_FOREIGN:
-                self.used[int(held["id"])] = self.clock()
+        self.used = dict.fromkeys(self.used, self.clock())
         return super().adopt()
 
     def age(self, timeout: float) -> None:
