@@ -102,6 +102,7 @@ class Node:
         self.macs: dict[int, tuple[int, float]] = {}  # next hop → its MAC, and when that was confirmed
         self.operations: deque[do.Action] = deque()
         self.partly: dict[int, tuple[Records, int]] = {}  # what is installed in parts, or waits for its probe
+        self.late = 0  # writes that were acknowledged and are not done
         self.writing_until = 0.0  # the probe comes back then
         self.working = False
         self.answered = 0.0  # when the last operation is
@@ -427,8 +428,11 @@ class Node:
             return
         self.report(lambda: protocol.plane_done(action.op, self.clock()))
 
+        self.late += 1
+
         def write() -> None:
             """Or never, if the connection has ended meanwhile."""
+            self.late -= 1
             if protocol.state is State.OPERATIONAL and protocol.epoch == epoch:
                 self.plane.install(action.records)
 

@@ -188,7 +188,8 @@ class Rules:
 
     def merged(self) -> bool:
         """What was refused may be offered now and again, and then differs for a moment."""
-        if not self.world.at_rest() or not all(map(self.proven, self.world.nodes)):
+        late = any(node.late for node in self.world.nodes)
+        if late or not self.world.at_rest() or not all(map(self.proven, self.world.nodes)):
             return False
         a, b = ({int(held["id"]) for held in node.plane.held.values()} for node in self.world.nodes)
         named, heard = self.refused()
