@@ -6,7 +6,7 @@ BIN := .venv/bin
 C_FILES = $(shell git ls-files '*.c' '*.h')
 PY_TYPED = nat_control nat_fastpath switch_agent
 
-.PHONY: help build test test-long test-sim test-mutants test-aarch64 soak lint bench bench-full matplotlib bench-failover bench-pair fuzz demo clean packages root
+.PHONY: help build test test-long test-sim test-mutants test-aarch64 soak lint bench bench-full matplotlib peers bench-failover bench-pair fuzz demo clean packages root
 
 help:
 	@echo "make build   .venv with the extensions compiled"
@@ -80,11 +80,15 @@ lint: build
 matplotlib: build
 	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 
+# NATs to measure beside ours, and what counts instructions
+peers:
+	@tools/install-packages.sh nftables valgrind
+
 # docs/performance.md tells what is measured and how; ONLY chooses parts
-bench: root matplotlib
+bench: root matplotlib peers
 	tools/as-root.sh $(BIN)/python -m bench suite $(if $(ONLY),--only $(ONLY))
 
-bench-full: root matplotlib
+bench-full: root matplotlib peers
 	tools/as-root.sh $(BIN)/python -m bench suite --scale full $(if $(ONLY),--only $(ONLY))
 
 # 25 trials of each kind of kill, ten of the other ends, and new flows in the three modes: half an hour, on a quiet machine
