@@ -105,6 +105,23 @@ static inline struct nat_packet packet_in(uint8_t *data, uint16_t capacity, unsi
 
 enum order { ORDER_UNIFORM, ORDER_ZIPF, ORDER_SEQUENTIAL };
 
+/* Parse and MAC swap: what any forwarder must do. */
+static inline __attribute__((always_inline)) void swap_one(struct nat_packet *p)
+{
+    uint8_t *d = p->data, mac[6];
+
+    p->verdict = NAT_DROP_IP_HEADER;
+    const uint8_t *ip = d + ETH_BYTES + (with.vlan ? VLAN_BYTES : 0);
+    if (p->length < ETH_BYTES + IP_BYTES + UDP_BYTES || get16(ip - 2) != ETHERTYPE_IPV4 || ip[0] != 0x45 ||
+        !sums_right(ip, IP_BYTES) || ip[9] != PROTO_UDP)
+        return;
+    memcpy(mac, d, 6);
+    memcpy(d, d + 6, 6);
+    memcpy(d + 6, mac, 6);
+    p->port ^= 1;
+    p->verdict = NAT_FORWARD;
+}
+
 /* Zipf with exponent 1: rank r has a share of 1 / (r ln N). Neighbours in rank are not neighbours in memory.
  */
 static inline uint32_t pick(enum order order, uint32_t sessions)

@@ -52,15 +52,14 @@ def _replay(name: str, flows: int, rounds: int, seconds: float) -> Iterator[Figu
             return done.wall_ns / max(done.packets[0], 1)
 
         values, speeds = figures.interleaved({"nat": lambda: one(False), "plain": lambda: one(True)}, rounds)
-    yield figures.figure(
-        f"{name}: per packet",
-        "ns",
-        values["nat"],
-        floor=values["plain"],
-        floor_name="plain forwarding",
-        speeds=speeds,
-    )
+    yield _per_packet(name, values["nat"], values["plain"], speeds)
     yield _rate(name, [1e3 / ns for ns in values["nat"]], [1e3 / ns for ns in values["plain"]], speeds)
+
+
+def _per_packet(name: str, nat: list[float], plain: list[float], speeds: list[float]) -> Figure:
+    return figures.figure(
+        f"{name}: per packet", "ns", nat, floor=plain, speeds=speeds, floor_name="plain forwarding"
+    )
 
 
 def _rate(name: str, nat: list[float], plain: list[float], speeds: list[float], **more: Any) -> Figure:
@@ -85,14 +84,7 @@ def ring(
 
 def _ring(name: str, flows: int, rounds: int, seconds: float, size: str) -> Iterator[Figure]:
     values, speeds = ring("plain", flows, seconds, rounds, size)
-    yield figures.figure(
-        f"{name}: per packet",
-        "ns",
-        values["nat_ns"],
-        floor=values["plain_ns"],
-        floor_name="plain forwarding",
-        speeds=speeds,
-    )
+    yield _per_packet(name, values["nat_ns"], values["plain_ns"], speeds)
     yield _rate(name, values["nat"], values["plain"], speeds)
 
 

@@ -40,7 +40,7 @@ def set_up_and_tear_down(sessions: int, rounds: int) -> Iterator[Figure]:
     for _ in range(rounds):
         with Replay(core_config(sessions)) as replay:
             opened.append(replay.open(0, sessions))
-            took, worst = _age(replay, 4000)
+            took, worst, _ = _age(replay)
             closed.append(sessions / took)
             worst_poll = max(worst_poll, worst)
             machine = max(machine, replay.machine_worst(0.1))
@@ -78,14 +78,14 @@ def _steps(sessions: int) -> Figure:
     )  # fmt: skip
 
 
-def _age(replay: Replay, ahead: float) -> tuple[float, float]:
-    """Until no session is left: ns within the core, and the longest turn."""
-    spent, worst = 0.0, 0.0
+def _age(replay: Replay) -> tuple[float, float, int]:
+    """Until no session is left: ns within the core, the longest turn, and how many polls it took."""
+    spent, worst, polls, ahead = 0.0, 0.0, 0, 4000.0
     while replay.core.counters()["sessions"]:
         turn = replay.age(ahead, 1e-5, POLLS)
-        ahead = 0
+        ahead, polls = 0, polls + turn.polls
         spent, worst = spent + turn.core_ns, max(worst, turn.worst_ns)
-    return spent, worst
+    return spent, worst, polls
 
 
 def beside_established(sessions: int, rounds: int, seconds: float, new_rate: float) -> Iterator[Figure]:
@@ -141,11 +141,7 @@ def many_sessions(many: int) -> Iterator[Figure]:
     with Replay(config) as replay:
         replay.open(0, many)
         begin = time.perf_counter()
-        polls, spent, worst, ahead = 0, 0.0, 0.0, 4000.0
-        while replay.core.counters()["sessions"]:
-            turn = replay.age(ahead, 1e-5, POLLS)
-            ahead, polls = 0, polls + turn.polls
-            spent, worst = spent + turn.core_ns, max(worst, turn.worst_ns)
+        spent, worst, polls = _age(replay)
         wall = time.perf_counter() - begin
     name = f"ageing of {many:,} sessions"
     yield figures.figure(f"{name}: in the core", "s", [spent / 1e9], wall_s=round(wall, 2), polls=polls)

@@ -89,30 +89,14 @@ static struct nat_packet known_packet(struct replay *r)
                                .port = r->ports[at]};
 }
 
-/* What any forwarder must do. */
-static void swap(struct nat_packet *packets, unsigned n)
-{
-    for (unsigned i = 0; i < n; i++) {
-        uint8_t *d = packets[i].data, mac[6];
-        const uint8_t *ip = d + ETH_BYTES;
-        packets[i].verdict = NAT_DROP_IP_HEADER;
-        if (get16(ip - 2) != ETHERTYPE_IPV4 || ip[0] != 0x45 || !sums_right(ip, IP_BYTES))
-            continue;
-        memcpy(mac, d, 6);
-        memcpy(d, d + 6, 6);
-        memcpy(d + 6, mac, 6);
-        packets[i].port ^= 1;
-        packets[i].verdict = NAT_FORWARD;
-    }
-}
-
 /* One turn of a worker's loop: a burst, which may be empty, and the core's own work. */
 static double turn(struct replay *r, struct nat_packet *packets, unsigned n, bool swapped,
                    struct replay_result *result)
 {
     const double start = clock_ns();
     if (swapped) {
-        swap(packets, n);
+        for (unsigned i = 0; i < n; i++)
+            swap_one(&packets[i]);
     } else {
         r->api->burst(r->core, packets, n, (uint64_t)start + r->ahead);
         r->api->poll(r->core, (uint64_t)start + r->ahead);

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -48,6 +48,10 @@ TAKEOVER_TXID = 0x8000_0001  # beyond those that a channel gives
 
 def _marked(rule: Rule) -> Rule:
     return replace(rule, cookie=rule.cookie | MARK)
+
+
+def _deletions(kinds: Iterable[Kind], txid: int) -> bytes:
+    return b"".join(openflow.delete_by_cookie(kind.cookie, txid=txid) for kind in kinds)
 
 
 class OpenFlowDataPlane(SessionRules):
@@ -203,8 +207,7 @@ class OpenFlowDataPlane(SessionRules):
 
     async def _delete_kinds(self, *kinds: Kind) -> None:
         txid = self._channel.next_txid()
-        data = b"".join(openflow.delete_by_cookie(kind.cookie, txid=txid) for kind in kinds)
-        self._insist(await self._channel.transact(data, txid), "deletion of static rules")
+        self._insist(await self._channel.transact(_deletions(kinds, txid), txid), "deletion of static rules")
 
     async def forwards(self) -> bool:
         """Whether the switch has the rules that forward to the server, from whenever; then they are those of this partition. Raises
@@ -218,18 +221,18 @@ class OpenFlowDataPlane(SessionRules):
             self.server_carries
         ):  # what an agent with another partition has left goes, but not before ours is there
             txid = self._channel.next_txid()
-            ours = [openflow.flow_mod(rule, txid=txid) for rule in self._pipeline.forward()]
-            others = [
+            forward = self._pipeline.forward()
+            ours = b"".join(openflow.flow_mod(rule, txid=txid) for rule in forward)
+            others = b"".join(
                 openflow.flow_mod(rule, openflow.DELETE_STRICT, txid)
                 for rule in self._pipeline.forward_of_others()
-            ]
-            errors = await self._channel.transact(b"".join(ours + others), txid, lambda: self.overtaken)
+            )
+            errors = await self._channel.transact(ours + others, txid, lambda: self.overtaken)
             self._insist(errors, "forward rules")
-            if len(await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)) > len(ours):
+            if len(await self._channel.statistics(FORWARD_COOKIE, FORWARD_MASK)) > len(forward):
                 # of other ports or tags; sessions' rules carry for the moment that it takes
-                kinds = (Kind.TO_SERVER, Kind.FROM_SERVER, Kind.TCP_TO_SERVER)
-                delete = [openflow.delete_by_cookie(kind.cookie, txid=txid) for kind in kinds]
-                errors = await self._channel.transact(b"".join(delete + ours), txid, lambda: self.overtaken)
+                delete = _deletions((Kind.TO_SERVER, Kind.FROM_SERVER, Kind.TCP_TO_SERVER), txid)
+                errors = await self._channel.transact(delete + ours, txid, lambda: self.overtaken)
                 self._insist(errors, "forward rules")
             self.server_carries = not self.overtaken
         else:
@@ -249,9 +252,7 @@ class OpenFlowDataPlane(SessionRules):
         to the server any more until ``overtaken`` is taken back."""
         self.overtaken, self.server_carries = True, False
         with contextlib.suppress(ChannelLost):
-            self._channel.write(
-                b"".join(openflow.delete_by_cookie(kind.cookie, txid=TAKEOVER_TXID) for kind in TAKEN_OVER)
-            )
+            self._channel.write(_deletions(TAKEN_OVER, TAKEOVER_TXID))
 
     def prepared_takeover(self) -> bytes:
         """What makes the switch carry, for any OpenFlow connection that has been greeted.
@@ -261,8 +262,7 @@ class OpenFlowDataPlane(SessionRules):
         once, and for a mask may look at every rule (Open vSwitch: 8 ms for 20 000).
         """
         fence = [openflow.flow_mod(rule, openflow.ADD, TAKEOVER_TXID) for rule in self._pipeline.fence()]
-        delete = [openflow.delete_by_cookie(kind.cookie, txid=TAKEOVER_TXID) for kind in TAKEN_OVER]
-        return b"".join((*delete, *fence, codec.barrier(TAKEOVER_TXID)))
+        return b"".join((_deletions(TAKEN_OVER, TAKEOVER_TXID), *fence, codec.barrier(TAKEOVER_TXID)))
 
     async def forwarded_no_more(self) -> bool:
         """Whether frames that each rule which leads to the server would take come back to us instead, in time. Raises ChannelLost.

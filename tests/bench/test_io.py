@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from bench import peers
+from tests.bench.command import bench
 
 
 def is_measured(found: dict[str, Any]) -> bool:
@@ -23,17 +21,6 @@ def is_measured(found: dict[str, Any]) -> bool:
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
 with_testpmd = pytest.mark.skipif(shutil.which("dpdk-testpmd") is None, reason="apt install dpdk")
-
-
-def bench(*arguments: str) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", *arguments, "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=115,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 SMALL = ("--flows", "100", "--rounds", "1", "--seconds", "0.3")

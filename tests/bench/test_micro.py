@@ -7,14 +7,11 @@ comparison needs.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import micro
+from tests.bench.command import bench
 
 SESSIONS = 1 << 17
 STEPS = {step.name: step for step in micro.steps(SESSIONS)}
@@ -28,14 +25,7 @@ def test_step(name: str, benchmark: BenchmarkFixture) -> None:
 
 
 def test_all_steps_in_turns() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", *f"bench micro --rounds 2 --sessions {SESSIONS} --json".split()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=100,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = bench("micro", "--rounds", "2", "--sessions", str(SESSIONS), timeout=100)
     assert [one["figure"].removeprefix("micro: ") for one in found] == list(STEPS)
     for one in found:
         assert one["rounds"] + one["dropped"] == 2

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 from bench.replay import Replay, core_config
+from tests.bench.command import bench
 
 FLOWS = 2000
 
@@ -48,15 +45,8 @@ def test_steps_of_bursts() -> None:
 
 
 def test_all_figures() -> None:
-    around = "--sessions 4096 --rounds 2 --seconds 0.2 --many 10000 --new-rate 1000 --json"
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "newflows", *around.split()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=110,
-    )
-    found = {one["figure"]: one for one in map(json.loads, done.stdout.splitlines())}
+    around = "--sessions 4096 --rounds 2 --seconds 0.2 --many 10000 --new-rate 1000"
+    found = {one["figure"]: one for one in bench("newflows", *around.split(), timeout=110)}
     assert found["new flows: set-up in the core"]["events_lost"] == 0
     assert found["new flows: set-up in the core"]["refused"] == 0
     assert found["bytes per session, endpoint-dependent"]["median"] <= 110

@@ -3,27 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 
 from bench import cores
-
-
-def bench(*arguments: str) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", *arguments, "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=115,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+from tests.bench.command import bench
 
 
 def test_scales() -> None:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import figures, suite, suite_report
+from tests.bench.command import bench
 
 WITH = {"machine": "m", "hugepages_mb": 0, "commit": "c", "load": 0.1}
 
@@ -80,11 +79,8 @@ def test_a_part_that_fails_says_why() -> None:
 
 
 def test_a_part_of_the_suite(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "suite", "--scale", "smoke", "--only", "io", "--out", str(tmp_path), "--json"],
-        capture_output=True, text=True, check=True, timeout=115,
-    )  # fmt: skip
-    assert json.loads(done.stdout)["report"] == str(tmp_path / "report.md")
+    (told,) = bench("suite", "--scale", "smoke", "--only", "io", "--out", str(tmp_path))
+    assert told["report"] == str(tmp_path / "report.md")
     rows = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     for row in rows:

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable
 
-from nat_control.api import ApiError
 from nat_control.client import Client
 from nat_control.lab import Process
 from switch_agent.pair_lab import PairLab
@@ -140,8 +139,14 @@ def _server_killed_twice(net: PairLab, chance: random.Random) -> None:
     net.start_server()
 
 
-def _moved(net: PairLab, who: str, verb: str) -> None:
-    Client(net.lab.directory / f"{who}.sock").move(verb)
+def _moved(net: PairLab, who: str, verb: str, **options: bool) -> None:
+    Client(net.lab.directory / f"{who}.sock").move(verb, **options)
+
+
+def _some(net: PairLab, chance: random.Random) -> list[str]:
+    """Ids of sessions that the server has."""
+    ids = [row["id"] for row in net.show("server", "sessions")]
+    return chance.sample(ids, min(20, len(ids)))
 
 
 @fault
@@ -160,26 +165,13 @@ def _server_killed_after_it_released(net: PairLab, chance: random.Random) -> Non
     _while(chance)
     net.start_server()
     net.carrier("switch")
-    _take_back(net)
-
-
-def _take_back(net: PairLab) -> None:
-    """As an operator would: again, until both hold the same."""
-    for _ in range(100):
-        try:
-            if Client(net.lab.directory / "agent.sock").move("release")["result"] != "refused":
-                return
-        except ApiError:
-            pass
-        time.sleep(0.1)
+    _moved(net, "agent", "release", later=True)
 
 
 @fault
 def _server_killed_in_front_of_offloaded(net: PairLab, chance: random.Random) -> None:
     """Some sessions have rules in front of the server; then it dies, or the agent does."""
-    operator = Client(net.lab.directory / "server.sock")
-    some = [row["id"] for row in net.show("server", "sessions")]
-    operator.offload("add", chance.sample(some, min(20, len(some))))
+    Client(net.lab.directory / "server.sock").offload("add", _some(net, chance))
     _while(chance, 0.5)
     if chance.random() < 0.5:
         _server_killed(net, chance)
@@ -190,8 +182,7 @@ def _server_killed_in_front_of_offloaded(net: PairLab, chance: random.Random) ->
 @fault
 def _offloaded_and_back(net: PairLab, chance: random.Random) -> None:
     operator = Client(net.lab.directory / "server.sock")
-    some = [row["id"] for row in net.show("server", "sessions")]
-    chosen = chance.sample(some, min(20, len(some)))
+    chosen = _some(net, chance)
     for what in ("add", "remove"):
         operator.offload(what, chosen)
         _while(chance, 0.3)
