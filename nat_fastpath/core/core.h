@@ -12,13 +12,13 @@
 #include "flow_table.h"
 #include "nat.h"
 #include "port_pool.h"
+#include "slab.h"
 #include "standby.h"
 #include "tcp_state.h"
 #include "wire.h"
 
 enum { OUT = 0, IN = 1 }; /* direction of a packet: from inside, from outside */
 #define NONE16 UINT16_MAX
-#define NONE32 UINT32_MAX
 
 enum timer { TIMER_UDP, TIMER_ICMP, TIMER_TCP_TRANSITORY, TIMER_TCP_ESTABLISHED, TIMERS };
 
@@ -90,12 +90,6 @@ struct neighbour {
     uint8_t asked; /* requests without an answer */
     uint8_t keep;  /* gateways are refreshed even when idle */
     uint8_t fresh; /* no session has used it yet */
-};
-
-/* A record array with a free list threaded through it and a high-water mark: no slot is touched before use.
- */
-struct slab {
-    uint32_t capacity, used, top, free; /* free: NONE32 ends the list */
 };
 
 struct held {
@@ -224,33 +218,6 @@ struct nat_core {
     _Alignas(64) _Atomic uint32_t command_head;
 };
 
-/* --- slabs ------------------------------------------------------------------------------------------ */
-
-/* `link` reads or writes the field that threads the free list of that record type. */
-#define SLAB_TAKE(slab, records, link)                                                                       \
-    ({                                                                                                       \
-        uint32_t slab_at_ = NONE32;                                                                          \
-        if ((slab)->free != NONE32) {                                                                        \
-            slab_at_ = (slab)->free;                                                                         \
-            (slab)->free = (records)[slab_at_].link;                                                         \
-            (slab)->used++;                                                                                  \
-        } else if ((slab)->top < (slab)->capacity) {                                                         \
-            slab_at_ = (slab)->top++;                                                                        \
-            (slab)->used++;                                                                                  \
-        }                                                                                                    \
-        slab_at_;                                                                                            \
-    })
-#define SLAB_GIVE(slab, records, link, at)                                                                   \
-    do {                                                                                                     \
-        (records)[at].link = (slab)->free;                                                                   \
-        (slab)->free = (at);                                                                                 \
-        (slab)->used--;                                                                                      \
-    } while (0)
-static inline bool slab_full(const struct slab *slab)
-{
-    return slab->used == slab->capacity;
-}
-
 /* --- keys ------------------------------------------------------------------------------------------- */
 
 struct flow_key {
@@ -367,6 +334,11 @@ void trace_packet(struct nat_core *core, struct nat_packet *packet);
 void trace_finished(struct nat_core *core, const struct nat_packet *packet);
 
 /* --- pipeline.c --------------------------------------------------------------------------------------- */
+/* A packet of this session, whose headers are checked. */
+enum nat_verdict session_packet(struct nat_core *core, struct nat_packet *packet, unsigned l2, uint32_t at,
+                                int direction, bool hairpinned);
+
+/* --- alone.c ------------------------------------------------------------------------------------------ */
 /* The definition of what this NAT does with a packet. */
 enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet);
 /* One that is checked, from outside or from inside to a pool address. */
