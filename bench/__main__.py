@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -84,6 +85,8 @@ def main() -> None:
     for one in (of_core, of_options, of_lookup, of_failover, of_latency, of_relay):
         one.add_argument("--json", action="store_true")
     arguments = parser.parse_args(sys.argv[1:] or ["core"])
+    for number in (signal.SIGTERM, signal.SIGHUP):  # who is told to end gives back what the machine lent
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         chosen = {
             "core": _core,
@@ -96,6 +99,8 @@ def main() -> None:
             **{name: module.run for name, module in MODULES.items()},
         }
         chosen[arguments.what](arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except LabError as error:
         sys.exit(f"bench: {error}")
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 
 import yaml
 
+from bench import hugepages
+from nat_control import api
 from nat_control.lab import Lab, LabError, Process, until
 
 CLI = (sys.executable, "-m", "nat_control.cli")
@@ -26,9 +30,9 @@ PREFIX = 24
 HOSTS, PER_HOST = IPv4Address("10.0.1.0"), 64
 POOL_FIRST, LOAD = IPv4Address("198.18.0.0"), 0.9
 MACS = "02:00:00:00:00:01", "02:00:00:00:00:02"  # the box's
-PACE = 200_000  # new flows per second, at first; what is lost comes again slower
 PATIENCE = 60.0
-HUGEPAGES = Path("/sys/kernel/mm/hugepages")
+OPEN = 0.99  # of the flows, at least, or the figure is another one
+HUGEPAGES_MB = 2048  # for those whose memory is shared between processes, while they are measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +44,6 @@ class Links:
     interfaces: tuple[str, str] | None = None
     driver: str = "auto"
     sockets: tuple[Path, ...] = ()  # that the generator makes, before a box can come
-
-
-def hugepages_mb() -> int:
-    """Free ones."""
-    return sum(
-        int((folder / "free_hugepages").read_text()) * int(folder.name[10:-2]) // 1024
-        for folder in HUGEPAGES.glob("hugepages-*kB")
-    )
-
-
-@contextlib.contextmanager
-def reserved_hugepages(mb: int) -> Iterator[None]:
-    """So many are free in here, if the machine can spare them, and given back afterwards."""
-    number = HUGEPAGES / "hugepages-2048kB" / "nr_hugepages"
-    missing = (mb - hugepages_mb()) // 2
-    if missing <= 0 or not os.access(number, os.W_OK):
-        yield
-        return
-    before = int(number.read_text())
-    number.write_text(str(before + missing))
-    try:
-        yield
-    finally:
-        number.write_text(str(before))
 
 
 class Net:
@@ -92,14 +72,18 @@ def _veth(driver: str) -> Callable[[Net], Links]:
     return make
 
 
-def _memif(net: Net) -> Links:
+def _memif(more: str) -> Callable[[Net], Links]:
     """The generator is the server, and ends first: that of DPDK 22.11 may crash when its client goes."""
-    paths = tuple(net.lab.directory / f"{name}.memif" for name in ("inside", "outside"))
-    box, generator = (
-        [f"net_memif{i},role={role},socket={path},socket-abstract=no" for i, path in enumerate(paths)]
-        for role in ("client", "server")
-    )
-    return Links((box[0], box[1]), (generator[0], generator[1]), sockets=paths)
+
+    def make(net: Net) -> Links:
+        paths = tuple(net.lab.directory / f"{name}.memif" for name in ("inside", "outside"))
+        box, generator = (
+            [f"net_memif{i},role={role},socket={path},socket-abstract=no{words}" for i, path in enumerate(paths)]
+            for role, words in (("client", more), ("server", ""))
+        )  # fmt: skip
+        return Links((box[0], box[1]), (generator[0], generator[1]), sockets=paths)
+
+    return make
 
 
 def _vhost(net: Net) -> Links:
@@ -111,7 +95,10 @@ def _vhost(net: Net) -> Links:
 
 
 LINKS: dict[str, Callable[[Net], Links]] = {
-    "memif": _memif,
+    "memif": _memif(""),
+    "memif-zc": _memif(
+        ",zero-copy=yes"
+    ),  # the client's memory is the server's, too: nobody copies for the box
     "vhost": _vhost,
     "af_packet": _veth("af_packet"),
     "af_xdp": _veth("af_xdp"),
@@ -150,15 +137,25 @@ def testpmd(net: Net, flows: int) -> Process:
     """Plain forwarding, MAC addresses swapped."""
     del flows
     cpus = net.cpus
-    memory = ["--in-memory", "--iova-mode=va"] if hugepages_mb() >= 256 else ["--no-huge", "--no-shconf"]
+    memory = ["--in-memory", "--iova-mode=va"] if hugepages.free_mb() >= 256 else ["--no-huge", "--no-shconf"]
+    memory += ["--single-file-segments"]  # the other end of a memif maps them
     devices = net.links.box
     if net.links.interfaces:
         devices = tuple(f"net_{net.links.driver}{i},iface={name}" for i, name in enumerate(devices))  # type: ignore[assignment]
     vdevs = [f"--vdev={device}" for device in devices]
     eal = [f"--lcores=0@{cpus[0]},1@{cpus[1]}", "--no-pci", "--no-telemetry", "-m", "256", *memory, *vdevs]
-    forward = ["--forward-mode=macswap", "--auto-start", "--nb-cores=1", "--stats-period=1", "--no-flush-rx"]
-    process = net.box.start("dpdk-testpmd", *eal, "--", *forward, "--total-num-mbufs=32768", name="testpmd")
-    return process.ready("Port statistics", timeout=PATIENCE)
+    forward = [
+        "-i",
+        "--forward-mode=macswap",
+        "--auto-start",
+        "--nb-cores=1",
+        "--no-flush-rx",
+        "--record-core-cycles",
+    ]
+    command = shlex.join(["dpdk-testpmd", *eal, "--", *forward, "--total-num-mbufs=32768"])
+    asked = "while sleep 0.25; do echo show fwd stats all; done"  # a memif forgets what it counted when its other end goes
+    process = net.box.start("bash", "-c", f"exec {command} < <({asked})", name="testpmd")
+    return process.ready("Forward statistics for port 1", timeout=PATIENCE)
 
 
 # -- the generator -----------------------------------------------------------------------------------------
@@ -190,8 +187,11 @@ def _generator(net: Net, flows: int, asked: Asked) -> Process:
 Box = Callable[[Net, int], Process]
 
 
-def said(kind: str, box: Box, flows: int, asked: Asked) -> str:
-    """One measurement: links, box and generator are made and taken away. What pktgen has written. Raises LabError."""
+def said(kind: str, box: Box, flows: int, asked: Asked) -> tuple[str, float | None]:
+    """One measurement: links, box and generator are made and taken away.
+
+    What pktgen has written, and the ns of a packet on the box's CPU if the box tells. Raises LabError.
+    """
     with Lab() as lab:
         net = Net(lab, kind)
         if net.links.sockets:
@@ -205,24 +205,55 @@ def said(kind: str, box: Box, flows: int, asked: Asked) -> str:
             process = box(net, flows)
             generator = _generator(net, flows, asked)
         patience = PATIENCE + 30 * asked.seconds
-        until("pktgen ends", lambda: not generator.alive or not _alive(process), patience)
+        of_server = Busy(lab.directory / "nat.sock")
+
+        def ended() -> bool:
+            of_server.look()
+            return not generator.alive or not _alive(process)
+
+        until("pktgen ends", ended, patience, 0.1)
         if "{" not in generator.output:
             raise LabError(f"pktgen: {generator.last_line}")
-        return generator.output
+        process.stop()
+        return generator.output, of_server.ns or _testpmd_ns(process.output)
+
+
+class Busy:
+    """Of the second in which a `tandem-nat server` received most: the ns of its worker for each packet."""
+
+    def __init__(self, control: Path) -> None:
+        self._control, self._most = control, 0.0
+        self.ns: float | None = None
+
+    def look(self) -> None:
+        if not self._control.exists():
+            return
+        with contextlib.suppress(OSError, StopIteration, api.ApiError):
+            status = next(api.ask(self._control, {"show": "status"}))["status"]
+            rate = sum(status["rates"][f"rx_packets.{i}"] for i in (0, 1))
+            if rate > self._most:
+                self._most, self.ns = rate, 1e9 * status["worker"]["busy_share"] / rate
+
+
+def _testpmd_ns(output: str) -> float | None:
+    """Of the turns that had packets, as it says at its end."""
+    said = re.findall(r"CPU cycles/packet=([\d.]+) .* at (\d+) MHz", output)
+    return 1e3 * float(said[-1][0]) / float(said[-1][1]) if said else None
 
 
 def once(kind: str, box: Box, flows: int, asked: Asked) -> dict[str, Any]:
-    """What pktgen says of its run."""
-    text = said(kind, box, flows, asked)
+    """What pktgen says of its run, and ``box_ns``."""
+    text, ns = said(kind, box, flows, asked)
     found: dict[str, Any] = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    run: dict[str, Any] = found["run"]
-    return run
+    if found["open_flows"] < flows * OPEN:
+        raise LabError(f"of {flows:,} flows {found['open_flows']:,} could be opened")
+    return {**found["run"], "box_ns": ns}
 
 
 def rfc9693(kind: str, flows: int, high: float, seconds: float) -> list[dict[str, Any]]:
     """The phases around our server, below ``high`` packets per second."""
     asked = Asked(seconds, more=("--rfc9693", "--rate", str(high)))
-    text = said(kind, tandem, flows, asked)
+    text, _ = said(kind, tandem, flows, asked)
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 

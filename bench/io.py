@@ -13,9 +13,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, TypeVar
 
-from bench import ends, figures
+import numpy as np
+
+from bench import ends, figures, hugepages
 from bench.ends import Asked, Box
 from bench.figures import Figure
 from bench.replay import Replay, core_config
@@ -24,6 +28,7 @@ from nat_control.lab import LabError
 T = TypeVar("T")
 TRIES = 4
 DEVICES = ("replay", "ring", *ends.LINKS)
+UNPRESSED = 0.02  # of what a generator had to send: who refuses and loses less than that could have done more
 # Mpps ÷ testpmd's over the same memif, must and good (performance.md)
 SHARES = {1: ">= 0.64, good 0.85", 1024: ">= 0.59, good 0.81", 28_000: ">= 0.60, good 0.90", 1_000_000: ">= 0.51, good 0.68",
           4_000_000: ">= 0.48, good 0.60", 14_000_000: ">= 0.45, good 0.63"}  # fmt: skip
@@ -37,7 +42,7 @@ def measure(device: str, flows: int, rounds: int, seconds: float, size: str) -> 
         elif device == "ring":
             yield from _ring(name, flows, rounds, seconds, size)
         else:
-            yield _links(name, device, flows, rounds, seconds, size)
+            yield from _links(name, device, flows, rounds, seconds, size)
     except LabError as error:
         yield figures.missing(name, str(error))
 
@@ -96,33 +101,67 @@ def _again(run: Callable[[], T]) -> T:
     return run()
 
 
-def mpps(kind: str, box: Box, flows: int, asked: Asked, wrong: list[str]) -> float:
-    """Of packets that came through; what was wrong with them is added to ``wrong``."""
+@dataclass
+class Around:
+    """What the generator says of one box, round by round."""
+
+    wrong: list[str] = field(default_factory=list)
+    pressed: list[float] = field(default_factory=list)  # share that the box refused or lost
+    ns: list[float] = field(default_factory=list)  # of its CPU, for each packet; NaN: it does not say
+
+    @property
+    def generator_bound(self) -> bool:
+        """The box was never full: its figure is the generator's."""
+        return bool(self.pressed) and median(self.pressed) < UNPRESSED
+
+
+def mpps(kind: str, box: Box, flows: int, asked: Asked, around: Around) -> float:
+    """Of packets that came through; what was wrong with them, and how much was too much, is told to ``around``."""
     found = (
         _again(lambda: ends.once(kind, box, flows, asked))
         if box is ends.testpmd
         else ends.once(kind, box, flows, asked)
     )
     if asked.translated and found["wrong"]:
-        wrong.append(str(found["wrong"]))
+        around.wrong.append(str(found["wrong"]))
+    around.ns.append(found["box_ns"] or float("nan"))
+    around.pressed.append((found["not_sent"] + found["lost"]) / max(found["not_sent"] + found["sent"], 1))
     return float(found["packets_per_second"]) / 1e6
 
 
-def _links(name: str, kind: str, flows: int, rounds: int, seconds: float, size: str) -> Figure:
-    wrong: list[str] = []
+def _links(name: str, kind: str, flows: int, rounds: int, seconds: float, size: str) -> Iterator[Figure]:
+    ours, its = Around(), Around()
     nat, plain = Asked(seconds, size=size), Asked(seconds, resolve=False, translated=False, size=size)
     values, speeds = figures.interleaved(
         {
-            "nat": lambda: mpps(kind, ends.tandem, flows, nat, wrong),
-            "plain": lambda: mpps(kind, ends.testpmd, min(flows, 1 << 20), plain, []),
+            "nat": lambda: mpps(kind, ends.tandem, flows, nat, ours),
+            "plain": lambda: mpps(kind, ends.testpmd, min(flows, 1 << 20), plain, its),
         },
         rounds,
     )
-    goal = {"goal": f"{SHARES[flows]} of testpmd"} if kind == "memif" and flows in SHARES else {}
-    return {
-        **_rate(name, values["nat"], values["plain"], speeds, wrong=wrong, **goal),
-        "floor_name": "testpmd macswap",
+    goal = {"goal": f"{SHARES[flows]} of testpmd"} if "memif" in kind and flows in SHARES else {}
+    more = {**goal, "floor_name": "testpmd macswap", "hugepages_mb": hugepages.total_mb()}
+    yield {
+        **_rate(name, values["nat"], values["plain"], speeds, wrong=ours.wrong),
+        **bound(ours, its),
+        **more,
     }
+    if np.isfinite(
+        ours.ns + its.ns
+    ).all():  # the same without the generator: what a CPU that never waits would do
+        could = [[1e3 / ns for ns in one.ns] for one in (ours, its)]
+        yield {
+            **figures.figure(
+                f"{name}: by the time of its CPU", "Mpps", could[0], floor=could[1], speeds=speeds
+            ),
+            **more,
+        }
+
+
+def bound(ours: Around, its: Around) -> dict[str, list[str]]:
+    """Whose figure is only what the generator could send: the truth is above it."""
+    found = [words for one, words in ((ours, "ours"), (its, "what is beside it")) if one.generator_bound]
+    return {"generator_bound": found} if found else {}
 
 
 def phases(device: str, flows: int, high: float, seconds: float) -> Iterator[Figure]:
@@ -159,10 +198,14 @@ def add(what: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    for device in given.devices:
-        for flows in given.flows:
-            if given.rfc9693:
-                if device in ends.LINKS:
-                    figures.say(phases(device, flows, given.rfc9693, given.seconds), given.json)
-                continue
-            figures.say(measure(device, flows, given.rounds, given.seconds, given.size), given.json)
+    shared = any(device in ends.LINKS for device in given.devices)
+    with hugepages.if_there_are(ends.HUGEPAGES_MB) if shared else contextlib.nullcontext():
+        for device in given.devices:
+            for flows in given.flows:
+                figures.say(_of(device, flows, given), given.json)
+
+
+def _of(device: str, flows: int, given: argparse.Namespace) -> Iterator[Figure]:
+    if not given.rfc9693:
+        return measure(device, flows, given.rounds, given.seconds, given.size)
+    return phases(device, flows, given.rfc9693, given.seconds) if device in ends.LINKS else iter(())

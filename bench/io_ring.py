@@ -18,6 +18,7 @@ from bench.pktgen import IMIX, Forwarder, Generator, Order, Phase, What, phases,
 from nat_fastpath.dpdk import Eal, Mempool, Port
 
 PACE = 500_000.0  # new flows per second
+CALM = 1_000_000.0  # packets per second of a generator that shares its CPU with a worker
 
 
 class Around:
@@ -42,13 +43,17 @@ class Around:
         """With all flows open."""
         box = nat.Nat(self.ours, self.pool, nat.core_config(self.flows), cpus)
         self.generator.forget()
-        phases.open_all(self.generator, PACE)
-        box.drain()
+        with box.drained():
+            phases.open_all(self.generator, PACE)
+        if missing := int((self.generator.mappings() == 0).sum()):
+            sys.exit(f"{missing} of {self.flows.count} flows could not be opened")
         return box
 
-    def run(self, seconds: float, sizes: tuple[int, ...]) -> float:
-        """Mpps that come through, both ways."""
-        phase = Phase(What.OUT | What.IN, Order.RANDOM, seconds=seconds, sizes=sizes, check_every=256)
+    def run(self, seconds: float, sizes: tuple[int, ...], rate: float = 0) -> float:
+        """Mpps that come through, both ways; as many as go, or so many per second."""
+        phase = Phase(
+            What.OUT | What.IN, Order.RANDOM, rate=rate, seconds=seconds, sizes=sizes, check_every=256
+        )
         return self.generator.run(phase).rate / 1e6
 
 
@@ -85,7 +90,7 @@ def two_workers(
 ) -> dict[str, object]:
     """The same of one worker and of two, of which the rings have one queue only: software spreads. What was handed off.
 
-    ``ns`` are of all workers' CPUs together, for each packet.
+    ``ns`` are of all workers' CPUs together, for each packet. With two CPUs the generator shares one, and sends CALM.
     """
     around = Around(state, flows)
     cpus = around.cpus
@@ -95,7 +100,7 @@ def two_workers(
         for name, places in (("one", cpus[-1:]), ("two", [cpus[-1], cpus[-2 % len(cpus)]])):
             box = around.nat(places)
             handed, before = box.handed_off(), box.busy()
-            found[name].append(around.run(seconds, sizes))
+            found[name].append(around.run(seconds, sizes, CALM if len(cpus) < 3 else 0))
             after = box.busy()  # before other counters, for it is asked since it was last
             handed = box.handed_off() - handed
             packets = max(after[0] - before[0], 1)

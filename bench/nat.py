@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -72,6 +74,24 @@ class Nat:
             while n := len(core.events(65536)):
                 total += n
         return total
+
+    @contextlib.contextmanager
+    def drained(self) -> Iterator[None]:
+        """Meanwhile somebody reads the events: with their ring full the core opens nothing."""
+        ended = threading.Event()
+
+        def read() -> None:
+            while not ended.wait(0.001):
+                self.drain()
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self.drain()
 
     def busy(self) -> tuple[float, float]:
         """Packets that were forwarded so far, and seconds of the turns that had work, of all workers."""

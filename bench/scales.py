@@ -14,8 +14,9 @@ from bench import core, figures
 from bench.figures import Figure
 from bench.replay import Replay, core_config
 
-QUICK = (1, 1024, 28_672, 1 << 20)
+QUICK = (1, 1024, 28_672, 1 << 20, 1 << 22, 14_000_000)
 FULL = (1, 1024, 28_672, 1 << 18, 1 << 20, 1 << 22, 14_000_000)
+MANY = 1 << 20  # sessions, at most, of what is no question of scale
 BATCHES = (1, 8, 32, 128)
 LOOKUP_FROM = 1 << 18  # sessions from which the goal holds
 
@@ -121,12 +122,13 @@ def measure(scales: tuple[int, ...], rounds: int, everything: bool) -> Iterator[
         if everything:
             yield established(sessions, rounds, "", direction="both", order="zipf")
             yield established(sessions, rounds, _goal(sessions), direction="both", mapping="dependent")
+    some = min(scales[-1], MANY)
     for batch in BATCHES:
-        yield established(scales[-1], rounds, "", batch=batch)
+        yield established(some, rounds, "", batch=batch)
     for sessions in scales:
         yield look_up(sessions, max(rounds // 2, figures.ROUNDS))
-    yield unsolicited(scales[-1], figures.ROUNDS)
-    yield without_hugepages(scales[-1], figures.ROUNDS)
+    yield unsolicited(some, figures.ROUNDS)
+    yield without_hugepages(some, figures.ROUNDS)
 
 
 def add(what: Any) -> None:

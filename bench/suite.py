@@ -13,31 +13,33 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import figures, suite_report
+from bench import figures, hugepages, suite_report
 from bench.core import ROOT
-from bench.ends import hugepages_mb, reserved_hugepages
 from bench.figures import Figure, tell
 
 RESULTS = ROOT / "bench" / "results"
 MILLION = 1_000_000
-HUGEPAGES_MB = 2048  # for those whose memory is shared between processes, while they run
-SHARED = ("links", "imix", "memif-14M", "rfc9693", "peers")
+LONGEST = {"quick": 900, "full": 4 * 3600, "smoke": 120}  # seconds of a part, before it is given up
+GRACE = 10  # seconds
 PARTS: dict[str, dict[str, str]] = {
     "quick": {
         "scales": "scales",
         "micro": "micro",
-        "newflows": f"newflows --many {MILLION}",
+        "newflows": "newflows",
         "latency": "latency",
         "cores": "cores",
-        "io": "io --devices replay ring --flows 1 1024 28000 --seconds 1",
-        "links": "io --devices memif vhost af_packet af_xdp --flows 28000 --seconds 1",
+        "io": f"io --devices replay ring --flows 1 1024 28000 {MILLION} --seconds 1",
+        "memif": f"io --devices memif --flows 1 1024 28000 {MILLION}",
+        "links": "io --devices memif-zc vhost af_packet af_xdp --flows 28000",
         "rfc9693": "io --devices memif --flows 12000 --seconds 0.5 --rfc9693 5e6",
-        "peers": "peers --flows 28000 --seconds 1",
+        "peers": f"peers --flows 1 28000 {MILLION} --seconds 1",
     },
     "full": {
         "scales": "scales --everything --rounds 61 --sessions 1 1024 28672 262144 1048576 4194304 14000000",
@@ -47,8 +49,8 @@ PARTS: dict[str, dict[str, str]] = {
         "latency": "latency --rounds 9 --seconds 3 --pair",
         "cores": "cores --rounds 9 --flows 1048576",
         "io": "io --devices replay ring --flows 1 1024 28000 1000000 4000000",
-        "links": "io --devices memif vhost af_packet af_xdp --flows 1 1024 28000 1000000",
-        "memif-14M": "io --devices memif --flows 14000000 --seconds 5",
+        "memif": "io --devices memif memif-zc --flows 1 1024 28000 1000000 4000000 14000000 --seconds 3",
+        "links": "io --devices memif-zc vhost af_packet af_xdp --flows 1 1024 28000 1000000",
         "imix": "io --devices ring memif --flows 28000 --size imix",
         "rfc9693": "io --devices memif vhost af_packet --flows 120000 --seconds 2 --rfc9693 20e6",
         "peers": "peers --flows 1 1024 28000 262144 1000000",
@@ -82,30 +84,56 @@ def environment() -> dict[str, Any]:
     changed = "+" if said("status", "--porcelain", "--untracked-files=no") else ""
     return {
         "machine": f"{model}, {len(os.sched_getaffinity(0))} CPUs, Linux {platform.release()}",
-        "hugepages_mb": hugepages_mb(),
+        "hugepages_mb": hugepages.total_mb(),
         "load": round(os.getloadavg()[0], 1),
         "commit": said("rev-parse", "--short", "HEAD") + changed,
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def part(name: str, words: str) -> Iterator[Figure]:
-    """The figures of one part, as they come; at its end why it failed, if it did."""
-    command = [sys.executable, "-m", "bench", *words.split(), "--json"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    assert process.stderr
-    for line in process.stdout:
-        if line.startswith("{"):
-            found = json.loads(line)
-            yield (
-                found
-                if "figure" in found
-                else {"figure": f"{name}: {next(iter(found.values()))}", "other": found}
+def part(name: str, words: str, longest: float = 900) -> Iterator[Figure]:
+    """The figures of one part, as they come; at its end why it failed, if it did. It ends when we do, and takes its labs along."""
+    command = ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "bench", *words.split(), "--json"]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+        given_up = threading.Timer(longest, lambda: _end(process))
+        given_up.start()
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                if line.startswith("{"):
+                    found = json.loads(line)
+                    yield (
+                        found
+                        if "figure" in found
+                        else {"figure": f"{name}: {next(iter(found.values()))}", "other": found}
+                    )
+            process.wait()
+        finally:
+            late = not given_up.is_alive()
+            given_up.cancel()
+            _end(process)
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read().strip().splitlines()
+            why = (
+                f"no end after {longest:g} s"
+                if late
+                else said[-1]
+                if said
+                else f"exit code {process.returncode}"
             )
-    why = process.stderr.read().strip().splitlines()
-    if process.wait():
-        yield figures.missing(name, f"failed: {why[-1] if why else f'exit code {process.returncode}'}")
+            yield figures.missing(name, f"failed: {why}")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """One that is in the middle of a long phase does not hear it."""
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def measure(scale: str, only: list[str], out: Path) -> Path:
@@ -117,16 +145,15 @@ def measure(scale: str, only: list[str], out: Path) -> Path:
         if only and name not in only:
             continue
         tell(f"-- {name}")
-        with reserved_hugepages(HUGEPAGES_MB if name in SHARED else 0):
-            _part(name, words, scale, lines)
+        _part(name, words, scale, lines)
     return suite_report.write(suite_report.latest(lines), out)
 
 
 def _part(name: str, words: str, scale: str, lines: Path) -> None:
     """Each line is in the file as soon as it is there."""
-    for found in part(name, words):
+    for found in part(name, words, LONGEST[scale]):
         with lines.open("a") as file:
-            file.write(json.dumps({**found, "part": name, "scale": scale, **environment()}) + "\n")
+            file.write(json.dumps({**environment(), **found, "part": name, "scale": scale}) + "\n")
         if "other" not in found:
             tell(figures.line(found))
 

@@ -228,7 +228,7 @@ def _new_flows(plot: Any, rows: list[Figure]) -> bool:
 
 def _devices(plot: Any, rows: list[Figure]) -> bool:
     found = [
-        row for row in rows if row["unit"] == "Mpps" and row["part"] in ("io", "links", "memif-14M", "peers")
+        row for row in rows if row["unit"] == "Mpps" and row["part"] in ("io", "links", "memif", "peers")
     ]
     names = [
         row["figure"].removeprefix("io ").removeprefix("peers: ").removesuffix(": rate") for row in found

@@ -88,7 +88,7 @@ def pktgen(
     clear: Annotated[
         str,
         typer.Option(
-            help="With --rfc9693, a command that empties the NAT's table: then the tear-down rate too."
+            help="With --rfc9693, a command that empties the NAT's table, before each trial: then the tear-down rate too."
         ),
     ] = "",
     cpu: Annotated[int | None, typer.Option(help="Which CPU it shall poll on.")] = None,
@@ -157,6 +157,7 @@ def pktgen(
             results["run"] = generator.start(
                 Phase(what, Order[order.upper()], rate=rate, seconds=seconds, sizes=sizes, check_every=check)
             ).wait()
+            open_flows = int((generator.mappings() != 0).sum())
             generator.close()
         except (DpdkError, InterfaceError, GeneratorError) as error:
             raise fail(error) from None
@@ -164,7 +165,8 @@ def pktgen(
             for port in opened:
                 port.close()
     if as_json:
-        print_json({name: result.summary() for name, result in results.items()})
+        summaries = {name: result.summary() for name, result in results.items()}
+        print_json({**summaries, "open_flows": open_flows})
     else:
         keys = list(results["run"].summary())
         rows = [

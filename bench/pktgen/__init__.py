@@ -79,6 +79,7 @@ class Phase:
     sizes: Sequence[int] = (LEAST_FRAME,)
     first: int = 0
     flows: int = 0  # 0: all
+    only: NDArray[np.uint32] | None = None  # these, one after the other, whatever the order
     drain: float = 0.05  # seconds of silence that end it
     check_every: int = 16
     seed: int = 1
@@ -192,6 +193,9 @@ class Generator:
         asked = ffi.new("struct pktgen_phase *")
         asked.what, asked.order = int(phase.what), int(phase.order)
         asked.first_flow, asked.flows = phase.first, phase.flows or self.flows.count - phase.first
+        only = None if phase.only is None else np.ascontiguousarray(phase.only, np.uint32)
+        if only is not None:
+            asked.only, asked.first_flow, asked.flows = ffi.cast("uint32_t *", only.ctypes.data), 0, len(only)
         asked.rate, asked.duration_ns = phase.rate, int(phase.seconds * 1e9)
         asked.packets, asked.drain_ns = phase.packets, int(phase.drain * 1e9)
         asked.check_every, asked.seed = phase.check_every, phase.seed
@@ -203,7 +207,9 @@ class Generator:
             or max(phase.sizes) > 1514
         ):
             raise GeneratorError(f"1 to {len(asked.sizes)} sizes, each {LEAST_FRAME} to 1514 bytes")
-        if phase.first + asked.flows > self.flows.count:
+        if asked.first_flow + asked.flows > self.flows.count or (
+            only is not None and only.max() >= self.flows.count
+        ):
             raise GeneratorError(f"there are {self.flows.count} flows")
         asked.n_sizes = len(phase.sizes)
         for i, size in enumerate(phase.sizes):

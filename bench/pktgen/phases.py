@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The phases of RFC 9693 around any NAT: set-up rate, capacity, throughput, tear-down rate. Each is one figure.
 
-A rate is searched for: the highest at which nothing is lost. What differs from the RFC: connections are UDP flows, set up by
-their first packet; and set-up trials use flows that are new instead of emptying the table between them.
+A rate is searched for: the highest at which nothing is lost. Connections are UDP flows, set up by their first packet, and each
+is validated by a packet from outside. The RFC wants an empty table before each trial of the set-up rate, and leaves how to the
+tester: a command that empties it; where there is none, a trial has flows of its own, which the table has never had, and what
+differs is that it is fuller each time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bench.pktgen import Generator, Order, Phase, Result, What
 
@@ -41,38 +47,59 @@ def search(good: Callable[[float], bool], high: float) -> float:
 
 def open_all(generator: Generator, pace: float, check_every: int = 16) -> Result:
     """Each flow once, and those of which nothing came back again, slower each time. The first pass."""
-    count, first = generator.flows.count, None
+    first: Result | None = None
+    missing: NDArray[Any] = np.arange(generator.flows.count)
     for once in range(PASSES):
+        only = None if once == 0 else missing
         found = _run(
             generator,
-            Phase(What.OUT, Order.EACH_ONCE, rate=pace / 2**once, packets=count, check_every=check_every),
+            Phase(
+                What.OUT,
+                Order.EACH_ONCE,
+                rate=pace / 2**once,
+                packets=len(missing),
+                only=only,
+                check_every=check_every,
+            ),
         )
         first = first or found
-        if (generator.mappings() != 0).all():
+        missing = np.flatnonzero(generator.mappings() == 0)
+        if not len(missing):
             break
     assert first
     return first
 
 
-def set_up_rate(generator: Generator, flows: int, high: float) -> dict[str, Any]:
-    """New flows per second that all came through; ``flows`` in each trial, from the generator's first on."""
-    at = 0
+def set_up_rate(generator: Generator, high: float, clear: Callable[[], object] | None) -> dict[str, Any]:
+    """New flows per second of which each came through, and is found by a packet from outside afterwards.
+
+    A trial begins with a table that is empty for its flows: ``clear`` has emptied it, or they were never there before.
+    """
+    at, flows = 0, generator.flows.count // TRIALS  # with either way, so that figures can be compared
 
     def good(rate: float) -> bool:
         nonlocal at
-        found = _run(
-            generator, Phase(What.OUT, Order.EACH_ONCE, rate=rate, packets=flows, first=at, flows=flows)
-        )
-        at += flows
-        return found.lost == 0 and not found.wrong and found.counters["not_sent"] == 0
+        if clear:
+            clear()
+            generator.forget()
+        opening = Phase(What.OUT, Order.EACH_ONCE, rate=rate, packets=flows, first=at, flows=flows)
+        opened = _run(generator, opening)
+        found = _run(generator, replace(opening, what=What.IN, rate=min(rate, PROBES)))
+        at += 0 if clear else flows
+        return _lossless(opened) and _lossless(found) and sum(found.sent) == flows
 
-    assert flows * TRIALS <= generator.flows.count
+    rate = round(search(good, high))
     return {
         "figure": "RFC 9693: set-up rate",
         "unit": "flows/s",
-        "median": round(search(good, high)),
+        "median": rate,
         "flows": flows,
+        "emptied": clear is not None,
     }
+
+
+def _lossless(found: Result) -> bool:
+    return found.lost == 0 and not found.wrong and found.counters["not_sent"] == 0
 
 
 def capacity(generator: Generator, pace: float) -> dict[str, Any]:
@@ -91,7 +118,7 @@ def throughput(generator: Generator, high: float, seconds: float, sizes: tuple[i
         found = _run(
             generator, Phase(What.OUT | What.IN, Order.RANDOM, rate=rate, seconds=seconds, sizes=sizes)
         )
-        return found.lost == 0 and not found.wrong and found.counters["not_sent"] == 0
+        return _lossless(found)
 
     return {
         "figure": "RFC 9693: throughput",
@@ -129,7 +156,7 @@ def all_phases(
     sizes: tuple[int, ...],
     clear: Callable[[], object] | None,
 ) -> Iterator[dict[str, Any]]:
-    yield set_up_rate(generator, generator.flows.count // TRIALS, high)
+    yield set_up_rate(generator, high, clear)
     yield capacity(generator, high)
     yield throughput(generator, high, seconds, sizes)
     if clear:

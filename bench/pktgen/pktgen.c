@@ -127,6 +127,8 @@ static uint32_t zipf(struct pktgen *g, uint32_t flows)
 
 static uint32_t choose(struct pktgen *g, const struct pktgen_phase *phase, uint64_t number)
 {
+    if (phase->only != NULL)
+        return phase->only[number % phase->flows];
     switch (phase->order) {
     case PKTGEN_RANDOM:
         return phase->first_flow + below(g, phase->flows);

@@ -41,6 +41,7 @@ struct pktgen_phase {
     uint32_t what;  /* pktgen_what, several at once take turns */
     uint32_t order; /* enum pktgen_order */
     uint32_t first_flow, flows;
+    const uint32_t *only; /* so many `flows`, one after the other, instead of an order; NULL: none */
     double rate;          /* packets per second in all; 0: as many as the port takes */
     uint64_t duration_ns; /* 0: until `packets` were sent */
     uint64_t packets;

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import figures, suite, suite_report
+from nat_control.lab import until
 from tests.bench.command import bench
 
 WITH = {"machine": "m", "hugepages_mb": 0, "commit": "c", "load": 0.1}
@@ -76,6 +80,21 @@ def test_a_part_that_fails_says_why() -> None:
     assert found["figure"] == "broken"
     assert "failed: " in found["missing"]
     assert "nothing" in found["missing"]
+
+
+def test_a_part_that_does_not_end_is_given_up() -> None:
+    *_, last = suite.part("long", "newflows --sessions 4096 --seconds 60 --many 10000", longest=2)
+    assert last == {"figure": "long", "missing": "failed: no end after 2 s"}
+
+
+def test_a_suite_that_is_told_to_end_takes_its_part_along(tmp_path: Path) -> None:
+    words = ["suite", "--scale", "quick", "--only", "newflows", "--out", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-m", "bench", *words], stderr=subprocess.DEVNULL) as running:
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        (child,) = until("it has begun", lambda: children.read_text().split())
+        running.terminate()
+        assert running.wait(20) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_a_part_of_the_suite(tmp_path: Path) -> None:

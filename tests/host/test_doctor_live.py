@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bench.hugepages import reserved
 from nat_control.lab import Lab
 from switch_agent.ovs import OpenVSwitch
 from tests.unit.test_cli import CLI, config  # noqa: F401
@@ -62,16 +63,12 @@ def test_as_found() -> None:
 
 @needs_root
 def test_hugepages_on_and_off(config: Path) -> None:  # noqa: F811
-    before = int(PAGES.read_text())
-    if before:
+    if int(PAGES.read_text()):
         pytest.skip("others use hugepages now")
     assert "none reserved" in named(asked(), "hugepages")["what"]
-    PAGES.write_text("32")
-    try:
+    with reserved(64):
         total = int(PAGES.read_text())
         with_pages, with_config = asked(), asked("-c", config)
-    finally:
-        PAGES.write_text("0")
     assert named(with_pages, "hugepages")["severity"] == "good"
     assert f"of {total} of 2 MiB" in named(with_pages, "hugepages")["what"]
     enough = named(with_config, "hugepages")

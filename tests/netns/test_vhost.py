@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bench.hugepages import NoHugepages, reserved
 from nat_control.demo import CLIENT, NAT_INSIDE, NAT_OUTSIDE, POOL, ROUTER, SERVER, server_command
 from nat_control.lab import Lab, Process, until
 from switch_agent.channel import Channel
@@ -23,7 +25,6 @@ from switch_agent.ovs import OpenVSwitch
 from switch_agent.pipeline import Side
 from switch_agent.plane import OpenFlowDataPlane
 from tests.memory_plane import AsyncMemoryPlane, MemoryPlane
-from tests.netns.hugepages import hugepages
 from tests.netns.test_one_link import ASK, ECHO
 from tests.netns.test_server import CLI
 from tests.switch.net import GATEWAY_KEY, INTERNAL_PORT, address, mac_number, next_hops, record
@@ -118,8 +119,12 @@ class Net:
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    with hugepages(MEMORY_MB), Lab() as lab:
-        yield Net(lab)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(reserved(MEMORY_MB))
+        except NoHugepages as error:
+            pytest.skip(str(error))
+        yield Net(stack.enter_context(Lab()))
 
 
 @pytest.fixture
