@@ -15,7 +15,6 @@ from bench.figures import Figure
 from bench.replay import Replay, core_config
 
 QUICK = (1, 1024, 28_672, 1 << 20, 1 << 22, 14_000_000)
-FULL = (1, 1024, 28_672, 1 << 18, 1 << 20, 1 << 22, 14_000_000)
 MANY = 1 << 20  # sessions, at most, of what is no question of scale
 BATCHES = (1, 8, 32, 128)
 LOOKUP_FROM = 1 << 18  # sessions from which the goal holds

@@ -49,8 +49,8 @@ def test_instructions_are_counted() -> None:
 def test_two_workers() -> None:
     """Rings have one queue, so half of what comes is the other worker's."""
     rate, each, share = cores.workers(2000, 2, 0.2)
-    for found in (rate, each):
-        assert found["rounds"] == 0 or min(found["median"], found["floor"]) > 0, found
+    assert ("missing" in rate) == (len(os.sched_getaffinity(0)) < 3)  # the generator needs a CPU of its own
+    assert each["rounds"] == 0 or min(each["median"], each["floor"]) > 0, each
     assert 0.2 < share["median"] < 0.8  # few hosts, and slices of them are as chance has it
 
 
