@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from nat_control.dataplane import Ids, Records
-from nat_fastpath.engine import FLAG_OFFLOAD
-from switch_agent.pipeline import FRONT_PRIORITY, INBOUND
+from nat_control.dataplane import Ids, Mask, Records
+from nat_fastpath.engine import FLAG_OFFLOAD, TCP_STATES
+from switch_agent.pipeline import FRONT_PRIORITY, INBOUND, TCP, UDP
 
 # What rules have carried; IP bytes are not known to OpenFlow, these are whole frames.
 ACTIVITY = np.dtype(
@@ -25,6 +25,7 @@ ACTIVITY = np.dtype(
 Activity = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), ascending ids
 NO_ACTIVITY: Activity = np.zeros(0, ACTIVITY)
 _COUNTERS = tuple(name for name in ACTIVITY.names or () if name != "id")
+_ESTABLISHED = TCP_STATES.index("established")
 _FRONT = np.uint64(INBOUND)  # in an id: the pair in front, which has counters of its own
 
 
@@ -92,3 +93,18 @@ def packets_of(before: np.ndarray[Any, np.dtype[np.uint64]], ids: Ids, packets: 
         same = (before[0][at] == ids) & (packets >= before[1][at])
         recent -= np.where(same, before[1][at], np.uint64(0))
     return recent
+
+
+def taken_for_established(records: Records, carried: Records) -> Records:
+    """TCP sessions that were opening, and have carried both ways: nobody shows us their handshake."""
+    both = carried["id"][(carried["packets_out"] > 0) & (carried["packets_in"] > 0)]
+    opening = (records["tcp_state"] < _ESTABLISHED) & (records["protocol"] == TCP)
+    found = records[opening & np.isin(records["id"], both)].copy()
+    found["tcp_state"] = _ESTABLISHED
+    return np.asarray(found)
+
+
+def settled(records: Records) -> Mask:
+    """Sessions that need nobody but rules from here on: UDP, and TCP after its handshake; shape (n,)."""
+    protocol = records["protocol"]
+    return np.asarray((protocol == UDP) | ((protocol == TCP) & (records["tcp_state"] >= _ESTABLISHED)))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nat_fastpath.engine import RECORD
 from switch_agent.pipeline import ALL_BITS, INBOUND, PORT_FIELDS, SESSION_PRIORITY, Pipeline, Rule
 
 Records = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype engine.RECORD
@@ -54,6 +56,10 @@ INWARD: Mapping[str, str] = {
     "translated": "internal_addr",
     "translated_port": "internal_port",
 }
+_LETTERS = {2: "H", 4: "I", 8: "Q"}
+_NAMES = RECORD.names or ()
+_ID, _PROTOCOL = _NAMES.index("id"), _NAMES.index("protocol")
+_PLAIN = (*_NAMES, "txid", "priority", "inside", "outside", "inbound")  # what a Both is filled in from
 
 
 class NextHopGroups(NamedTuple):
@@ -69,31 +75,16 @@ class Template:
     def __init__(self, message: bytes, at: Mapping[str, int]) -> None:
         formats = [f">u{WIDTHS[name]}" for name in at]
         self._message = message
-        self._names = sorted(at, key=at.__getitem__)
-        edges = [
-            0,
-            *(edge for name in self._names for edge in (at[name], at[name] + WIDTHS[name])),
-            len(message),
-        ]
-        self._fixed = [message[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True)]
-        letters = {2: "H", 4: "I", 8: "Q"}
-        parts = [
-            f"{len(part)}s{letters[WIDTHS[name]]}"
-            for part, name in zip(self._fixed, self._names, strict=False)
-        ]
-        self._struct = struct.Struct(f">{''.join(parts)}{len(self._fixed[-1])}s")
         self._layout = np.dtype(
             {"names": list(at), "formats": formats, "offsets": list(at.values()), "itemsize": len(message)}
         )
-
-    def one(self, values: Mapping[str, int]) -> bytes:
-        """A single message, of plain numbers."""
-        named = [
-            part
-            for pair in zip(self._fixed, map(values.__getitem__, self._names), strict=False)
-            for part in pair
-        ]
-        return self._struct.pack(*named, self._fixed[-1])
+        # What does not differ, and the field behind it; none behind the last.
+        self.pieces: list[tuple[bytes, str]] = []
+        done = 0
+        for name in sorted(at, key=at.__getitem__):
+            self.pieces.append((message[done : at[name]], name))
+            done = at[name] + WIDTHS[name]
+        self.pieces.append((message[done:], ""))
 
     def fill(self, n: int, values: Mapping[str, Numbers | int]) -> bytes:
         """``n`` messages one after the other; a value is one for all, or shape (n,)."""
@@ -102,6 +93,35 @@ class Template:
         for name in self._layout.names or ():
             rows[name] = values[name]
         return bytes(block)
+
+
+class Both:
+    """The flow-mods of one session, outbound and inbound, of plain numbers: numpy takes longer for a few."""
+
+    def __init__(self, templates: Mapping[tuple[int, bool], Template], protocol: int) -> None:
+        self._fixed: list[bytes] = []
+        letters, places = ">", []
+        for inbound, fields, cookie, group in (
+            (False, OUTWARD, "id", "outside"),
+            (True, INWARD, "inbound", "inside"),
+        ):
+            template, names = templates[protocol, inbound], {**fields, "cookie": cookie, "group": group}
+            for piece, name in template.pieces:
+                places.append(len(_PLAIN) + len(self._fixed))
+                self._fixed.append(piece)
+                letters += f"{len(piece)}s"
+                if name:
+                    places.append(_PLAIN.index(names.get(name, name)))
+                    letters += _LETTERS[WIDTHS[name]]
+        self._pack = struct.Struct(letters).pack
+        self._choose = itemgetter(*places)
+
+    def fill(
+        self, record: tuple[int, ...], txid: int, priority: int, inside: int = 0, outside: int = 0
+    ) -> bytes:
+        """``record``: the fields of one in their order; ``inside``, ``outside``: the groups of its next hops."""
+        further = (txid, priority, inside, outside, record[_ID] | INBOUND)
+        return self._pack(*self._choose((*record, *further, *self._fixed)))
 
 
 def make_template(encode: Callable[[Mapping[str, int]], bytes], fields: tuple[str, ...]) -> Template:
@@ -135,6 +155,8 @@ class Compiler:
                 key = protocol, inbound
                 self._adds[key] = make_template(self._encoder(encode, add, *key), tuple(WIDTHS))
                 self._deletes[key] = make_template(self._encoder(encode, delete_strict, *key), MATCHED)
+        self._add = {protocol: Both(self._adds, protocol) for protocol in PROTOCOLS}
+        self._delete = {protocol: Both(self._deletes, protocol) for protocol in PROTOCOLS}
         self._by_cookie = make_template(
             lambda values: encode_delete(values["cookie"], ALL_BITS, values["txid"]), ("txid", "cookie")
         )
@@ -165,8 +187,6 @@ class Compiler:
         priority: Numbers | int = SESSION_PRIORITY,
     ) -> bytes:
         """Two flow-mods for each TCP or UDP record. ``priority``: one for all, or shape (n,)."""
-        if len(records) <= FEW:
-            return _few(self._adds, records, txid, priority, groups)
         parts = []
         for protocol in PROTOCOLS:
             chosen = records["protocol"] == protocol
@@ -179,10 +199,20 @@ class Compiler:
                 parts.append(self._adds[protocol, True].fill(len(some), inward))
         return b"".join(parts)
 
+    def one(self, record: tuple[int, ...], txid: int, inside: int, outside: int) -> bytes:
+        """The same, behind, for the fields of a single record and the groups of its next hops; b"": of another protocol."""
+        both = self._add.get(record[_PROTOCOL])
+        return both.fill(record, txid, SESSION_PRIORITY, inside, outside) if both else b""
+
     def delete(self, records: Records, txid: int, priority: Numbers | int = SESSION_PRIORITY) -> bytes:
         """Deletes exactly the rules of these records: by match, priority and cookie, which a switch finds fast."""
         if len(records) <= FEW:
-            return _few(self._deletes, records, txid, priority)
+            of = [priority] * len(records) if isinstance(priority, int) else priority.tolist()
+            found = (
+                (self._delete.get(one[_PROTOCOL]), one, at)
+                for one, at in zip(records.tolist(), of, strict=True)
+            )
+            return b"".join(both.fill(one, txid, at) for both, one, at in found if both)
         parts = []
         for protocol in PROTOCOLS:
             chosen = records["protocol"] == protocol
@@ -200,29 +230,6 @@ class Compiler:
         if not len(cookies):
             return b""
         return self._by_cookie.fill(len(cookies), {"cookie": cookies, "txid": txid})
-
-
-def _few(
-    templates: Mapping[tuple[int, bool], Template],
-    records: Records,
-    txid: int,
-    priority: Numbers | int,
-    groups: NextHopGroups | None = None,
-) -> bytes:
-    parts = []
-    for i, values in enumerate(records.tolist()):
-        record = dict(zip(records.dtype.names or (), values, strict=True))
-        if (protocol := record["protocol"]) not in PROTOCOLS:
-            continue
-        common = {"txid": txid, "priority": priority if isinstance(priority, int) else int(priority[i])}
-        for inbound, fields in ((False, OUTWARD), (True, INWARD)):
-            towards = 0 if groups is None else int(groups[not inbound][i])
-            cookie = record["id"] | (INBOUND if inbound else 0)
-            flow = {name: record[field] for name, field in fields.items()}
-            parts.append(
-                templates[protocol, inbound].one({**common, **flow, "cookie": cookie, "group": towards})
-            )
-    return b"".join(parts)
 
 
 def _values(

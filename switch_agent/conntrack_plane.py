@@ -75,6 +75,10 @@ class ConntrackPlane(OpenFlowDataPlane):
 
     # -- next hops -----------------------------------------------------------------------------------------
 
+    @property
+    def _groups_stand(self) -> bool:
+        return False
+
     async def _write_group(self, key: int, *, new: bool = False) -> None:
         await super()._write_group(key, new=new)
         group, hop = self._hops.groups[key], self._hops.hop(key)

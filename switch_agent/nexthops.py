@@ -11,11 +11,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from switch_agent.compile import FEW, NextHopGroups, Records
+from nat_fastpath.engine import RECORD
+from switch_agent.compile import NextHopGroups, Records
 from switch_agent.pipeline import NextHop, Pipeline
 
 Keys = np.ndarray[Any, np.dtype[np.uint64]]
@@ -23,7 +25,8 @@ Keys = np.ndarray[Any, np.dtype[np.uint64]]
 _EXTERNAL = 1 << 50  # in a key; inside next hops have 0
 _BY_MAC = 1 << 48
 _BASE = {"internal": 0, "external": _EXTERNAL}
-_KEYED = ("internal_mac", "internal_addr", "remote_addr")
+_NAMES = RECORD.names or ()
+_key_fields = itemgetter(*map(_NAMES.index, ("internal_mac", "internal_addr", "remote_addr")))
 NO_ROUTE = 0
 
 
@@ -90,12 +93,6 @@ class NextHops:
 
     def keys(self, records: Records) -> tuple[Keys, Keys]:
         """Keys towards the inside and the outside, shape (n,); 0 (NO_ROUTE) where there is no way."""
-        if len(records) <= FEW:
-            found = [
-                self._keys_of(*one) for one in zip(*(records[name].tolist() for name in _KEYED), strict=True)
-            ]
-            both = np.array(found, np.uint64).reshape(len(records), 2)
-            return both[:, 0], both[:, 1]
         named = records["internal_mac"]
         inside = np.where(
             named != 0, named | np.uint64(_BY_MAC), self._by_route("internal", records["internal_addr"])
@@ -106,12 +103,13 @@ class NextHops:
             outside[_within(ranges, records["remote_addr"])] = NO_ROUTE
         return inside.astype(np.uint64), outside
 
-    def _keys_of(self, mac: int, inside: int, remote: int) -> tuple[int, int]:
-        """The same for one."""
-        there = mac | _BY_MAC if mac else self._route("internal", inside)
+    def groups_of(self, record: tuple[int, ...]) -> tuple[int, int]:
+        """Groups towards the inside and the outside, for the fields of one record; 0 where there is none."""
+        mac, address, remote = _key_fields(record)
+        inside = mac | _BY_MAC if mac else self._route("internal", address)
         if any(first <= remote <= last for ranges in self._ours for first, last in ranges):
-            return there, NO_ROUTE
-        return there, self._route("external", remote)
+            return self.groups.get(inside, 0), 0
+        return self.groups.get(inside, 0), self.groups.get(self._route("external", remote), 0)
 
     def _route(self, side: str, address: int) -> int:
         for netmask, network, gateway in reversed(self._ways.get(side, ())):

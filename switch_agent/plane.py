@@ -366,6 +366,10 @@ class OpenFlowDataPlane(SessionRules):
             keep=new and hop.mac is None,
         )
 
+    @property
+    def _groups_stand(self) -> bool:
+        return not self._group_lock.locked()
+
     async def _groups(self, records: Records) -> NextHopGroups:
         """Groups of these records, made where they are new."""
         inside, outside = self._hops.keys(records)

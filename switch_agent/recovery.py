@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nat_control.dataplane import Records
+from nat_control.dataplane import Mask, Records
 from nat_fastpath.engine import RECORD, TCP_STATES
 from switch_agent.codec import ENTRY_FIXED, FLOW_STAT, ProtocolError, entry_bounds, flow_statistics
+from switch_agent.compile import Numbers
 from switch_agent.pipeline import CLASS_MASK, INBOUND, TCP
 
 # A session's rule; ``translated`` is what its source (outbound) or destination (inbound) becomes. All 0: not such a rule.
@@ -187,3 +188,18 @@ def sessions(found: np.ndarray[Any, np.dtype[np.void]], headers: tuple[int, int]
         group[at] = some["group"]
     records["tcp_state"][records["protocol"] == TCP] = _ESTABLISHED
     return Left(records, groups[0], groups[1])
+
+
+def compared(
+    found: np.ndarray[Any, np.dtype[np.void]], cookies: Numbers, groups: Numbers, priorities: Numbers
+) -> tuple[Mask, Mask, Mask]:
+    """Which found flows are unknown, which are a known session's at the priority that is not its own, and which of the
+    (sorted) expected ones are there with the right group and priority."""
+    right = np.zeros(len(cookies), np.bool_)
+    if not len(cookies):
+        return np.ones(len(found), np.bool_), np.zeros(len(found), np.bool_), right
+    at = np.minimum(np.searchsorted(cookies, found["cookie"]), len(cookies) - 1)
+    known = cookies[at] == found["cookie"]
+    placed = known & (priorities[at] == found["priority"])
+    right[at[placed & (groups[at] == found["group"])]] = True
+    return ~known, known & ~placed, right

@@ -11,19 +11,19 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from nat_control.dataplane import NO_IDS, DataPlane, Ids, Mask, Records
-from nat_fastpath.engine import TCP_STATES
+from nat_fastpath.engine import RECORD
 from nat_fastpath.tables import chosen, taken
+from switch_agent import activity as traffic
 from switch_agent import channel as openflow
 from switch_agent import nexthops, recovery
-from switch_agent.activity import NO_ACTIVITY, Activity, applied, by_pair, by_session, packets_of, since
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Error
-from switch_agent.compile import Compiler, NextHopGroups, Numbers
+from switch_agent.compile import FEW, Compiler, NextHopGroups, Numbers
 from switch_agent.pipeline import (
     CLASS_MASK,
     FRONT_PRIORITY,
@@ -43,7 +43,7 @@ CHUNK = 2000  # sessions per transaction
 BUSIER = 2  # a session without rules takes the place of one that has carried less than half as much
 SWAPPED = 2000  # at most at one look
 LATER = 32  # looks at most until a table that was full is tried again
-_ESTABLISHED = TCP_STATES.index("established")
+_ID = (RECORD.names or ()).index("id")
 
 
 class Reconciled(NamedTuple):
@@ -56,12 +56,6 @@ class Reconciled(NamedTuple):
 
 class SwitchError(Exception):
     """The switch refused what this NAT cannot do without; the message has its words."""
-
-
-def settled(records: Records) -> Mask:
-    """Sessions that need nobody but rules from here on: UDP, and TCP after its handshake; shape (n,)."""
-    protocol = records["protocol"]
-    return np.asarray((protocol == UDP) | ((protocol == TCP) & (records["tcp_state"] >= _ESTABLISHED)))
 
 
 class SessionRules(ABC):
@@ -101,7 +95,7 @@ class SessionRules(ABC):
         self._moving: set[int] = set()  # those that may have rules at both priorities
         self._front_lock = asyncio.Lock()
         self._guarded = False  # the rules that stand above those in front are there
-        self._seen = NO_ACTIVITY  # when `refresh` last looked
+        self._seen = traffic.NO_ACTIVITY  # when `refresh` last looked
         self._counts = np.zeros((2, 0), np.uint64)  # ids and packets, when `rerank` last looked
         self.server_carries = False  # the forward rules are there
         self.tcp_control = True  # the switch takes rules on TCP flags
@@ -163,6 +157,11 @@ class SessionRules(ABC):
     @abstractmethod
     def sessions(self) -> AsyncIterator[Records]: ...
 
+    @property
+    @abstractmethod
+    def _groups_stand(self) -> bool:
+        """Whether the switch has all groups that there are, and rules of sessions are flow-mods."""
+
     @abstractmethod
     async def _groups(self, records: Records) -> NextHopGroups: ...
 
@@ -199,13 +198,17 @@ class SessionRules(ABC):
     async def _settle(self, records: Records) -> None:
         """To the front with those that the partition wants there, and that still wait behind."""
         if self.partition.settled_in_front:
-            due = records[settled(records)]
+            due = records[traffic.settled(records)]
             due = due[self.has_rules(due) & ~self.is_front(due)]
             if len(due):
                 await self._move(due, front=True)
 
     async def _offload(self, records: Records, *, front: bool = False) -> None:
         """Rules for these sessions, the busiest first, while there is room. ``front``: new ones go there in any case."""
+        if not front and (data := self._plain(records, txid := self._channel.next_txid())):
+            if len(failed := await self._send(records, data, txid)):
+                await self.withdraw(failed)
+            return
         protocol = records["protocol"]
         records = chosen(records, (protocol == TCP) | (protocol == UDP))  # others pass through the agent
         if not len(records):
@@ -223,7 +226,7 @@ class SessionRules(ABC):
             rank = (records["packets_out"] + records["packets_in"])[new]
             new = [new[i] for i in np.argsort(rank, kind="stable")[::-1][:room].tolist()]
         if front or self.partition.settled_in_front:
-            first = [i for i in new if front or settled(records[i : i + 1])[0]]
+            first = [i for i in new if front or traffic.settled(records[i : i + 1])[0]]
             if first:
                 if not self._guarded:
                     async with self._front_lock:
@@ -245,6 +248,25 @@ class SessionRules(ABC):
         else:
             await asyncio.gather(*works)
 
+    def _plain(self, records: Records, txid: int) -> bytes:
+        """The rules of a few sessions that are as most are: new ones, behind, with room, and groups for their next hops.
+        b"": they are not. The first packet of each waits.
+        """
+        if len(records) > FEW or self.partition.settled_in_front or not self._groups_stand:
+            return b""
+        pairs, parts = {}, []
+        for record in records.tolist():
+            inside, outside = self._hops.groups_of(record)
+            rules = self._compiler.one(record, txid, inside, outside)
+            if not (inside and outside and rules) or record[_ID] in self._ruled:
+                return b""
+            pairs[record[_ID]] = inside << 32 | outside
+            parts.append(rules)
+        if len(self._ruled) + len(pairs) > self._room:
+            return b""
+        self._ruled.update(pairs)
+        return b"".join(parts)
+
     def _priorities(self, records: Records) -> Numbers | int:
         """At which their rules are: shape (n,), or one for all."""
         if not self._front:
@@ -259,7 +281,10 @@ class SessionRules(ABC):
     async def _add(self, records: Records, groups: NextHopGroups, priority: Numbers | int) -> Records:
         """Adds rules; returns the records of those that the switch refuses, perhaps one of two."""
         txid = self._channel.next_txid()
-        errors = await self._channel.transact(self._compiler.install(records, groups, txid, priority), txid)
+        return await self._send(records, self._compiler.install(records, groups, txid, priority), txid)
+
+    async def _send(self, records: Records, data: bytes, txid: int) -> Records:
+        errors = await self._channel.transact(data, txid)
         if not errors:
             return records[:0]
         named = {error.cookie & ~INBOUND for error in errors if error.cookie is not None}
@@ -426,7 +451,7 @@ class SessionRules(ABC):
         records["internal_mac"] = np.where(by_mac, named, 0)
         inside, outside = self._hops.keys(records)
         self._hops.adopt(np.concatenate((inside, outside)), np.concatenate(groups), macs)
-        self._seen = by_pair(found)
+        self._seen = traffic.by_pair(found)
         of = self._hops.of(inside, outside)
         held = 0
         for at in range(0, len(records), step := self._store.capabilities.max_batch):
@@ -449,7 +474,7 @@ class SessionRules(ABC):
         """
         found = await self._found()
         if refresh:
-            await self._refresh(by_pair(found))
+            await self._refresh(traffic.by_pair(found))
         known = await self._known()
         async with self._front_lock:
             self._guarded = False
@@ -461,7 +486,7 @@ class SessionRules(ABC):
         groups = np.concatenate([pairs & np.uint64(0xFFFF_FFFF), pairs >> np.uint64(32)])
         order = np.argsort(cookies)
         cookies, groups = cookies[order], groups[order]
-        unknown, misplaced, right = _compare(found, cookies, groups, np.tile(priority, 2)[order])
+        unknown, misplaced, right = recovery.compared(found, cookies, groups, np.tile(priority, 2)[order])
         await self._delete_cookies(found["cookie"][unknown])
         wrong = np.unique(cookies[~right] & ~np.uint64(INBOUND))
         front = wrong[[one in self._front for one in wrong.tolist()]]
@@ -509,26 +534,26 @@ class SessionRules(ABC):
 
     # -- what the rules have carried -----------------------------------------------------------------------
 
-    async def activity(self) -> Activity:
+    async def activity(self) -> traffic.Activity:
         """What each session's rules have carried since they were installed; dtype ACTIVITY. Raises ChannelLost."""
-        return by_session(by_pair(await self._found()))
+        return traffic.by_session(traffic.by_pair(await self._found()))
 
     async def refresh(self) -> int:
         """Tells the store, and who listens to ``tell``, what the switch has carried since the last call.
 
         Returns for how many sessions. Raises ChannelLost.
         """
-        return await self._refresh(by_pair(await self._found()))
+        return await self._refresh(traffic.by_pair(await self._found()))
 
-    async def _refresh(self, now: Activity) -> int:
-        self._seen, carried = now, by_session(since(self._seen, now))
+    async def _refresh(self, now: traffic.Activity) -> int:
+        self._seen, carried = now, traffic.by_session(traffic.since(self._seen, now))
         refreshed = 0
         async for page in self._store.sessions():
-            active = applied(page, carried, self._headers)
+            active = traffic.applied(page, carried, self._headers)
             if not len(active):
                 continue
             if not self.tcp_control:
-                await self._store.update(_taken_for_established(page, active))
+                await self._store.update(traffic.taken_for_established(page, active))
             refreshed += await self._store.update(active)
             if len(told := active[self.is_front(active) & ~self.seen_here_alone(active)]):
                 self.tell(told)
@@ -548,7 +573,7 @@ class SessionRules(ABC):
         all_ids, all_packets = np.concatenate(ids), np.concatenate(total)
         order = np.argsort(all_ids)
         all_ids, all_packets = all_ids[order], all_packets[order]
-        recent = packets_of(self._counts, all_ids, all_packets)
+        recent = traffic.packets_of(self._counts, all_ids, all_packets)
         self._counts = np.stack((all_ids, all_packets))
         if self._room < self._most:
             self._later -= 1
@@ -573,27 +598,3 @@ class SessionRules(ABC):
         if len(arriving) and self._room == room == self._most:
             self._waited = 1
         return len(self._ruled) - before, len(leaving)
-
-
-def _taken_for_established(records: Records, carried: Records) -> Records:
-    """TCP sessions that were opening, and have carried both ways: nobody shows us their handshake."""
-    both = carried["id"][(carried["packets_out"] > 0) & (carried["packets_in"] > 0)]
-    opening = (records["tcp_state"] < _ESTABLISHED) & (records["protocol"] == TCP)
-    found = records[opening & np.isin(records["id"], both)].copy()
-    found["tcp_state"] = _ESTABLISHED
-    return np.asarray(found)
-
-
-def _compare(
-    found: np.ndarray[Any, np.dtype[np.void]], cookies: Numbers, groups: Numbers, priorities: Numbers
-) -> tuple[Mask, Mask, Mask]:
-    """Which found flows are unknown, which are a known session's at the priority that is not its own, and which of the
-    (sorted) expected ones are there with the right group and priority."""
-    right = np.zeros(len(cookies), np.bool_)
-    if not len(cookies):
-        return np.ones(len(found), np.bool_), np.zeros(len(found), np.bool_), right
-    at = np.minimum(np.searchsorted(cookies, found["cookie"]), len(cookies) - 1)
-    known = cookies[at] == found["cookie"]
-    placed = known & (priorities[at] == found["priority"])
-    right[at[placed & (groups[at] == found["group"])]] = True
-    return ~known, known & ~placed, right

@@ -44,19 +44,26 @@ def test_few_are_made_like_many(monkeypatch: pytest.MonkeyPatch) -> None:
     made = compiler(pipeline(internal=Side(1, 3, 7)))
     priorities = np.array([SESSION_PRIORITY, FRONT_PRIORITY] * FEW)
 
-    def all_of(n: int) -> list[list[bytes]]:
-        records, groups = any_records(n)
-        of = priorities[:n]
-        data = (
-            made.install(records, groups, 9, of),
-            made.install(records, groups, 9),
-            made.delete(records, 9, of),
-        )
-        return [sorted(one[at : at + size] for _, at, size in messages(one)) for one in data]
+    def deletions(n: int) -> list[list[bytes]]:
+        records, _ = any_records(n)
+        return [sorted(parts(made.delete(records, 9, *of))) for of in ((), (priorities[:n],))]
 
-    few = [all_of(n) for n in range(FEW + 1)]
+    few = [deletions(n) for n in range(FEW + 1)]
     monkeypatch.setattr(compiling, "FEW", -1)
-    assert few == [all_of(n) for n in range(FEW + 1)]
+    assert few == [deletions(n) for n in range(FEW + 1)]
+
+
+def test_a_single_one_is_made_like_many() -> None:
+    made = compiler(pipeline(internal=Side(1, 3, 7)))
+    records, groups = any_records(200)
+    fields = zip(records.tolist(), groups.internal.tolist(), groups.external.tolist(), strict=True)
+    singles = b"".join(made.one(record, 9, inside, outside) for record, inside, outside in fields)
+    assert sorted(parts(singles)) == sorted(parts(made.install(records, groups, 9)))
+    assert len(parts(singles)) == 2 * int(np.isin(records["protocol"], (6, 17)).sum())
+
+
+def parts(data: bytes) -> list[bytes]:
+    return [data[at : at + size] for _, at, size in messages(data)]
 
 
 VLANS = [(0, 0), (7, 0), (0, 7), (7, 8), (7, 7)]

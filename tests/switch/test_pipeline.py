@@ -13,7 +13,6 @@ from nat_control.config import parse, to_core
 from nat_fastpath.engine import FLAG_OFFLOAD
 from switch_agent.activity import ACTIVITY, applied
 from switch_agent.agent import pipeline_of
-from switch_agent.compile import FEW
 from switch_agent.failover import WithGroup
 from switch_agent.nexthops import NextHops, key
 from switch_agent.pipeline import (
@@ -192,7 +191,7 @@ def test_a_next_hop_has_its_mac_or_none() -> None:
     assert pipeline().next_hop(NextHop("internal", None)) == (ToController(),)
 
 
-def test_few_have_the_keys_that_many_have() -> None:
+def test_one_has_the_groups_that_many_have() -> None:
     records = random_records(400)
     rng = np.random.default_rng(3)
     pool = int(IPv4Address("198.51.100.9"))
@@ -200,9 +199,13 @@ def test_few_have_the_keys_that_many_have() -> None:
     records["internal_addr"] = rng.choice([0x0A000001, 0x0AFFFFFF, 0xC0A80001], 400)
     records["remote_addr"] = rng.choice([0x0A000001, 0x08080808, *range(pool - 9, pool + 6)], 400)
     one = hops()
-    few = [one.keys(records[at : at + FEW]) for at in range(0, 400, FEW)]
-    assert np.array_equal(np.concatenate(few, axis=1), one.keys(records))
-    assert len(np.unique(one.keys(records)[1])) > 4
+    keys = one.keys(records)
+    one.add(np.concatenate(keys)[::2])
+    groups = one.of(*keys)
+    assert [one.groups_of(record) for record in records.tolist()] == list(
+        zip(*map(np.ndarray.tolist, groups), strict=True)
+    )
+    assert len(np.unique(groups.external)) > 4
 
 
 def test_groups_are_the_same_after_a_restart_and_never_shared() -> None:
