@@ -113,7 +113,7 @@ static double draw_ns(void)
     random_start(&source, (const uint32_t[8]){1});
     const double start = clock_ns();
     for (unsigned i = 0; i < 1u << 20; i++)
-        sum += random_below(&source, 64000);
+        sum += random_scale(random_draw(&source), 64000);
     const double spent = clock_ns() - start;
     return sum ? spent / (1u << 20) : 0;
 }

@@ -3,7 +3,7 @@
  * One packet, whatever it is: the definition of what this NAT does. What pipeline.c does in batches has the
  * same outcome.
  */
-#include "core.h"
+#include "sessions.h"
 
 /* The key of a packet whose headers are checked. An ICMP query has one identifier for both ends. */
 static struct flow_key packet_key(const uint8_t *ip, const uint8_t *l4, int direction)
@@ -19,6 +19,59 @@ static struct flow_key packet_key(const uint8_t *ip, const uint8_t *l4, int dire
 static bool opens_tcp(const uint8_t *l4)
 {
     return (l4[13] & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
+}
+
+static enum nat_address_fault source_fault(const struct nat_core *core, uint32_t source)
+{
+    return is_unusable(source)                               ? NAT_ADDRESS_UNUSABLE
+           : is_multicast(source)                            ? NAT_ADDRESS_MULTICAST
+           : is_own_address(core, source)                    ? NAT_ADDRESS_OWN
+           : pool_block_of(&core->pool, source) != POOL_NONE ? NAT_ADDRESS_POOL
+           : is_subnet_broadcast(core, source)               ? NAT_ADDRESS_BROADCAST
+                                                             : NAT_ADDRESS_GOOD;
+}
+
+/* What a packet from inside asks for; or why it will not get it. */
+static enum nat_verdict outbound_request(struct nat_core *core, const struct nat_packet *packet, unsigned l2,
+                                         uint32_t hash, bool hairpin, struct session_request *request)
+{
+    const uint8_t *ip = packet->data + l2, *l4 = ip + (ip[0] & 15u) * 4;
+    const bool is_icmp = ip[9] == PROTO_ICMP;
+    enum nat_verdict why = NAT_FORWARD;
+    *request = (struct session_request){
+        .internal_addr = get32(ip + 12),
+        .remote_addr = get32(ip + 16),
+        .internal_port = get16(is_icmp ? l4 + 4 : l4),
+        .remote_port = is_icmp ? 0 : get16(l4 + 2),
+        .protocol = ip[9],
+        .tcp_state = ip[9] == PROTO_TCP ? NAT_TCP_SYN_OUT : NAT_TCP_NONE,
+        .neighbour = {NONE16, NONE16},
+        .hash = hash,
+    };
+    if (!hairpin && (request->neighbour[OUT] =
+                         neighbour_towards(core, request->remote_addr, NAT_EXTERNAL, &why)) == NONE16)
+        return why;
+    request->neighbour[IN] = neighbour_behind(core, packet->port, request->internal_addr, packet->data + 6);
+    if (request->neighbour[IN] != NONE16)
+        return NAT_FORWARD;
+    neighbours_unneeded(core, request->neighbour);
+    return NAT_DROP_TABLE_FULL;
+}
+
+bool outbound_begin(struct nat_core *core, const struct nat_packet *packet, unsigned l2, uint32_t hash,
+                    struct opening *opening)
+{
+    const uint8_t *ip = packet->data + l2;
+    const uint32_t destination = get32(ip + 16);
+    struct session_request request;
+    if (ip[8] <= 1 || (ip[9] == PROTO_TCP && !opens_tcp(ip + IP_BYTES)) ||
+        source_fault(core, get32(ip + 12)) || !is_plain(core, destination) ||
+        outbound_request(core, packet, l2, hash, false, &request) != NAT_FORWARD)
+        return false;
+    opening->verdict = session_begin(core, &request, opening);
+    if (opening->verdict != NAT_FORWARD)
+        neighbours_unneeded(core, request.neighbour);
+    return true;
 }
 
 static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packet, unsigned l2)
@@ -48,22 +101,13 @@ static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packe
     if (ip[9] == PROTO_TCP && !opens_tcp(l4))
         return NAT_DROP_TCP_NOT_SYN;
 
-    enum nat_verdict verdict = NAT_FORWARD;
     if (to_pool)
         NOTE(core, HAIRPIN, .address = remote);
-    uint16_t outside = to_pool ? NONE16 : neighbour_towards(core, remote, NAT_EXTERNAL, &verdict);
-    if (!to_pool && outside == NONE16)
+    struct session_request request;
+    enum nat_verdict verdict = outbound_request(core, packet, l2, hash, to_pool, &request);
+    if (verdict != NAT_FORWARD)
         return verdict;
-    struct session_request request = {
-        .internal_addr = get32(ip + 12),
-        .remote_addr = remote,
-        .internal_port = net16((uint16_t)key.ports),
-        .remote_port = net16((uint16_t)(key.ports >> 16)),
-        .protocol = ip[9],
-        .tcp_state = ip[9] == PROTO_TCP ? NAT_TCP_SYN_OUT : NAT_TCP_NONE,
-        .neighbour = {outside, neighbour_behind(core, packet->port, get32(ip + 12), packet->data + 6)},
-    };
-    verdict = request.neighbour[IN] == NONE16 ? NAT_DROP_TABLE_FULL : session_open(core, &request, &at);
+    verdict = session_open(core, &request, &at);
     if (verdict == NAT_FORWARD)
         return session_packet(core, packet, l2, at, OUT, false);
     neighbours_unneeded(core, request.neighbour);
@@ -98,6 +142,7 @@ enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsig
         .remote_port = net16((uint16_t)key.ports),
         .protocol = ip[9],
         .tcp_state = ip[9] == PROTO_TCP ? NAT_TCP_SYN_IN : NAT_TCP_NONE,
+        .hash = hash,
         .inbound = true,
     };
     /* an inside source, from outside, is forged (RFC 1812, 5.3.8) */
@@ -125,16 +170,6 @@ enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsig
         return session_packet(core, packet, l2, at, IN, hairpinned);
     neighbours_unneeded(core, request.neighbour);
     return verdict;
-}
-
-static enum nat_address_fault source_fault(const struct nat_core *core, uint32_t source)
-{
-    return is_unusable(source)                               ? NAT_ADDRESS_UNUSABLE
-           : is_multicast(source)                            ? NAT_ADDRESS_MULTICAST
-           : is_own_address(core, source)                    ? NAT_ADDRESS_OWN
-           : pool_block_of(&core->pool, source) != POOL_NONE ? NAT_ADDRESS_POOL
-           : is_subnet_broadcast(core, source)               ? NAT_ADDRESS_BROADCAST
-                                                             : NAT_ADDRESS_GOOD;
 }
 
 enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet)

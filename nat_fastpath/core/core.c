@@ -123,6 +123,7 @@ void config_in_force(struct nat_core *core)
     core->timeout_ms[TIMER_ICMP] = c->timeout_icmp_ms;
     core->timeout_ms[TIMER_TCP_TRANSITORY] = c->timeout_tcp_transitory_ms;
     core->timeout_ms[TIMER_TCP_ESTABLISHED] = c->timeout_tcp_established_ms;
+    addresses_in_force(core);
 }
 
 struct nat_core *nat_create(const struct nat_config *config, char *error, size_t error_size)

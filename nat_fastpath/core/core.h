@@ -195,6 +195,8 @@ struct nat_core {
     uint32_t sweep_at;
     uint64_t sweep_ns; /* when the sweep last moved */
 
+    uint64_t special[65536 / 64]; /* bit per /16; see is_plain */
+
     struct token_bucket new_sessions, icmp_errors;
     struct standby standby;
 
@@ -278,6 +280,7 @@ struct session_request {
     uint16_t neighbour[2];
     bool inbound;
     uint32_t mapping; /* the one that an inbound packet found */
+    uint32_t hash;    /* of the packet's key */
 };
 /* FORWARD and the new session, or the reason why not; then nothing has changed. */
 enum nat_verdict session_open(struct nat_core *core, struct session_request *request, uint32_t *session);
@@ -391,6 +394,12 @@ bool events_wake(struct nat_core *core);
 
 /* --- routes.c ----------------------------------------------------------------------------------------- */
 bool is_own_address(const struct nat_core *core, uint32_t address);
+/* Nothing is to be said of it: it may be anybody's outside. False: perhaps, and the questions below tell. */
+static inline bool is_plain(const struct nat_core *core, uint32_t address)
+{
+    return !(core->special[address >> 22] >> (address >> 16 & 63) & 1);
+}
+void addresses_in_force(struct nat_core *core);
 /* Ours on this port, the pool's outside included: ARP for it is answered. */
 bool is_answered_address(const struct nat_core *core, uint8_t port, uint32_t address);
 bool is_on_link(const struct nat_core *core, uint8_t port, uint32_t address);

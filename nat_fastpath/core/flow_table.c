@@ -7,12 +7,11 @@ uint32_t flow_table_buckets(uint64_t entries)
     return (uint32_t)((entries * 20 + 17 * FLOW_TABLE_SLOTS - 1) / (17 * FLOW_TABLE_SLOTS)) + 2;
 }
 
+/* -1: it has none. */
 static int free_slot(const struct flow_bucket *bucket)
 {
-    for (unsigned i = 0; i < FLOW_TABLE_SLOTS; i++)
-        if (bucket->value[i] == FLOW_TABLE_NONE)
-            return (int)i;
-    return -1;
+    unsigned mask = flow_table_equal(bucket->value, FLOW_TABLE_NONE);
+    return mask ? __builtin_ctz(mask) : -1;
 }
 
 /* Breadth first: the shortest chain of moves that frees a slot in one of the key's two buckets. A node is a
@@ -23,7 +22,14 @@ struct step {
     uint8_t slot;
 };
 
-bool flow_table_insert(struct flow_table *table, uint32_t hash, uint32_t value)
+static void put(struct flow_table *table, struct flow_bucket *bucket, int slot, uint32_t hash, uint32_t value)
+{
+    bucket->signature[slot] = hash;
+    bucket->value[slot] = value;
+    table->entries++;
+}
+
+static __attribute__((noinline)) bool insert_by_moves(struct flow_table *table, uint32_t hash, uint32_t value)
 {
     struct step steps[FLOW_TABLE_SEARCH];
     unsigned n = 0;
@@ -59,13 +65,24 @@ bool flow_table_insert(struct flow_table *table, uint32_t hash, uint32_t value)
             slot = (int)leaving;
             node = steps[node].parent;
         }
-        bucket = &table->buckets[steps[node].bucket];
-        bucket->signature[slot] = hash;
-        bucket->value[slot] = value;
-        table->entries++;
+        put(table, &table->buckets[steps[node].bucket], slot, hash, value);
         return true;
     }
     return false;
+}
+
+bool flow_table_insert(struct flow_table *table, uint32_t hash, uint32_t value)
+{
+    uint32_t at = flow_table_first(table, hash);
+    for (int round = 0; round < 2; round++, at = flow_table_other(table, hash, at)) {
+        int slot = free_slot(&table->buckets[at]);
+        if (slot < 0)
+            continue;
+        table->looked_at += 1 + (unsigned)round;
+        put(table, &table->buckets[at], slot, hash, value);
+        return true;
+    }
+    return insert_by_moves(table, hash, value);
 }
 
 void flow_table_remove(struct flow_table *table, uint32_t hash, uint32_t value)

@@ -52,22 +52,36 @@ static inline uint32_t flow_table_other(const struct flow_table *table, uint32_t
     return offset >= bucket ? offset - bucket : offset + table->n_buckets - bucket;
 }
 
-/* Bit i is set where slot i has this signature. A free slot may match: its value is FLOW_TABLE_NONE. */
-static inline unsigned flow_bucket_match(const struct flow_bucket *bucket, uint32_t hash)
+/* Both are on their way, to be written. */
+static inline void flow_table_expect(const struct flow_table *table, uint32_t hash)
+{
+    uint32_t first = flow_table_first(table, hash);
+    __builtin_prefetch(&table->buckets[first], 1);
+    __builtin_prefetch(&table->buckets[flow_table_other(table, hash, first)], 1);
+}
+
+/* Bit i is set where words[i] is `want`. */
+static inline unsigned flow_table_equal(const uint32_t words[FLOW_TABLE_SLOTS], uint32_t want)
 {
 #if defined(__SSE2__)
-    const __m128i *signature = (const __m128i *)bucket->signature;
-    __m128i want = _mm_set1_epi32((int)hash);
-    __m128i low = _mm_cmpeq_epi32(_mm_load_si128(signature), want);
-    __m128i high = _mm_cmpeq_epi32(_mm_load_si128(signature + 1), want);
+    const __m128i *quads = (const __m128i *)words;
+    __m128i wanted = _mm_set1_epi32((int)want);
+    __m128i low = _mm_cmpeq_epi32(_mm_load_si128(quads), wanted);
+    __m128i high = _mm_cmpeq_epi32(_mm_load_si128(quads + 1), wanted);
     return (unsigned)_mm_movemask_ps(_mm_castsi128_ps(low)) |
            (unsigned)_mm_movemask_ps(_mm_castsi128_ps(high)) << 4;
 #else
     unsigned mask = 0;
     for (unsigned i = 0; i < FLOW_TABLE_SLOTS; i++)
-        mask |= (unsigned)(bucket->signature[i] == hash) << i;
+        mask |= (unsigned)(words[i] == want) << i;
     return mask;
 #endif
+}
+
+/* Of the slots that have this signature; a free one may be among them: its value is FLOW_TABLE_NONE. */
+static inline unsigned flow_bucket_match(const struct flow_bucket *bucket, uint32_t hash)
+{
+    return flow_table_equal(bucket->signature, hash);
 }
 
 /* for (FLOW_TABLE_EACH(table, hash, value)) visits every candidate. */

@@ -41,11 +41,8 @@ uint32_t mapping_find(const struct nat_core *core, uint8_t protocol, uint32_t ad
 void mapping_expect(const struct nat_core *core, uint8_t protocol, uint32_t address, uint16_t port)
 {
     const struct flow_table *table = &core->mapping_index;
-    if (!table->n_buckets)
-        return;
-    uint32_t hash = mapping_hash(core, protocol, address, port), first = flow_table_first(table, hash);
-    __builtin_prefetch(&table->buckets[first], 1);
-    __builtin_prefetch(&table->buckets[flow_table_other(table, hash, first)], 1);
+    if (table->n_buckets)
+        flow_table_expect(table, mapping_hash(core, protocol, address, port));
 }
 
 static uint32_t hash_of_mapping(const struct nat_core *core, uint32_t at)

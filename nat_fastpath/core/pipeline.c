@@ -5,6 +5,9 @@
  * Whatever differs in anything goes through `packet_alone`, which is the definition of what this NAT does.
  */
 #include "core.h"
+#include "sessions.h"
+
+#include <string.h>
 
 /* --- one packet of a known session -------------------------------------------------------------------- */
 
@@ -178,6 +181,7 @@ struct batch {
     struct nat_packet *packets;
     unsigned n;
     uint32_t common; /* bit per packet: of the common shape */
+    uint32_t new;    /* bit per packet: of those, from inside, and no session has its signature */
     uint32_t inside; /* bit per packet: from inside */
     uint32_t tagged; /* bit per packet */
 };
@@ -242,7 +246,7 @@ static void batch_parse(struct nat_core *core, struct batch *batch, struct nat_p
 {
     batch->packets = packets;
     batch->n = n;
-    batch->common = batch->inside = batch->tagged = 0;
+    batch->common = batch->new = batch->inside = batch->tagged = 0;
     for (unsigned i = 0; i < n; i++) {
         const struct nat_packet *packet = &packets[i];
         core->stats.rx_packets[packet->port]++;
@@ -286,8 +290,13 @@ static void batch_probe(struct nat_core *core, struct batch *batch)
         uint32_t hash = batch->hashes[i];
         uint32_t bucket = flow_table_other(&core->flows, hash, flow_table_first(&core->flows, hash));
         batch->session[i] = bucket_candidate(&core->flows.buckets[bucket], hash);
-        if (batch->session[i] != NO_CANDIDATE)
+        if (batch->session[i] != NO_CANDIDATE) {
             __builtin_prefetch(&core->sessions[batch->session[i]], 1);
+        } else if (batch->inside >> i & 1) {
+            batch->new |= 1u << i;
+            session_expect(core, batch->protocols[i], net32(low32(batch->addrs[i])),
+                           net16((uint16_t)batch->ports[i]));
+        }
     }
 }
 
@@ -334,9 +343,90 @@ static __attribute__((noinline)) void batch_finish_tagged(struct nat_core *core,
     batch_each(core, batch, true);
 }
 
+/* --- new sessions of a batch -------------------------------------------------------------------------- */
+
+static bool has_begun(const struct batch *batch, uint32_t begun, uint32_t hash)
+{
+    for (; begun; begun &= begun - 1)
+        if (batch->hashes[__builtin_ctz(begun)] == hash)
+            return true;
+    return false;
+}
+
+/* What was begun of a batch. */
+struct begun {
+    struct opening of[NAT_BURST];
+    uint32_t bits;
+    uint64_t seen[4]; /* of their hashes, a byte each */
+};
+
+static bool may_open(const struct nat_core *core, const struct batch *batch, unsigned i)
+{
+    const bool is_outside = batch->common >> i & 1 && !(batch->inside >> i & 1);
+    return batch->session[i] == NO_CANDIDATE &&
+           !(is_outside && core->config.filtering == NAT_FILTER_ADDRESS_AND_PORT);
+}
+
+/* Begins new sessions from packet `from` on, as long as they are of the common shape, nobody would refuse
+ * them for what they are, and their next hop is there. Returns the first packet that goes alone and might
+ * open a session, too: what it takes is not to be taken before it. */
+static unsigned batch_begin(struct nat_core *core, struct batch *batch, unsigned from, struct begun *begun)
+{
+    unsigned i = from;
+    for (; i < batch->n; i++) {
+        if (!(batch->new >> i & 1)) {
+            if (may_open(core, batch, i))
+                break;
+            continue;
+        }
+        const unsigned byte = batch->hashes[i] & 0xff;
+        const unsigned l2 = batch->tagged >> i & 1 ? ETH_BYTES + VLAN_BYTES : ETH_BYTES;
+        /* the second packet of a session that is begun goes alone: it finds that */
+        if ((begun->seen[byte / 64] >> byte % 64 & 1 && has_begun(batch, begun->bits, batch->hashes[i])) ||
+            !outbound_begin(core, &batch->packets[i], l2, batch->hashes[i], &begun->of[i]))
+            break;
+        begun->seen[byte / 64] |= 1ull << byte % 64;
+        begun->bits |= 1u << i;
+    }
+    return i;
+}
+
+static enum nat_verdict batch_open(struct nat_core *core, struct batch *batch, unsigned i,
+                                   struct opening *opening)
+{
+    if (opening->verdict != NAT_FORWARD)
+        return opening->verdict;
+    enum nat_verdict verdict = session_finish(core, opening);
+    if (verdict != NAT_FORWARD)
+        return verdict;
+    const unsigned l2 = batch->tagged >> i & 1 ? ETH_BYTES + VLAN_BYTES : ETH_BYTES;
+    return translate(core, &batch->packets[i], l2, IP_BYTES, opening->at, OUT, false, false, false);
+}
+
+static __attribute__((noinline)) void batch_finish_new(struct nat_core *core, struct batch *batch)
+{
+    struct begun begun;
+    begun.bits = 0;
+    memset(begun.seen, 0, sizeof begun.seen);
+    unsigned alone = batch_begin(core, batch, 0, &begun);
+    for (unsigned i = 0; i < batch->n; i++) {
+        const uint64_t opened = core->stats.sessions_opened;
+        enum nat_verdict verdict =
+            begun.bits >> i & 1 ? batch_open(core, batch, i, &begun.of[i]) : batch_one(core, batch, i, true);
+        count_verdict(core, &batch->packets[i], verdict);
+        if (i != alone)
+            continue;
+        if (opened != core->stats.sessions_opened)
+            batch->new = 0; /* what it has opened may be the session of another one */
+        alone = batch_begin(core, batch, i + 1, &begun);
+    }
+}
+
 static __attribute__((noinline)) void batch_finish(struct nat_core *core, struct batch *batch)
 {
-    if (batch->tagged)
+    if (batch->new)
+        batch_finish_new(core, batch);
+    else if (batch->tagged)
         batch_finish_tagged(core, batch);
     else
         batch_each(core, batch, false);

@@ -181,58 +181,50 @@ static bool positions_of(const struct port_order *order, uint32_t odd, uint32_t 
     return *first <= *last && ports_before(order, odd, high + 1) != 0;
 }
 
-/* A random one of the ports in low..high that we hand out; POOL_NONE: there are none. */
-static uint32_t any_own(struct port_pool *pool, const struct pool_range *range,
-                        const struct port_order *order, uint32_t low, uint32_t high)
+/* Where the ports of one parity in low..high lie that we hand out. */
+struct intervals {
+    uint32_t total;
+    struct {
+        uint32_t first, last;
+    } of[NAT_MAX_PORT_SPANS];
+    unsigned n;
+};
+
+static void intervals_of(const struct pool_range *range, const struct port_order *order, uint32_t odd,
+                         uint32_t low, uint32_t high, struct intervals *out)
 {
-    uint32_t n = 0, first[NAT_MAX_PORT_SPANS], many[NAT_MAX_PORT_SPANS];
+    out->n = out->total = 0;
     for (unsigned i = 0; i < range->n_own; i++) {
         uint32_t from = range->own[i].first > low ? range->own[i].first : low;
         uint32_t to = range->own[i].last < high ? range->own[i].last : high;
-        first[i] = from;
-        many[i] = from <= to ? to - from + 1 : 0;
-        n += many[i];
+        if (!positions_of(order, odd, from, to, &out->of[out->n].first, &out->of[out->n].last))
+            continue;
+        out->total += out->of[out->n].last - out->of[out->n].first + 1;
+        out->n++;
     }
-    if (!n)
-        return POOL_NONE;
-    uint32_t at = random_below(&pool->random, n);
-    unsigned i = 0;
-    for (; at >= many[i]; i++)
-        at -= many[i];
-    uint32_t port = first[i] + at;
-    /* of the host's slice, and near */
-    return (port & ~0xfeu) | (uint32_t)order->group[(port >> 1 & 127) * order->n / SLICE_GROUPS] << 1;
 }
 
-/* The first free port of the parity of `start` that we hand out, from there on, wrapping round in low..high.
- * POOL_NONE: there is none. */
-static uint32_t free_from(const struct port_pool *pool, const struct pool_range *range,
-                          const struct port_bitmap *map, const struct port_order *order, uint32_t low,
-                          uint32_t high, uint32_t start)
+/* The first free position from a random one on, wrapping round; POOL_NONE: there is none. */
+static uint32_t free_from(const struct port_bitmap *map, const struct intervals *intervals, uint32_t draw)
 {
-    unsigned span = 0;
-    while (span + 1 < range->n_own && range->own[span].last < start)
-        span++;
-    for (unsigned i = 0; i <= range->n_own; i++, span = span + 1 == range->n_own ? 0 : span + 1) {
-        uint32_t from = range->own[span].first > low ? range->own[span].first : low;
-        uint32_t to = range->own[span].last < high ? range->own[span].last : high, first, last;
-        if (i == 0 && from < start)
-            from = start;
-        if (i == range->n_own && to >= start)
-            to = start - 1; /* start is 1 at least: nobody hands out port 0 */
-        if (!positions_of(order, start & 1, from, to, &first, &last))
-            continue;
-        uint32_t found = bitmap_first(map, first, last);
-        if (found != POOL_NONE)
-            return port_at(pool, found);
+    if (!intervals->total)
+        return POOL_NONE;
+    uint32_t ahead = random_scale(draw, intervals->total);
+    unsigned i = 0;
+    for (; ahead > intervals->of[i].last - intervals->of[i].first; i++)
+        ahead -= intervals->of[i].last - intervals->of[i].first + 1;
+    uint32_t from = intervals->of[i].first + ahead, found = bitmap_first(map, from, intervals->of[i].last);
+    for (unsigned k = 0; found == POOL_NONE && k < intervals->n; k++) {
+        i = i + 1 == intervals->n ? 0 : i + 1;
+        found = bitmap_first(map, intervals->of[i].first, intervals->of[i].last);
     }
-    return POOL_NONE;
+    return found;
 }
 
 int pool_take(struct port_pool *pool, uint32_t number, unsigned slice, uint8_t protocol, uint16_t wanted,
-              uint16_t *port)
+              uint16_t *port, uint32_t *slot)
 {
-    unsigned p = pool_protocol(protocol);
+    const unsigned p = pool_protocol(protocol);
     const struct port_order *order = order_of(pool, slice);
     const struct pool_range *range = pool_range_of(&pool->view, pool_address(pool, number));
     if (!range || !range->n_own || !order)
@@ -245,27 +237,26 @@ int pool_take(struct port_pool *pool, uint32_t number, unsigned slice, uint8_t p
         slice_of_port(wanted, pool->n_slices) == slice) {
         uint32_t bit = position_of(order, wanted);
         if (map->bits[bit / 64] >> bit % 64 & 1)
-            found = wanted;
+            found = bit;
     }
     /* Parity before class, since somebody asked for it: RTP's pair of ports needs it. A query's identifier
      * has neither (RFC 5508), a TCP port no parity (RFC 5382). */
-    bool parity = pool->view.parity && protocol == 17, classes = protocol != 1, low_class = wanted < 1024;
-    uint32_t start[2]; /* in the class of `wanted`, in the other one */
+    const bool parity = pool->view.parity && protocol == 17, classes = protocol != 1,
+               low_class = wanted < 1024;
+    const uint32_t draw = found == POOL_NONE ? random_draw(&pool->random) : 0;
+    const uint32_t odd = parity ? wanted & 1 : draw & 1;
+    bool has_class = false;
     for (unsigned try = 0; found == POOL_NONE && try < 4; try++) {
         unsigned other_class = parity ? try & 1 : try >> 1, other_parity = parity ? try >> 1 : try & 1;
         if (other_class && !classes)
             continue;
         bool is_low = low_class != other_class;
         uint32_t low = classes && !is_low ? 1024 : 0, high = classes && is_low ? 1023 : UINT16_MAX;
-        if (!other_parity) {
-            start[other_class] = any_own(pool, range, order, low, high);
-            if (parity && start[other_class] != POOL_NONE)
-                start[other_class] ^= (start[other_class] ^ wanted) & 1;
-        }
-        if (start[other_class] == POOL_NONE)
-            continue;
-        found = free_from(pool, range, map, order, low, high, start[other_class] ^ other_parity);
-        if (other_class && found != POOL_NONE && start[0] != POOL_NONE)
+        struct intervals intervals;
+        intervals_of(range, order, odd ^ other_parity, low, high, &intervals);
+        has_class |= !other_class && intervals.total;
+        found = free_from(map, &intervals, draw);
+        if (other_class && found != POOL_NONE && has_class)
             missed |= POOL_CLASS_MISSED;
     }
     if (found == POOL_NONE) {
@@ -273,11 +264,13 @@ int pool_take(struct port_pool *pool, uint32_t number, unsigned slice, uint8_t p
             pool->view.usable[p][number / 64] &= ~(1ull << number % 64);
         return POOL_EXHAUSTED;
     }
-    if (parity && (found ^ wanted) & 1)
+    *port = (uint16_t)port_at(pool, found);
+    if (parity && (*port ^ wanted) & 1)
         missed |= POOL_PARITY_MISSED;
-    *port = (uint16_t)found;
-    bitmap_clear(map, position_of(order, found));
+    bitmap_clear(map, found);
     block->live++;
+    *slot = (number * POOL_PROTOCOLS + p) * pool->positions + found;
+    __builtin_prefetch(&block->slots[p * pool->positions + found], 1);
     return missed;
 }
 

@@ -126,10 +126,11 @@ uint32_t pool_slot(const struct port_pool *pool, uint32_t address, uint8_t proto
 uint32_t *pool_user(const struct port_pool *pool, uint32_t slot);
 /* Takes a free port of the block for a host of `slice` and its inside port `wanted`: that one itself (with
  * `preservation`), else one of its parity (with `parity`, UDP) and class (0-1023 or above), from a random
- * point on. What could not be kept comes back as POOL_*_MISSED; POOL_EXHAUSTED: the address has no port. */
+ * point on; its slot is on its way. What could not be kept comes back as POOL_*_MISSED; POOL_EXHAUSTED: the
+ * address has no port. */
 enum { POOL_EXHAUSTED = -1, POOL_PARITY_MISSED = 1, POOL_CLASS_MISSED = 2 };
 int pool_take(struct port_pool *pool, uint32_t block, unsigned slice, uint8_t protocol, uint16_t wanted,
-              uint16_t *port);
+              uint16_t *port, uint32_t *slot);
 /* A block that may have a free port for this protocol, searching from `from` on; POOL_NONE: there is none. */
 uint32_t pool_usable_block(const struct port_pool *pool, uint8_t protocol, uint32_t from);
 /* Ports of a block and slice that could be handed out. For people: it counts bits. */

@@ -25,10 +25,10 @@ static inline uint32_t random_draw(struct random_source *source)
     return source->block[source->used++];
 }
 
-/* 0 to n-1; the bias is n / 2^32. */
-static inline uint32_t random_below(struct random_source *source, uint32_t n)
+/* A draw as one of 0 to n-1; the bias is n / 2^32. */
+static inline uint32_t random_scale(uint32_t draw, uint32_t n)
 {
-    return (uint32_t)((uint64_t)random_draw(source) * n >> 32);
+    return (uint32_t)((uint64_t)draw * n >> 32);
 }
 
 #endif

@@ -11,13 +11,6 @@ static bool is_translated(uint8_t protocol)
     return protocol == PROTO_UDP || protocol == PROTO_TCP || protocol == PROTO_ICMP;
 }
 
-static void prefetch_entry(const struct flow_table *table, uint32_t hash)
-{
-    uint32_t first = flow_table_first(table, hash);
-    __builtin_prefetch(&table->buckets[first], 1);
-    __builtin_prefetch(&table->buckets[flow_table_other(table, hash, first)], 1);
-}
-
 void session_keys(const struct nat_core *core, const struct nat_record *records, unsigned n, bool install,
                   struct record_keys *keys)
 {
@@ -38,14 +31,12 @@ void session_keys(const struct nat_core *core, const struct nat_record *records,
     for (int d = 0; d <= (install ? IN : OUT); d++)
         core->hasher.many(&core->hasher, keys->addrs[d], keys->ports[d], protocols, keys->hashes[d], n);
     for (unsigned i = 0; i < n; i++) {
-        prefetch_entry(&core->flows, keys->hashes[OUT][i]);
+        flow_table_expect(&core->flows, keys->hashes[OUT][i]);
         if (!install)
             continue;
         const struct nat_record *r = &records[i];
-        prefetch_entry(&core->flows, keys->hashes[IN][i]);
-        __builtin_prefetch(&core->host_index.buckets[flow_table_first(&core->host_index,
-                                                                      host_hash(core, r->internal_addr))]);
-        mapping_expect(core, r->protocol, r->internal_addr, r->internal_port);
+        flow_table_expect(&core->flows, keys->hashes[IN][i]);
+        session_expect(core, r->protocol, r->internal_addr, r->internal_port);
         uint32_t slot = keys->slots[i] = is_translated(r->protocol) ? pool_slot(&core->pool, r->external_addr,
                                                                                 r->protocol, r->external_port)
                                                                     : POOL_NONE;
@@ -193,9 +184,18 @@ bool session_install(struct nat_core *core, const struct nat_record *record, con
             goto refuse_port;
     }
     const uint32_t hashes[2] = {keys->hashes[OUT][i], keys->hashes[IN][i]};
-    uint32_t at = add_session(core, &r, mapping, record->id, hashes);
+    uint32_t at = SLAB_TAKE(&core->session_slab, core->sessions, ports[0]);
     if (at == NONE32)
         goto refuse_mapping;
+    if (!place_session(core, at, &r, mapping, record->id, hashes)) {
+        SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
+        goto refuse_mapping;
+    }
+    for (int d = 0; d < 2; d++)
+        if (r.neighbour[d] != NONE16) {
+            core->neighbours[r.neighbour[d]].sessions++;
+            core->neighbours[r.neighbour[d]].fresh = 0;
+        }
     if (new_mapping) {
         *pool_user(&core->pool, slot) = 1 + (core->has_mappings ? mapping : at);
         host->mappings++;

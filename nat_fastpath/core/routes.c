@@ -4,6 +4,8 @@
  */
 #include "core.h"
 
+#include <string.h>
+
 bool is_own_address(const struct nat_core *core, uint32_t address)
 {
     for (unsigned i = 0; i < core->config.n_ports; i++)
@@ -96,4 +98,32 @@ bool is_subnet_broadcast(const struct nat_core *core, uint32_t address)
             return true;
     }
     return false;
+}
+
+static void mark(struct nat_core *core, uint32_t first, uint32_t last)
+{
+    for (uint32_t block = first >> 16; block <= last >> 16; block++)
+        core->special[block / 64] |= 1ull << block % 64;
+}
+
+/* Whatever source_fault, or an address's place inside, might be about. */
+void addresses_in_force(struct nat_core *core)
+{
+    const struct nat_config *config = &core->config;
+    memset(core->special, 0, sizeof core->special);
+    mark(core, 0, 0x00ffffff);
+    mark(core, 0x7f000000, 0x7fffffff);
+    mark(core, 0xe0000000, 0xffffffff);
+    for (unsigned i = 0; i < config->n_ports; i++)
+        mark(core, config->ports[i].address, config->ports[i].address);
+    for (unsigned i = 0; i < config->n_pool; i++)
+        mark(core, config->pool[i].first, config->pool[i].last);
+    for (unsigned i = 0; i < config->n_routes; i++) {
+        const struct nat_route_config *route = &config->routes[i];
+        const uint32_t mask = prefix_mask(route->length), first = route->prefix & mask, last = first | ~mask;
+        if (config->ports[route->port].side == NAT_INTERNAL)
+            mark(core, first, last);
+        mark(core, first, first); /* broadcast addresses, where it is connected */
+        mark(core, last, last);
+    }
 }

@@ -70,17 +70,17 @@ static void fill_session(struct session *s, const struct session_request *r, uin
 }
 
 /* A free port for the host: of its own address, or, only when that has none left, of another. */
-static bool take_port(struct nat_core *core, struct host *host, struct session_request *r)
+static bool take_port(struct nat_core *core, struct host *host, struct session_request *r, uint32_t *slot)
 {
     struct port_pool *pool = &core->pool;
     const unsigned slice = slice_of_host(r->internal_addr, pool->n_slices);
     uint32_t block = host->external;
-    int missed = pool_take(pool, block, slice, r->protocol, r->internal_port, &r->external_port);
+    int missed = pool_take(pool, block, slice, r->protocol, r->internal_port, &r->external_port, slot);
     for (unsigned try = 0; missed == POOL_EXHAUSTED && try < ADDRESS_TRIES; try++) {
         block = pool_usable_block(pool, r->protocol, block + 1);
         if (block == POOL_NONE)
             break;
-        missed = pool_take(pool, block, slice, r->protocol, r->internal_port, &r->external_port);
+        missed = pool_take(pool, block, slice, r->protocol, r->internal_port, &r->external_port, slot);
     }
     if (missed == POOL_EXHAUSTED) {
         core->stats.no_port_resting += pool->resting[pool_protocol(r->protocol)] != 0;
@@ -99,37 +99,24 @@ static bool take_port(struct nat_core *core, struct host *host, struct session_r
     return true;
 }
 
-uint32_t add_session(struct nat_core *core, const struct session_request *r, uint32_t mapping, uint64_t id,
-                     const uint32_t *hashes)
+bool place_session(struct nat_core *core, uint32_t at, const struct session_request *r, uint32_t mapping,
+                   uint64_t id, const uint32_t hashes[2])
 {
-    uint32_t at = SLAB_TAKE(&core->session_slab, core->sessions, ports[0]);
-    if (at == NONE32)
-        return NONE32;
     struct session *s = &core->sessions[at];
     fill_session(s, r, core->now_ms);
-    const uint32_t own[2] = {hashes ? hashes[OUT] : session_hash(core, s, OUT),
-                             hashes ? hashes[IN] : session_hash(core, s, IN)};
-    if (!index_session(core, at, own)) {
+    if (!index_session(core, at, hashes)) {
         s->protocol = 0;
-        SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
-        return NONE32;
+        return false;
     }
     if (core->has_permissions && !permission_add(core, mapping, r->remote_addr)) {
-        flow_table_remove(&core->flows, own[OUT], 1 + (at << 1 | OUT));
-        flow_table_remove(&core->flows, own[IN], 1 + (at << 1 | IN));
+        flow_table_remove(&core->flows, hashes[OUT], 1 + (at << 1 | OUT));
+        flow_table_remove(&core->flows, hashes[IN], 1 + (at << 1 | IN));
         s->protocol = 0;
-        SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
-        return NONE32;
+        return false;
     }
     core->cold[at] = (struct session_cold){
         .id = id, .opened_ms = core->now_ms, .mapping = mapping, .held_first = NONE16, .held_last = NONE16};
-    for (int d = 0; d < 2; d++)
-        if (s->neighbour[d] != NONE16) {
-            explain_remember_neighbour(core, s->neighbour[d]);
-            core->neighbours[s->neighbour[d]].sessions++;
-            core->neighbours[s->neighbour[d]].fresh = 0;
-        }
-    return at;
+    return true;
 }
 
 static uint64_t new_id(struct nat_core *core, enum nat_id_class cls)
@@ -142,7 +129,46 @@ static uint64_t new_id(struct nat_core *core, enum nat_id_class cls)
     return nat_id(cls, config->instance, config->epoch, n);
 }
 
-enum nat_verdict session_open(struct nat_core *core, struct session_request *r, uint32_t *session)
+/* A session less for its host and its mapping; the last one of a mapping takes that and its port along. */
+static bool let_go(struct nat_core *core, uint32_t h, uint32_t mapping, uint32_t slot, bool rests)
+{
+    struct host *host = &core->hosts[h];
+    bool last = true;
+    if (core->has_mappings) {
+        struct mapping *m = &core->mappings[mapping];
+        rests = m->rests |= rests;
+        last = --m->sessions == 0;
+        if (last)
+            mapping_remove(core, mapping);
+    }
+    if (last) {
+        if (rests)
+            pool_give(&core->pool, slot, core->now_ns / 1000000);
+        else
+            pool_return(&core->pool, slot);
+        host->mappings--;
+    }
+    host->sessions--;
+    host_drop_if_idle(core, h);
+    return last;
+}
+
+/* The hash that the packet had is known; where the other direction's entry will be is asked for. */
+static void hash_ends(struct nat_core *core, struct opening *opening)
+{
+    const struct session_request *r = &opening->request;
+    const int known = r->inbound ? IN : OUT, other = !known;
+    const uint32_t remote = net32(r->remote_addr);
+    const uint16_t rport = net16(r->remote_port);
+    const struct flow_key key =
+        other == IN ? flow_key(remote, net32(r->external_addr), rport, net16(r->external_port), r->protocol)
+                    : flow_key(net32(r->internal_addr), remote, net16(r->internal_port), rport, r->protocol);
+    opening->hashes[known] = r->hash;
+    opening->hashes[other] = flow_hash_of(&core->hasher, key.addrs, key.ports, key.protocol);
+    flow_table_expect(&core->flows, opening->hashes[other]);
+}
+
+enum nat_verdict session_begin(struct nat_core *core, struct session_request *r, struct opening *opening)
 {
     const struct nat_config *config = &core->config;
     if (!event_room_to_open(core))
@@ -193,50 +219,86 @@ enum nat_verdict session_open(struct nat_core *core, struct session_request *r, 
     if (slab_full(&core->session_slab) || (new_port && core->has_mappings && slab_full(&core->mapping_slab)))
         goto refuse_host;
     if (new_port) {
-        if (!take_port(core, host, r)) {
+        if (!take_port(core, host, r, &slot)) {
             NOTE(core, NO_PORT, .limit = core->pool.resting[pool_protocol(r->protocol)]);
             why = NAT_DROP_NO_PORT;
             goto refuse_host;
         }
-        slot = pool_slot(&core->pool, r->external_addr, r->protocol, r->external_port);
         if (core->has_mappings) {
             mapping = mapping_add(core, r, slot, 0, true);
-            if (mapping == NONE32)
-                goto refuse_port;
+            if (mapping == NONE32) {
+                pool_return(&core->pool, slot);
+                goto refuse_host;
+            }
         }
-    }
-    uint32_t at = add_session(core, r, mapping, 0, NULL);
-    if (at == NONE32)
-        goto refuse_mapping;
-
-    core->cold[at].id = new_id(core, NAT_ID_SESSION);
-    if (new_port) {
-        *pool_user(&core->pool, slot) = 1 + (core->has_mappings ? mapping : at);
         host->mappings++;
-        core->stats.mappings_opened++;
-        if (core->has_mappings)
-            core->mappings[mapping].id = new_id(core, NAT_ID_MAPPING);
     }
     if (core->has_mappings)
         core->mappings[mapping].sessions++;
     host->sessions++;
-    if (config->synchronous)
+    for (int d = 0; d < 2; d++)
+        if (r->neighbour[d] != NONE16) {
+            explain_remember_neighbour(core, r->neighbour[d]);
+            core->neighbours[r->neighbour[d]].sessions++;
+        }
+    *opening = (struct opening){.verdict = NAT_FORWARD,
+                                .request = *r,
+                                .at = SLAB_TAKE(&core->session_slab, core->sessions, ports[0]),
+                                .host = h,
+                                .mapping = mapping,
+                                .slot = slot};
+    hash_ends(core, opening);
+    __builtin_prefetch(&core->sessions[opening->at], 1);
+    __builtin_prefetch(&core->cold[opening->at], 1);
+    return NAT_FORWARD;
+
+refuse_host:
+    host_drop_if_idle(core, h);
+    return why;
+}
+
+enum nat_verdict session_finish(struct nat_core *core, const struct opening *opening)
+{
+    const struct session_request *r = &opening->request;
+    const uint32_t at = opening->at;
+    struct mapping *m = core->has_mappings ? &core->mappings[opening->mapping] : NULL;
+    /* those that were begun with this one may have had the last of it */
+    const bool room = event_room_to_open(core);
+    if (!room || !place_session(core, at, r, opening->mapping, 0, opening->hashes)) {
+        SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
+        for (int d = 0; d < 2; d++)
+            if (r->neighbour[d] != NONE16)
+                core->neighbours[r->neighbour[d]].sessions--;
+        neighbours_unneeded(core, r->neighbour);
+        let_go(core, opening->host, opening->mapping, m ? m->slot : opening->slot, false);
+        return room ? NAT_DROP_TABLE_FULL : NAT_DROP_EVENTS_FULL;
+    }
+    core->cold[at].id = new_id(core, NAT_ID_SESSION);
+    if (m ? !m->id : true) {
+        *pool_user(&core->pool, m ? m->slot : opening->slot) = 1 + (m ? opening->mapping : at);
+        core->stats.mappings_opened++;
+        if (m)
+            m->id = new_id(core, NAT_ID_MAPPING);
+    }
+    for (int d = 0; d < 2; d++)
+        if (r->neighbour[d] != NONE16)
+            core->neighbours[r->neighbour[d]].fresh = 0;
+    if (core->config.synchronous)
         core->sessions[at].flags |= NAT_SESSION_PENDING;
     core->stats.sessions_opened++;
     explain_opened(core, at);
     event_emit(core, NAT_EVENT_OPEN, 0, at);
-    *session = at;
     return NAT_FORWARD;
+}
 
-refuse_mapping:
-    if (new_port && core->has_mappings)
-        mapping_remove(core, mapping);
-refuse_port:
-    if (new_port)
-        pool_return(&core->pool, slot);
-refuse_host:
-    host_drop_if_idle(core, h);
-    return why;
+enum nat_verdict session_open(struct nat_core *core, struct session_request *r, uint32_t *session)
+{
+    struct opening opening;
+    enum nat_verdict verdict = session_begin(core, r, &opening);
+    if (verdict != NAT_FORWARD)
+        return verdict;
+    *session = opening.at;
+    return session_finish(core, &opening);
 }
 
 bool session_close(struct nat_core *core, uint32_t at, enum nat_close_reason reason)
@@ -268,30 +330,11 @@ void session_end(struct nat_core *core, uint32_t at, bool rests)
     if (core->has_permissions)
         permission_remove(core, cold->mapping, session_remote_addr(s));
 
-    uint32_t h = host_find(core, session_internal_addr(s));
-    struct host *host = &core->hosts[h];
-    bool last = true;
-    uint32_t slot;
-    if (core->has_mappings) {
-        struct mapping *m = &core->mappings[cold->mapping];
-        slot = m->slot;
-        rests = m->rests |= rests;
-        last = --m->sessions == 0;
-        if (last)
-            mapping_remove(core, cold->mapping);
-    } else {
-        slot = pool_slot(&core->pool, session_external_addr(s), s->protocol, session_external_port(s));
-    }
-    if (last) {
-        if (rests)
-            pool_give(&core->pool, slot, core->now_ns / 1000000);
-        else
-            pool_return(&core->pool, slot);
-        host->mappings--;
-        core->stats.mappings_closed++;
-    }
-    host->sessions--;
-    host_drop_if_idle(core, h);
+    uint32_t slot = core->has_mappings ? core->mappings[cold->mapping].slot
+                                       : pool_slot(&core->pool, session_external_addr(s), s->protocol,
+                                                   session_external_port(s));
+    core->stats.mappings_closed +=
+        let_go(core, host_find(core, session_internal_addr(s)), cold->mapping, slot, rests);
     s->protocol = 0;
     SLAB_GIVE(&core->session_slab, core->sessions, ports[0], at);
     core->stats.sessions_closed++;
