@@ -3,12 +3,12 @@
  * Sessions end when they have been idle for their timeout. A sweep walks the hot lines in order, a few per
  * step: reading memory in order costs 2 ns a session, chasing timer lists ten times that.
  */
-#include "core.h"
+#include "sessions.h"
 
 #define SWEEP_PERIOD_NS                                                                                      \
     1000000000ull        /* the whole table is seen once in this time, so a timeout is late by no more */
 #define SWEEP_STEP 1024u /* sessions looked at in one step at most */
-#define CLOSE_STEP 64u   /* and closed, which is dearer */
+#define CLOSE_STEP 64u   /* and closed, which is dearer, and done END_BATCH at a time */
 #define WAKE_STEP 256u   /* more than can be freed in one step, so that no rest is long for want of waking */
 
 static bool expired(const struct nat_core *core, const struct session *s)
@@ -17,19 +17,33 @@ static bool expired(const struct nat_core *core, const struct session *s)
            core->now_ms - s->last_ms >= core->timeout_ms[s->timer];
 }
 
+/* The next ones that have expired, up to END_BATCH and the end of the table. */
+static unsigned find_expired(struct nat_core *core, uint32_t *look, uint32_t *found)
+{
+    unsigned n = 0;
+    if (core->sweep_at >= core->session_slab.top)
+        core->sweep_at = 0;
+    for (; *look && n < END_BATCH && core->sweep_at < core->session_slab.top; --*look, core->sweep_at++)
+        if (expired(core, &core->sessions[core->sweep_at]))
+            found[n++] = core->sweep_at;
+    return n;
+}
+
 /* Looks at up to `look` sessions; returns how many it closed. Stays at one that it could not close. */
 static unsigned sweep(struct nat_core *core, uint32_t look, unsigned close)
 {
     unsigned closed = 0;
-    for (; look && core->session_slab.top; look--) {
-        if (core->sweep_at >= core->session_slab.top)
-            core->sweep_at = 0;
-        if (expired(core, &core->sessions[core->sweep_at])) {
-            if (closed == close || !session_close(core, core->sweep_at, NAT_CLOSE_IDLE))
+    uint32_t found[END_BATCH];
+    while (look && core->session_slab.top && closed < close) {
+        const unsigned n = find_expired(core, &look, found);
+        sessions_expect_end(core, found, n);
+        for (unsigned i = 0; i < n; i++) {
+            if (!session_close(core, found[i], NAT_CLOSE_IDLE)) {
+                core->sweep_at = found[i];
                 return closed;
+            }
             closed++;
         }
-        core->sweep_at++;
     }
     return closed;
 }

@@ -178,8 +178,11 @@ struct batch {
     uint8_t protocols[NAT_BURST];
     uint32_t hashes[NAT_BURST];
     uint32_t session[NAT_BURST]; /* candidate; NO_CANDIDATE: goes alone */
+    const uint32_t
+        *user[NAT_BURST]; /* of those from outside without a candidate: who has the port, or NULL */
     struct nat_packet *packets;
     unsigned n;
+    uint64_t opened; /* sessions, when candidates were looked for */
     uint32_t common; /* bit per packet: of the common shape */
     uint32_t new;    /* bit per packet: of those, from inside, and no session has its signature */
     uint32_t inside; /* bit per packet: from inside */
@@ -272,6 +275,7 @@ static inline uint32_t bucket_candidate(const struct flow_bucket *bucket, uint32
 static void batch_probe(struct nat_core *core, struct batch *batch)
 {
     uint32_t second = 0;
+    batch->opened = core->stats.sessions_opened;
     for (unsigned i = 0; i < batch->n; i++) {
         batch->session[i] = NO_CANDIDATE;
         if (!(batch->common >> i & 1))
@@ -292,7 +296,11 @@ static void batch_probe(struct nat_core *core, struct batch *batch)
         batch->session[i] = bucket_candidate(&core->flows.buckets[bucket], hash);
         if (batch->session[i] != NO_CANDIDATE) {
             __builtin_prefetch(&core->sessions[batch->session[i]], 1);
-        } else if (batch->inside >> i & 1) {
+        } else if (!(batch->inside >> i & 1)) {
+            batch->user[i] = pool_user_of(&core->pool, net32(high32(batch->addrs[i])), batch->protocols[i],
+                                          net16((uint16_t)(batch->ports[i] >> 16)));
+            __builtin_prefetch(batch->user[i]);
+        } else {
             batch->new |= 1u << i;
             session_expect(core, batch->protocols[i], net32(low32(batch->addrs[i])),
                            net16((uint16_t)batch->ports[i]));
@@ -308,13 +316,26 @@ translate_tagged(struct nat_core *core, struct nat_packet *packet, uint32_t at, 
     return translate(core, packet, ETH_BYTES + VLAN_BYTES, IP_BYTES, at, IN, false, false, false);
 }
 
+/* From outside, and no session has its signature: what packet_alone would come to, when nothing is to be said
+ * of its source, its destination is the pool's, and only who was asked may answer. */
+static __attribute__((noinline)) enum nat_verdict unasked(struct nat_core *core, struct batch *batch,
+                                                          unsigned i)
+{
+    const uint32_t *user = batch->user[i];
+    if (!user || !is_plain(core, net32(low32(batch->addrs[i]))) ||
+        core->config.filtering != NAT_FILTER_ADDRESS_AND_PORT || core->stats.sessions_opened != batch->opened)
+        return packet_alone(core, &batch->packets[i]);
+    return *user == POOL_FREE || *user & POOL_RESTING ? NAT_DROP_NO_MAPPING : NAT_DROP_FILTERED;
+}
+
 static inline __attribute__((always_inline)) enum nat_verdict
 batch_one(struct nat_core *core, struct batch *batch, unsigned i, bool tags)
 {
     struct nat_packet *packet = &batch->packets[i];
     uint32_t at = batch->session[i];
     if (at == NO_CANDIDATE)
-        return packet_alone(core, packet);
+        return batch->common >> i & 1 && !(batch->inside >> i & 1) ? unasked(core, batch, i)
+                                                                   : packet_alone(core, packet);
     const struct session *s = &core->sessions[at];
     int direction = batch->inside >> i & 1 ? OUT : IN;
     /* equal signatures are rare and different keys behind them rarer; then the long way finds the right one

@@ -47,14 +47,32 @@ static uint32_t port_at(const struct port_pool *pool, uint32_t position)
     return at / order->n << 8 | (uint32_t)order->group[at % order->n] << 1 | odd;
 }
 
-uint32_t pool_slot(const struct port_pool *pool, uint32_t address, uint8_t protocol, uint16_t port)
+/* The block of a triple and its place there. */
+static bool find_triple(const struct port_pool *pool, uint32_t address, uint8_t protocol, uint16_t port,
+                        uint32_t *block, uint32_t *in_block)
 {
     const struct pool_range *range = pool_range_of(&pool->view, address);
     const struct port_order *order = order_of(pool, slice_of_port(port, pool->n_slices));
     if (!range || !order || port < range->config.port_first || port > range->config.port_last)
-        return POOL_NONE;
-    uint32_t block = pool->view.block_at[range->at + (address - range->config.first)];
-    return (block * POOL_PROTOCOLS + pool_protocol(protocol)) * pool->positions + position_of(order, port);
+        return false;
+    *block = pool->view.block_at[range->at + (address - range->config.first)];
+    *in_block = pool_protocol(protocol) * pool->positions + position_of(order, port);
+    return true;
+}
+
+uint32_t pool_slot(const struct port_pool *pool, uint32_t address, uint8_t protocol, uint16_t port)
+{
+    uint32_t block, at;
+    return find_triple(pool, address, protocol, port, &block, &at)
+               ? block * POOL_PROTOCOLS * pool->positions + at
+               : POOL_NONE;
+}
+
+uint32_t *pool_user_of(const struct port_pool *pool, uint32_t address, uint8_t protocol, uint16_t port)
+{
+    uint32_t block, at;
+    return find_triple(pool, address, protocol, port, &block, &at) ? &pool->view.blocks[block]->slots[at]
+                                                                   : NULL;
 }
 
 /* Where a slot lies. */

@@ -124,6 +124,8 @@ bool pool_is_open(const struct port_pool *pool, uint32_t block);
 /* Index of the slot of a triple, POOL_NONE when the pool has no such triple. `protocol` is the IP number. */
 uint32_t pool_slot(const struct port_pool *pool, uint32_t address, uint8_t protocol, uint16_t port);
 uint32_t *pool_user(const struct port_pool *pool, uint32_t slot);
+/* The same of a triple, NULL when there is none. */
+uint32_t *pool_user_of(const struct port_pool *pool, uint32_t address, uint8_t protocol, uint16_t port);
 /* Takes a free port of the block for a host of `slice` and its inside port `wanted`: that one itself (with
  * `preservation`), else one of its parity (with `parity`, UDP) and class (0-1023 or above), from a random
  * point on; its slot is on its way. What could not be kept comes back as POOL_*_MISSED; POOL_EXHAUSTED: the

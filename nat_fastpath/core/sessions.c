@@ -340,6 +340,34 @@ void session_end(struct nat_core *core, uint32_t at, bool rests)
     core->stats.sessions_closed++;
 }
 
+void sessions_expect_end(const struct nat_core *core, const uint32_t *at, unsigned n)
+{
+    _Static_assert(END_BATCH % 16 == 0, "what the hasher takes at once");
+    uint64_t addrs[END_BATCH];
+    uint32_t ports[END_BATCH], hashes[END_BATCH];
+    uint8_t protocols[END_BATCH] = {0};
+    for (int d = OUT; d <= IN; d++) {
+        for (unsigned i = 0; i < n; i++) {
+            const struct session *s = &core->sessions[at[i]];
+            addrs[i] = s->addrs[d];
+            ports[i] = s->ports[d];
+            protocols[i] = s->protocol;
+        }
+        core->hasher.many(&core->hasher, addrs, ports, protocols, hashes, n);
+        for (unsigned i = 0; i < n; i++)
+            flow_table_expect(&core->flows, hashes[i]);
+    }
+    for (unsigned i = 0; i < n; i++) {
+        const struct session *s = &core->sessions[at[i]];
+        session_expect(core, s->protocol, session_internal_addr(s), session_internal_port(s));
+        __builtin_prefetch(&core->cold[at[i]]);
+        __builtin_prefetch(
+            pool_user_of(&core->pool, session_external_addr(s), s->protocol, session_external_port(s)), 1);
+        if (core->has_mappings)
+            __builtin_prefetch(&core->mappings[core->cold[at[i]].mapping], 1);
+    }
+}
+
 enum nat_verdict mapping_admits(struct nat_core *core, uint32_t external_addr, uint16_t external_port,
                                 uint8_t protocol, uint32_t remote_addr, struct session_request *r)
 {

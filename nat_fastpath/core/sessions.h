@@ -41,6 +41,10 @@ static inline void session_expect(const struct nat_core *core, uint8_t protocol,
     mapping_expect(core, protocol, address, port);
 }
 
+/* What the end of up to END_BATCH of them will need. */
+#define END_BATCH 32u
+void sessions_expect_end(const struct nat_core *core, const uint32_t *at, unsigned n);
+
 /* --- alone.c ------------------------------------------------------------------------------------------ */
 /* As packet_alone begins with a packet of the common shape from inside that has no session. False: it has
  * not begun, for something is unusual about it. Else the verdict of session_begin is in *opening. */
