@@ -8,7 +8,7 @@
 #define SWEEP_PERIOD_NS                                                                                      \
     1000000000ull        /* the whole table is seen once in this time, so a timeout is late by no more */
 #define SWEEP_STEP 1024u /* sessions looked at in one step at most */
-#define CLOSE_STEP 64u   /* and closed, which is dearer, and done END_BATCH at a time */
+#define CLOSE_STEP 32u   /* and closed at most, which is dearer: END_BATCH at a time */
 #define WAKE_STEP 256u   /* more than can be freed in one step, so that no rest is long for want of waking */
 
 static bool expired(const struct nat_core *core, const struct session *s)

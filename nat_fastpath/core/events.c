@@ -62,6 +62,8 @@ bool event_room_to_update(struct nat_core *core)
     return ring_has(core, 1 + core->config.event_ring / 4);
 }
 
+#define EVENTS_AHEAD 8u
+
 void event_emit(struct nat_core *core, enum nat_event_type type, unsigned reason, uint32_t session)
 {
     if (core->explain)
@@ -76,6 +78,10 @@ void event_emit(struct nat_core *core, enum nat_event_type type, unsigned reason
     event->reserved3 = 0;
     session_record(core, session, &event->session);
     atomic_store_explicit(&core->event_tail, tail + 1, memory_order_release);
+    /* the reader, on another CPU, had these lines last */
+    const char *ahead = (const char *)&core->events[(tail + EVENTS_AHEAD) & (core->config.event_ring - 1)];
+    __builtin_prefetch(ahead, 1);
+    __builtin_prefetch(ahead + 64, 1);
 }
 
 unsigned nat_events(struct nat_core *core, struct nat_event *out, unsigned max)

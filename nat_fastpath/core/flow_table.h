@@ -78,6 +78,18 @@ static inline unsigned flow_table_equal(const uint32_t words[FLOW_TABLE_SLOTS], 
 #endif
 }
 
+/* For an insertion: the first bucket; and, a little later, the other one, if that has no room. */
+static inline void flow_table_expect_first(const struct flow_table *table, uint32_t hash)
+{
+    __builtin_prefetch(&table->buckets[flow_table_first(table, hash)], 1);
+}
+static inline void flow_table_expect_room(const struct flow_table *table, uint32_t hash)
+{
+    uint32_t first = flow_table_first(table, hash);
+    if (!flow_table_equal(table->buckets[first].value, FLOW_TABLE_NONE))
+        __builtin_prefetch(&table->buckets[flow_table_other(table, hash, first)], 1);
+}
+
 /* Of the slots that have this signature; a free one may be among them: its value is FLOW_TABLE_NONE. */
 static inline unsigned flow_bucket_match(const struct flow_bucket *bucket, uint32_t hash)
 {

@@ -374,6 +374,10 @@ static bool has_begun(const struct batch *batch, uint32_t begun, uint32_t hash)
     return false;
 }
 
+#define ROOM_AHEAD                                                                                           \
+    6u /* packets before it is needed, it is known whether an entry's first bucket has room                  \
+        */
+
 /* What was begun of a batch. */
 struct begun {
     struct opening of[NAT_BURST];
@@ -431,6 +435,9 @@ static __attribute__((noinline)) void batch_finish_new(struct nat_core *core, st
     memset(begun.seen, 0, sizeof begun.seen);
     unsigned alone = batch_begin(core, batch, 0, &begun);
     for (unsigned i = 0; i < batch->n; i++) {
+        const unsigned later = i + ROOM_AHEAD;
+        if (later < batch->n && begun.bits >> later & 1)
+            flow_table_expect_room(&core->flows, begun.of[later].hashes[IN]);
         const uint64_t opened = core->stats.sessions_opened;
         enum nat_verdict verdict =
             begun.bits >> i & 1 ? batch_open(core, batch, i, &begun.of[i]) : batch_one(core, batch, i, true);

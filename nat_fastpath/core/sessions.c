@@ -165,7 +165,7 @@ static void hash_ends(struct nat_core *core, struct opening *opening)
                     : flow_key(net32(r->internal_addr), remote, net16(r->internal_port), rport, r->protocol);
     opening->hashes[known] = r->hash;
     opening->hashes[other] = flow_hash_of(&core->hasher, key.addrs, key.ports, key.protocol);
-    flow_table_expect(&core->flows, opening->hashes[other]);
+    flow_table_expect_first(&core->flows, opening->hashes[other]);
 }
 
 enum nat_verdict session_begin(struct nat_core *core, struct session_request *r, struct opening *opening)
