@@ -50,6 +50,7 @@ from switch_agent.carrier import Carrier
 from switch_agent.channel import Channel, ChannelLost
 from switch_agent.codec import Lost, PacketIn, PortStatus, Ready
 from switch_agent.conntrack_plane import ConntrackPlane
+from switch_agent.devices import Devices
 from switch_agent.failover import OneLinkWithGroup, WithGroup
 from switch_agent.front import SwitchFront
 from switch_agent.link import OneLink
@@ -208,6 +209,7 @@ class Agent:
             known=self._all_known,
             say=say,
         )
+        self.devices = Devices(self.carrier.link)
         self.live = Live(self.core, [port.name for port in config.ports])
         self.front = SwitchFront(self.plane, monotonic, chosen=self.plane.fronts_by_choice)
         self.pair: Pair | None = None
@@ -276,6 +278,7 @@ class Agent:
                 self._operations(),
             ]
             tasks.append(self._activity())
+            asyncio.get_running_loop().add_reader(self.devices.fileno(), self.devices.read)
             if self.pair is not None:
                 asyncio.get_running_loop().add_reader(self.pair.watch.eventfd, self.carrier.fired)
                 tasks.append(self._pair(self.pair))
@@ -294,6 +297,8 @@ class Agent:
             await asyncio.wait(running)
             return await loop
         finally:
+            asyncio.get_running_loop().remove_reader(self.devices.fileno())
+            self.devices.close()
             await api.close()
             await self.channel.close()
             await self.takeover_channel.close()
@@ -460,6 +465,7 @@ class Agent:
                         frames.append(arrived)
                 elif isinstance(event, Ready):
                     say(f"switch {event.datapath_id:016x} is connected")
+                    self.devices.watch(event.ports)
                     self.carrier.connected(event)
                 elif isinstance(event, PortStatus):
                     self.carrier.link(event.port, event.port.up and event.reason != GONE)

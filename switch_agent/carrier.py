@@ -89,6 +89,7 @@ class Carrier:
         self._kept = Kept(file_of(config), say)  # an operator wants the switch to carry
         self._reconciled = False  # rules and sessions were compared since the peer came
         self._down: dict[int, str] = {}  # ports to the server without a link, and their names
+        self._bytes = plane.prepared_takeover()  # always the same, and 1 ms of work
         self._differ = False  # the last digests did
 
     @property
@@ -243,14 +244,18 @@ class Carrier:
             return
         there = self._takeover_channel.connected
         fileno = self._takeover_channel.fileno() if there else None
-        self.pair.watch.arm(self._plane.prepared_takeover(), fileno)
+        self.pair.watch.arm(self._bytes, fileno)
 
     def _take_over(self, why: str) -> None:
         """The bytes are written before this returns; the rest of a takeover is done as soon as what is under way has ended."""
         if self.forwarding or self._going_back:
+            detected = monotonic_ns()
             if self.pair is None or self.pair.watch.disarm():  # else its thread has written them
                 with contextlib.suppress(ChannelLost):
-                    self._takeover_channel.write(self._plane.prepared_takeover())
+                    self._takeover_channel.write(self._bytes)
+                    if not self._plane.overtaken:  # else it is the second link that goes
+                        times = {"last_heartbeat": None, "detected": detected, "written": monotonic_ns()}
+                        self.last_takeover = {"reason": why, **times, "barrier": None, "proved": None}
             self._plane.take_over()
         self._first(partial(self._carry, why))
 

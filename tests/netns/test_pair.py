@@ -289,6 +289,23 @@ def test_a_link_goes_down_and_comes_back(net: PairLab) -> None:
     passes(net)
 
 
+def test_a_link_down_is_told_by_the_kernel_before_the_switch(net: PairLab) -> None:
+    """The takeover is written while the switch is not able to say anything."""
+    net.start_server()
+    net.carrier("server")
+    net.ovs.daemon.signal(signal.SIGSTOP)
+    try:
+        net.nat.ip("link", "set", "nat-in", "down")
+        until("the takeover is written", lambda: net.show("agent")["takeover"].get("written"), 4, 0.01)
+        takeover = net.show("agent")["takeover"]
+    finally:
+        net.ovs.daemon.signal(signal.SIGCONT)
+    assert takeover["reason"] == "port 3 (inner) is down"
+    assert takeover["barrier"] is None
+    net.carrier("switch")
+    assert net.show("agent")["takeover"]["barrier"] > takeover["written"] >= takeover["detected"]
+
+
 def test_a_planned_end_hands_over(net: PairLab) -> None:
     net.start_server()
     net.carrier("server")
