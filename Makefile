@@ -96,7 +96,7 @@ bench-failover: root build
 	tools/as-root.sh $(BIN)/python -m bench failover --all
 	tools/as-root.sh $(BIN)/python -m bench newflow
 
-# All figures of the pair: an hour and a half, on a quiet machine; ONLY chooses by a word of their names
+# All figures of the pair: an hour, on a quiet machine, ten minutes of it for false deaths; ONLY chooses by a word of their names
 TRIALS ?= 25
 bench-pair: root matplotlib
 	tools/as-root.sh $(BIN)/python -m bench pair --trials $(TRIALS) $(if $(ONLY),--only $(ONLY))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import deaths, failover, first_packet, rules, sync
+from bench import deaths, failover, first_packet, rules, sync, twins
 from bench.failover import Case, LabError
 from nat_control.lab import Lab
 from switch_agent.pair_lab import CLIENT, OUTSIDE, PairLab
@@ -122,6 +122,7 @@ def _server_packets(net: PairLab, goes_on: Callable[[], bool]) -> Iterator[tuple
 FIGURES = [
     Figure("generator: its own loss", "0 lost at 100 kpps", "", lambda trials, tell: generator()),
     Figure("kill, 1 flow at 1000 pps", "lost: median ≤ 3, max ≤ 10", "median ≤ 1", _of(Case("kill"))),
+    Figure("two servers, one killed, 1 flow at 1000 pps", "none of its own; of a switch: median ≤ 3, max ≤ 10", "", lambda trials, tell: twins.measure(trials, tell=tell)),
     Figure("link down, 1000 pps", "lost ≤ 2", "0", _of(Case("link"))),
     Figure("kill, 1 GB of 4 KB pages", "lost: median ≤ 6", "≤ 3", _of(Case("kill", sessions=GIGABYTE))),
     Figure("SIGSTOP, 1000 pps", "lost ≤ 20", "≤ 6", _of(Case("stop"))),

@@ -160,7 +160,11 @@ def _steps(pyplot: Any, rows: list[Row]) -> bool:
 
 def _timeline(pyplot: Any, rows: list[Row]) -> bool:
     """Figure 8.10: the rate at the receiver, for each number of flows, as a share of what was sent."""
-    found = [row for row in rows if row.get("how") == "kill" and row.get("each") and row["server_mb"] < 1000]
+    found = [
+        row
+        for row in rows
+        if row.get("how", "").startswith("kill") and row.get("each") and row.get("server_mb", 0) < 1000
+    ]
     if not found:
         return False
     _, axes = pyplot.subplots(len(found), 1, figsize=(8, 2.2 * len(found)), squeeze=False, sharex=True)
@@ -170,7 +174,7 @@ def _timeline(pyplot: Any, rows: list[Row]) -> bool:
                 rate = np.array(trial["timeline"]) / BIN / row["rate"]
                 axis.plot((np.arange(len(rate)) * BIN - LEAD) * 1000, rate, label=f"failover {number + 1}")
         axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set_title(f"{row['flows']} flows, {row['rate']} packets per second", fontsize=9)
+        axis.set_title(f"{row['figure']}: {row['flows']} flows, {row['rate']} packets per second", fontsize=9)
         axis.set_ylabel("share of the rate")
         axis.set_ylim(bottom=0)
     axes.flat[0].legend()
