@@ -43,6 +43,9 @@ def measure(trials: int, rate: int = 1000, tell: Callable[[str], None] = lambda 
         "each": [
             {
                 "lost": one.lost,
+                "delivered_first_second": round(one.first_second, 6),
+                "lost_after": one.lost_after,
+                "sessions_lost": one.sessions_lost,
                 "first_good_ms": one.first_good,
                 "timeline": one.timeline if number in failover.SHOWN else None,
             }
