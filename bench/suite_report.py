@@ -139,7 +139,11 @@ def _plots(rows: list[Figure], directory: Path) -> dict[str, str]:
 
 def _core(rows: list[Figure], direction: str) -> list[Figure]:
     wanted = {"kind": "core", "direction": direction, "order": "uniform", "batch": 32}
-    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    found = [
+        row
+        for row in rows
+        if all(row.get(key) == value for key, value in wanted.items()) and ", batch" not in row["figure"]
+    ]
     return sorted((row for row in found if "endpoint" not in row["figure"]), key=lambda row: row["sessions"])
 
 
