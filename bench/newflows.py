@@ -22,6 +22,7 @@ HALF = 0.5  # of capacity, at which established traffic runs
 TIMEOUT = 3.0  # seconds after which new flows go, while established ones run
 SETTLED = 1.02  # times the established sessions: the new ones are gone
 BURSTS = 500  # that are looked at for their steps
+CHUNKS = 56  # of the sessions that fill a table: its steps show whether anything stops new flows meanwhile
 POLLS = 512  # between two looks at the events: no more sessions close than the ring has room for
 MICRO = 1e3
 
@@ -123,7 +124,7 @@ def beside_established(sessions: int, rounds: int, seconds: float, new_rate: flo
 
 
 def many_sessions(many: int) -> Iterator[Figure]:
-    """Start with room for so many, bytes of each, and their ageing."""
+    """Start with room for so many, bytes of each, how they open, and their ageing."""
     config = core_config(many)
     took = []
     for _ in range(figures.ROUNDS):
@@ -138,11 +139,20 @@ def many_sessions(many: int) -> Iterator[Figure]:
             f"bytes per session, {mapping}", "bytes", [each], goal=goal,
             pool_bytes=memory["pool"], hosts_bytes=memory["hosts"], per_host=PER_HOST,
         )  # fmt: skip
+    rates, speeds = [], [figures.probe()]
     with Replay(config) as replay:
-        replay.open(0, many)
+        for at in range(CHUNKS):
+            first, last = many * at // CHUNKS, many * (at + 1) // CHUNKS
+            opened = replay.open(first, last - first)
+            rates.append(opened.opened / opened.core_ns * MICRO)
+            speeds.append(figures.probe())
         begin = time.perf_counter()
         spent, worst, polls = _age(replay)
         wall = time.perf_counter() - begin
+    yield figures.figure(
+        f"new flows: set-up while {many:,} sessions open, in {CHUNKS} steps", "M/s", rates, speeds=speeds,
+        kind="filling", sessions=many, curve=[round(rate, 3) for rate in rates],
+    )  # fmt: skip
     name = f"ageing of {many:,} sessions"
     yield figures.figure(f"{name}: in the core", "s", [spent / 1e9], wall_s=round(wall, 2), polls=polls)
     yield figures.figure(f"{name}: per poll", "µs", [spent / polls / MICRO], worst_us=round(worst / MICRO, 1))

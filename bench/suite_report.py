@@ -118,6 +118,7 @@ def _plots(rows: list[Figure], directory: Path) -> dict[str, str]:
     done: dict[str, str] = {}
     draws: tuple[tuple[str, str, Callable[[Any, list[Figure]], bool]], ...] = (
         ("throughput", "Packets per second by sessions, with the floor of the same run and the peers (8.2)", _throughput),
+        ("filling", "New sessions per second while the table fills: the dip of 8.2", _filling),
         ("unsolicited", "Unsolicited packets dropped, beside established ones forwarded (8.3)", _unsolicited),
         ("directions", "One way and both ways (8.4)", _directions),
         ("split", "Split processing (8.5)", _split),
@@ -166,6 +167,17 @@ def _throughput(plot: Any, rows: list[Figure]) -> bool:
             flows = int(row["figure"].split(", ")[1].split(" flows")[0].replace(",", ""))
             plot.plot([flows], [row["floor"]], "x", label=f"{row['floor_name']} (over devices)")
     _logarithmic(plot, "sessions", "Mpps, one core")
+    return bool(found)
+
+
+def _filling(plot: Any, rows: list[Figure]) -> bool:
+    found = [row for row in rows if row.get("kind") == "filling"]
+    for row in found:
+        step = row["sessions"] / len(row["curve"]) / 1e6
+        plot.step([step * (1 + i) for i in range(len(row["curve"]))], row["curve"], where="mid", color=OURS)
+    plot.ylim(bottom=0)
+    plot.xlabel("million sessions open")
+    plot.ylabel("million new sessions per second, one core")
     return bool(found)
 
 
