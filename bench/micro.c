@@ -25,7 +25,6 @@ static struct {
     bool inserted;         /* and now it does */
     uint32_t order[ITEMS]; /* sessions */
     uint32_t slots[ITEMS]; /* of the ports that were taken */
-    uint16_t taken[ITEMS];
     unsigned n_taken;
     struct nat_event events[ITEMS];
     uint32_t sum;
@@ -174,9 +173,9 @@ static void allocate(void)
     struct port_pool *pool = &micro.core->pool;
     for (unsigned i = 0; i < ITEMS; i++) {
         const uint32_t block = pool_block_at(pool, i % pool->view.n_addresses);
-        if (pool_take(pool, block, 0, PROTO_UDP, 0, &micro.taken[i]) == POOL_EXHAUSTED)
+        uint16_t port;
+        if (pool_take(pool, block, 0, PROTO_UDP, 0, &port, &micro.slots[i]) == POOL_EXHAUSTED)
             break;
-        micro.slots[i] = pool_slot(pool, pool_address(pool, block), PROTO_UDP, micro.taken[i]);
         micro.n_taken++;
     }
 }
