@@ -96,8 +96,14 @@ def part(name: str, words: str, longest: float = 900) -> Iterator[Figure]:
     command = ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "bench", *words.split(), "--json"]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
-        given_up = threading.Timer(longest, lambda: _end(process))
-        given_up.start()
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            _end(process)
+
+        timer = threading.Timer(longest, give_up)
+        timer.start()
         try:
             assert process.stdout
             for line in process.stdout:
@@ -110,15 +116,14 @@ def part(name: str, words: str, longest: float = 900) -> Iterator[Figure]:
                     )
             process.wait()
         finally:
-            late = not given_up.is_alive()
-            given_up.cancel()
+            timer.cancel()
             _end(process)
         if process.returncode:
             errors.seek(0)
             said = errors.read().strip().splitlines()
             why = (
                 f"no end after {longest:g} s"
-                if late
+                if late.is_set()
                 else said[-1]
                 if said
                 else f"exit code {process.returncode}"

@@ -26,6 +26,7 @@ static bool explained(struct story *s, struct nat_explain *question)
         return false;
     question->port = packet->port;
     question->length = packet->length;
+    question->handoff = 0;
     memcpy(question->frame, packet->data, packet->segment);
     struct nat_command command = {.op = NAT_CMD_EXPLAIN, .count = 1, .buffer = question};
     nat_command_now(s->core, &command);
