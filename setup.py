@@ -87,7 +87,7 @@ engine = Extension(
     extra_link_args=link_args(),
 )
 
-WATCH = ("heartbeat", "heartbeat_packet", "memory_holder")
+WATCH = ("heartbeat", "heartbeat_packet", "link_watch", "memory_holder")
 
 watch = Extension(
     "nat_fastpath.watch",

@@ -10,11 +10,11 @@
 #include "heartbeat.h"
 #include "heartbeat_cpus.h"
 #include "heartbeat_role.h"
+#include "link_watch.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -24,8 +24,6 @@
 #include <unistd.h>
 
 #define SECOND 1000000000u
-#define PRIORITY 20 /* above ordinary realtime work, below the kernel's own threads (50) */
-#define STACK_BYTES (256u * 1024u)
 #define LEAVE_COPIES 3u /* a datagram may be lost, and nothing follows this one */
 /* Datagrams read in one lap: more than a default receive buffer holds, so that what waited when the lap began
  * has been read when the peer is judged, and a flood does not keep the thread from judging. */
@@ -73,6 +71,7 @@ struct heartbeat {
     uint32_t at_death;
     int stream_fd; /* -1: nothing to write */
     int tcp_fds[HB_TCP_FDS];
+    struct link_watch links;
     unsigned generation; /* of the descriptors: what ppoll said about an older one does not count */
     struct prepared *prepared;
     size_t written;
@@ -323,7 +322,7 @@ static void send_when_due(struct heartbeat *hb, uint64_t now)
 /* -- the thread -------------------------------------------------------------------------------------------
  */
 
-enum { KICK, UDP, STREAM, TCP, N_FDS = TCP + HB_TCP_FDS };
+enum { KICK, UDP, LINKS, STREAM, TCP, N_FDS = TCP + HB_TCP_FDS };
 
 static void wait_for_work(struct runner *runner, struct pollfd fds[N_FDS])
 {
@@ -334,6 +333,7 @@ static void wait_for_work(struct runner *runner, struct pollfd fds[N_FDS])
 
     fds[KICK] = (struct pollfd){.fd = runner->kick_fd, .events = POLLIN};
     fds[UDP] = (struct pollfd){.fd = hb->config.udp_fd, .events = POLLIN};
+    fds[LINKS] = (struct pollfd){.fd = hb->links.fd, .events = POLLIN};
     fds[STREAM] = (struct pollfd){.fd = writing ? hb->stream_fd : -1, .events = POLLOUT};
     for (unsigned i = 0; i < HB_TCP_FDS; i++) /* no POLLIN: the data is somebody else's */
         fds[TCP + i] = (struct pollfd){.fd = watching ? hb->tcp_fds[i] : -1, .events = POLLRDHUP};
@@ -369,6 +369,8 @@ static void *run(void *argument)
         const uint64_t now = clock_ns();
         if (fds[KICK].revents)
             eventfd_read(runner->kick_fd, &(eventfd_t){0});
+        if (link_watch_lost(&hb->links))
+            die(hb, HB_LINK_DOWN);
         drain(hb); /* first: a peer that said that it leaves may close its connections */
         for (unsigned i = 0; i < HB_TCP_FDS; i++)
             if (fds[TCP + i].revents & POLLNVAL)
@@ -400,7 +402,7 @@ struct heartbeat *hb_create(const struct hb_config *config)
     pthread_mutex_init(&hb->mutex, &attributes);
     pthread_mutexattr_destroy(&attributes);
     hb->config = *config;
-    hb->stream_fd = hb->tcp_fds[0] = hb->tcp_fds[1] = -1;
+    hb->stream_fd = hb->tcp_fds[0] = hb->tcp_fds[1] = hb->links.fd = -1;
     hb->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     bool short_of_fds = hb->event_fd < 0;
     for (unsigned i = 0; i < RUNNERS; i++) {
@@ -418,6 +420,7 @@ void hb_destroy(struct heartbeat *hb)
 {
     hb_stop(hb);
     close(hb->config.udp_fd);
+    link_watch_set(&hb->links, NULL, 0);
     for (unsigned i = 0; i < RUNNERS; i++)
         if (hb->runners[i].kick_fd >= 0)
             close(hb->runners[i].kick_fd);
@@ -436,28 +439,15 @@ int hb_start(struct heartbeat *hb)
     hb->stop = false;
     hb->next_send = hb->last_look = now;
     expect_next(hb, now);
-    pthread_attr_t attributes;
-    sigset_t all, before;
     cpu_set_t halves[RUNNERS];
     const unsigned wanted = split_cpus(halves);
     int rc = 0;
     bool realtime = true;
-    pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, STACK_BYTES);
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are the main thread's */
-    while (hb->running < wanted) {
+    while (!rc && hb->running < wanted) {
         struct runner *runner = &hb->runners[hb->running];
-        if (CPU_COUNT(&halves[hb->running]))
-            pthread_attr_setaffinity_np(&attributes, sizeof *halves, &halves[hb->running]);
-        if ((rc = pthread_create(&runner->thread, &attributes, run, runner)))
-            break;
-        hb->running++;
-        realtime &= !pthread_setschedparam(runner->thread, SCHED_FIFO,
-                                           &(struct sched_param){.sched_priority = PRIORITY});
+        rc = start_on(&halves[hb->running], &runner->thread, run, runner, &realtime);
+        hb->running += !rc;
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
     pthread_mutex_lock(&hb->mutex);
     hb->stats.realtime = realtime;
     pthread_mutex_unlock(&hb->mutex);
@@ -494,6 +484,7 @@ int hb_arm(struct heartbeat *hb, const void *data, size_t n, int fd)
     if (rc)
         return rc;
     pthread_mutex_lock(&hb->mutex);
+    link_watch_lost(&hb->links); /* before: the caller has looked, or is told by others */
     old = hb->prepared;
     hb->prepared = new;
     hb->written = 0;
@@ -571,6 +562,15 @@ void hb_watch_tcp(struct heartbeat *hb, const int fds[HB_TCP_FDS])
     hb->generation++;
     pthread_mutex_unlock(&hb->mutex);
     kick(hb);
+}
+
+int hb_watch_links(struct heartbeat *hb, const int *indexes, unsigned n)
+{
+    pthread_mutex_lock(&hb->mutex);
+    const int rc = link_watch_set(&hb->links, indexes, n);
+    pthread_mutex_unlock(&hb->mutex);
+    kick(hb);
+    return rc;
 }
 
 enum hb_reason hb_fired(struct heartbeat *hb, struct hb_times *times)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Failure detection: a loop in threads of its own that sends heartbeats to the peer, judges the peer's,
- * watches the end of the TCP connection to it, and at its death writes prepared bytes on a stream. It needs
- * neither Python nor DPDK, and waits for nobody.
+ * watches the end of the TCP connection to it and the links to it, and at its death writes prepared bytes on
+ * a stream. It needs neither Python nor DPDK, and waits for nobody.
  *
  * Times are nanoseconds of CLOCK_MONOTONIC. All functions but create and destroy may be called from any
  * thread.
@@ -17,7 +17,7 @@
 #define HB_MAX_PREPARED 65536u
 #define HB_TCP_FDS 2u
 
-enum hb_reason { HB_NOT_FIRED = 0, HB_SILENCE, HB_STALL, HB_TCP_END };
+enum hb_reason { HB_NOT_FIRED = 0, HB_SILENCE, HB_STALL, HB_TCP_END, HB_LINK_DOWN };
 
 struct hb_config {
     int udp_fd;     /* bound, and the heartbeat's own from now on */
@@ -98,6 +98,10 @@ void hb_leave(struct heartbeat *hb, bool leave);
 /* Connections whose end is a death; -1: none. What was watched before may be closed once this has returned.
  */
 void hb_watch_tcp(struct heartbeat *hb, const int fds[HB_TCP_FDS]);
+
+/* By interface index, at most LINK_WATCH_MAX (0: none), of the network namespace of the caller: one that goes
+ * down is as good as a death. 0 or an errno. */
+int hb_watch_links(struct heartbeat *hb, const int *indexes, unsigned n);
 
 enum hb_reason hb_fired(struct heartbeat *hb, struct hb_times *times);
 void hb_read_stats(struct heartbeat *hb, struct hb_stats *out);

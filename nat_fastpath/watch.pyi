@@ -11,7 +11,7 @@ from typing import Literal, Self
 MAX_PREPARED: int  # bytes that may be prepared: 65 536
 MAX_COUNTERS: int  # loop counters of one Watch: 64
 
-Reason = Literal["silence", "stalled worker", "TCP end"]
+Reason = Literal["silence", "stalled worker", "TCP end", "link down"]
 
 class Watch:
     """Sends heartbeats to a peer, judges the peer's, and writes prepared bytes when the peer dies.
@@ -21,7 +21,8 @@ class Watch:
     - ``misses`` heartbeats in a row are missing ("silence"): the last came 1/4 + ``misses`` intervals ago, and we were
       awake to see it. Silence is judged once the peer has answered us, not before.
     - ``misses`` heartbeats in a row say that a worker of the peer stands still ("stalled worker");
-    - a watched TCP connection has ended, by FIN or by RST ("TCP end").
+    - a watched TCP connection has ended, by FIN or by RST ("TCP end");
+    - a watched link has gone down ("link down"): the peer may live, and is as far away.
     """
 
     def __init__(
@@ -96,6 +97,10 @@ class Watch:
     def watch_tcp(self, tcp_fd: int | None = None, second_fd: int | None = None) -> None:
         """The connections whose end is the peer's death. Nothing is read from them. Replace a descriptor before
         you close it; it may be closed once this has returned."""
+
+    def watch_links(self, indexes: Sequence[int]) -> None:
+        """The links to the peer, by interface index in the caller's network namespace (4 at most), instead of those before. What
+        the kernel has told before this call, or before ``arm``, does not count. Raises ValueError, OSError."""
 
     @property
     def fired(self) -> Reason | None:

@@ -49,9 +49,14 @@ cdef extern from "heartbeat.h" nogil:
     void hb_rekey(heartbeat *hb, const uint8_t *key)
     void hb_leave(heartbeat *hb, bint leave)
     void hb_watch_tcp(heartbeat *hb, const int *fds)
+    int hb_watch_links(heartbeat *hb, const int *indexes, unsigned n)
     int hb_fired(heartbeat *hb, hb_times *times)
     void hb_read_stats(heartbeat *hb, hb_stats *out)
     int hb_event_fd(const heartbeat *hb)
+
+cdef extern from "link_watch.h" nogil:
+    enum:
+        LINK_WATCH_MAX
 
 cdef extern from *:
     """
@@ -75,7 +80,7 @@ cdef extern from "memory_holder.h" nogil:
 
 MAX_PREPARED = HB_MAX_PREPARED
 MAX_COUNTERS = HB_MAX_COUNTERS
-REASONS = (None, "silence", "stalled worker", "TCP end")  # enum hb_reason
+REASONS = (None, "silence", "stalled worker", "TCP end", "link down")  # enum hb_reason
 
 
 def _in_range(name, value, low, high):
@@ -239,6 +244,18 @@ cdef class Watch:
         fds[1] = -1 if second_fd is None else second_fd
         with nogil:
             hb_watch_tcp(hb, fds)
+
+    def watch_links(self, indexes):
+        cdef heartbeat *hb = self._open()
+        cdef int wanted[LINK_WATCH_MAX]
+        cdef unsigned n = _in_range("number of links", len(indexes), 0, LINK_WATCH_MAX)
+        for i, index in enumerate(indexes):
+            wanted[i] = index
+        cdef int error
+        with nogil:
+            error = hb_watch_links(hb, wanted, n)
+        if error:
+            raise _failed(error)
 
     @property
     def fired(self):

@@ -280,7 +280,7 @@ class Agent:
             tasks.append(self._activity())
             asyncio.get_running_loop().add_reader(self.devices.fileno(), self.devices.read)
             if self.pair is not None:
-                asyncio.get_running_loop().add_reader(self.pair.watch.eventfd, self.carrier.fired)
+                asyncio.get_running_loop().add_reader(self.pair.watch.eventfd, self._fired)
                 tasks.append(self._pair(self.pair))
             running = [asyncio.ensure_future(task) for task in tasks]
             loop = asyncio.ensure_future(self.loop.run(ready=lambda: say("ready")))
@@ -465,7 +465,7 @@ class Agent:
                         frames.append(arrived)
                 elif isinstance(event, Ready):
                     say(f"switch {event.datapath_id:016x} is connected")
-                    self.devices.watch(event.ports)
+                    self._watch_links(event)
                     self.carrier.connected(event)
                 elif isinstance(event, PortStatus):
                     self.carrier.link(event.port, event.port.up and event.reason != GONE)
@@ -476,6 +476,17 @@ class Agent:
                 self._early += frames[: EARLY - len(self._early)]
             elif frames:
                 self._arrived(frames)
+
+    def _watch_links(self, event: Ready) -> None:
+        assert self.config.switch
+        self.devices.watch(event.ports)
+        if self.pair is not None:
+            ports = self.config.switch.ports
+            self.pair.watch.watch_links(self.devices.of((ports.server_internal, ports.server_external)))
+
+    def _fired(self) -> None:
+        self.devices.read()  # which link, if it is one that went
+        self.carrier.fired()
 
     def _all_known(self) -> None:
         early, self._early = self._early, []

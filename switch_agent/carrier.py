@@ -262,18 +262,20 @@ class Carrier:
     def fired(self) -> None:
         assert self.pair is not None
         os.read(self.pair.watch.eventfd, 8)
-        reason = self.pair.watch.fired
-        if reason is None:
+        found = self.pair.watch.fired
+        if found is None:
             return
+        reason = f"port {self._ports_down} is down" if found == "link down" and self._down else found
         times = self.pair.watch.times
         barrier = self._barrier if self._barrier > (times["detected"] or 0) else None
         self.last_takeover = {"reason": reason, **times, "barrier": barrier, "proved": None}
         if times["written"] is not None and self.forwarding:
-            self._say(
-                f"the server is dead ({reason}); written {(times['written'] - (times['detected'] or 0)) / 1e3:.0f} µs later"
-            )
-        self.pair.transport.lose()
-        self._take_over(reason)  # also if the peer was not operational yet
+            what = reason if found == "link down" else f"the server is dead ({reason})"
+            self._say(f"{what}; written {(times['written'] - (times['detected'] or 0)) / 1e3:.0f} µs later")
+        if found != "link down":  # else it lives, and may be reached by another way
+            self.pair.transport.lose()
+        if not self._plane.overtaken:  # else the link was told before, and this is under way
+            self._take_over(reason)  # also if the peer was not operational yet
 
     def notice(self, action: do.Action) -> None:
         match action:

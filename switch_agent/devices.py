@@ -37,6 +37,11 @@ class Devices:
         self._ports = {index: port for port in ports if (index := _device(port))}
         self._up = {index: port.up for index, port in self._ports.items()}
 
+    def of(self, numbers: Iterable[int]) -> list[int]:
+        """The interface indexes of those of these ports of the switch that are devices of ours."""
+        wanted = set(numbers)
+        return [index for index, port in self._ports.items() if port.number in wanted]
+
     def fileno(self) -> int:
         return self._socket.fileno()
 

@@ -50,7 +50,7 @@ extension() {
 }
 
 extension engine nat_fastpath/core/*.c
-extension watch nat_fastpath/heartbeat.c nat_fastpath/heartbeat_packet.c nat_fastpath/memory_holder.c
+extension watch nat_fastpath/heartbeat.c nat_fastpath/heartbeat_packet.c nat_fastpath/link_watch.c nat_fastpath/memory_holder.c
 
 echo "tandem-nat: the core's tests on $(qemu-aarch64 -L $ROOT $ROOT/usr/bin/$PYTHON -c 'import platform; print(platform.machine())'), emulated"
 # tests that compile a library for themselves do it for the emulated machine; one runs a program, which only a kernel could

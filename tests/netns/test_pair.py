@@ -290,7 +290,7 @@ def test_a_link_goes_down_and_comes_back(net: PairLab) -> None:
 
 
 def test_a_link_down_is_told_by_the_kernel_before_the_switch(net: PairLab) -> None:
-    """The takeover is written while the switch is not able to say anything."""
+    """The takeover is written while the switch is not able to say anything, by the heartbeat's thread; the peer stays."""
     net.start_server()
     net.carrier("server")
     net.ovs.daemon.signal(signal.SIGSTOP)
@@ -302,7 +302,9 @@ def test_a_link_down_is_told_by_the_kernel_before_the_switch(net: PairLab) -> No
         net.ovs.daemon.signal(signal.SIGCONT)
     assert takeover["reason"] == "port 3 (inner) is down"
     assert takeover["barrier"] is None
+    assert takeover["last_heartbeat"]  # only the thread knows
     net.carrier("switch")
+    assert net.show("agent")["peer"] == "operational"
     assert net.show("agent")["takeover"]["barrier"] > takeover["written"] >= takeover["detected"]
 
 
