@@ -2,6 +2,7 @@
 """What one figure is: rounds of the same run, a floor measured in turn with them, and whether noise has drowned it.
 
 A line of JSON for each: ``figure`` (its name), ``unit``, ``median``, ``min``, ``max``, ``rounds``, ``dropped`` (noisy rounds),
+``speed`` (that of the others, as a share of the CPU's best),
 ``floor`` and ``ratio`` where something was measured beside it, ``goal``, ``drowned``, and what else is worth knowing.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from bench.core import CFLAGS, CORE, HERE, MARCH, compiled
 
 Figure = dict[str, Any]
 ROUNDS = 5  # at least, of what is said as a median
-SLOW = 1.15  # times the fastest probe: the core is its neighbour's, or its clock went down
+SLOW = 1.15  # times: probes that are further apart are of different speeds of the core, which its neighbours change
 DROWNED = 0.3  # of the median, between the quartiles
 
 
@@ -67,6 +69,8 @@ def figure(
     if not kept:
         return {**found, "rounds": 0, "dropped": len(values), "drowned": True, **more}
     chosen = [values[i] for i in kept]
+    if speeds:
+        found["speed"] = round(min(speeds) / median(speeds[i] for i in kept), 2)  # of the CPU's best
     found |= {**spread(chosen), "rounds": len(kept), "dropped": len(values) - len(kept)}
     judged = chosen
     if floor is not None:
@@ -76,9 +80,13 @@ def figure(
 
 
 def calm(speeds: Sequence[float]) -> list[int]:
-    """The rounds in which the CPU was as fast as it can be, before and after."""
-    limit = SLOW * min(speeds)
-    return [i for i in range(len(speeds) - 1) if max(speeds[i], speeds[i + 1]) <= limit]
+    """The rounds at the CPU's prevailing speed, before and after: it has several, and stays at each for seconds."""
+    around = [(min(pair), max(pair)) for pair in itertools.pairwise(speeds)]
+
+    def at(speed: float) -> list[int]:
+        return [i for i, (low, high) in enumerate(around) if speed <= low and high <= SLOW * speed]
+
+    return max(map(at, sorted(speeds)), key=len)
 
 
 def is_drowned(values: Sequence[float]) -> bool:
@@ -118,7 +126,7 @@ def line(one: Figure) -> str:
     if "missing" in one:
         return f"{one['figure']}: {one['missing']}"
     if not one["rounds"]:
-        return f"{one['figure']}: drowned in noise, no round at full speed"
+        return f"{one['figure']}: drowned in noise, no two probes alike"
     text = f"{one['figure']}: {one['median']:,g} {one['unit']} ({one['min']:,g} to {one['max']:,g}; {one['rounds']} rounds)"
     if "ratio" in one:
         text += f", {one['ratio']['median']:.3g} x {one.get('floor_name', 'the floor')} of {one['floor']:,g}"

@@ -21,20 +21,33 @@ static inline void report(const char *name, double *ns, unsigned n)
            name, ns[n / 2], ns[0], ns[n - 1], ns[n / 4], ns[3 * n / 4]);
 }
 
-#define SLOW 1.15 /* times the fastest probe: a neighbour has the core, or the clock went down */
+#define SLOW 1.15 /* times: probes that are further apart are of different speeds of the core */
 
-/* Moves the rounds in which the CPU was as fast as it can be to the front of each series; how many these are.
- * None: all stay, and `drowned` says that they are worth nothing. `speed` are the probes before each round,
- * and one after the last. */
+static inline bool is_speed(const double around[2], double reference)
+{
+    return around[0] >= reference && around[1] >= reference && around[0] <= SLOW * reference &&
+           around[1] <= SLOW * reference;
+}
+
+/* Moves the rounds at the CPU's prevailing speed to the front of each series: it has several, which its
+ * neighbours change. Returns how many these are. None: all stay, and `drowned` says that they are worth
+ * nothing. `speed` are the probes before each round, and one after the last. */
 static inline unsigned calm_rounds(const double *speed, unsigned rounds, double *const *series, unsigned n,
                                    bool *drowned)
 {
-    double fastest = speed[0];
-    unsigned kept = 0;
-    for (unsigned i = 1; i <= rounds; i++)
-        fastest = speed[i] < fastest ? speed[i] : fastest;
-    for (unsigned i = 0; i < rounds; i++) {
-        if (speed[i] > SLOW * fastest || speed[i + 1] > SLOW * fastest)
+    double reference = 0;
+    unsigned most = 0, kept = 0;
+    for (unsigned i = 0; i <= rounds; i++) {
+        unsigned alike = 0;
+        for (unsigned k = 0; k < rounds; k++)
+            alike += is_speed(speed + k, speed[i]);
+        if (alike > most || (alike == most && speed[i] < reference)) {
+            most = alike;
+            reference = speed[i];
+        }
+    }
+    for (unsigned i = 0; most && i < rounds; i++) {
+        if (!is_speed(speed + i, reference))
             continue;
         for (unsigned k = 0; k < n; k++)
             series[k][kept] = series[k][i];

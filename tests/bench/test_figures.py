@@ -21,6 +21,11 @@ def test_rounds_at_another_speed_are_dropped() -> None:
     speeds = [100, 101, 160, 102, 100, 99, 100]  # the second and third round touch the slow probe
     found = figures.figure("x", "ns", [1, 9, 9, 1, 1, 1], speeds=speeds)
     assert (found["median"], found["max"], found["rounds"], found["dropped"]) == (1, 1, 4, 2)
+    assert found["speed"] == 0.99
+    slow = figures.figure(
+        "x", "ns", [1, 2, 2, 2], speeds=[100, 160, 160, 161, 160]
+    )  # it was fast for a moment
+    assert (slow["median"], slow["rounds"], slow["speed"]) == (2, 3, 0.62)
     none = figures.figure("x", "ns", [1, 2], speeds=[100, 200, 100])
     assert (none["rounds"], none["drowned"]) == (0, True)
     assert "drowned in noise" in figures.line(none)
