@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from nat_fastpath.engine import EVENT, EVENT_CLOSE, EVENT_OPEN, EVENT_UPDATE, FLAG_FOREIGN, NEIGHBOUR, RECORD
+from nat_fastpath.engine import EVENT_CLOSE, EVENT_OPEN, EVENT_UPDATE, FLAG_FOREIGN, NEIGHBOUR, RECORD
 from nat_fastpath.tables import chosen
 
 Records = np.ndarray[Any, np.dtype[np.void]]  # shape (n,), dtype RECORD
@@ -29,7 +29,6 @@ NO_NEXT_HOPS.flags.writeable = False
 NO_IDS: Ids = np.empty(0, np.uint64)
 NO_IDS.flags.writeable = False
 
-_TYPE = EVENT.fields["type"][1] if EVENT.fields else 0  # where it stands
 CLOSED_BY_TIMER, CLOSED_BY_COMMAND = 1, 2  # enum nat_close_reason
 
 
@@ -123,10 +122,6 @@ def changes(events: Events) -> Changes:
     """Sorts events by kind. Closes that the peer itself has ordered are left out."""
     if not len(events):
         return Changes()
-    if (
-        len(events) == 1 and (raw := events.tobytes())[_TYPE] == EVENT_OPEN
-    ):  # and numpy takes longer than Python for one
-        return Changes(np.frombuffer(bytearray(raw[-RECORD.itemsize :]), RECORD))
     kind = events["type"]
     if kind.tobytes().count(EVENT_OPEN) == len(events):  # most often, and the first packets of new flows wait
         return Changes(opened=sessions_of(events))
@@ -142,5 +137,7 @@ def changes(events: Events) -> Changes:
 
 def sessions_of(events: Events) -> Records:
     """The records that the events carry; shape (n,), dtype RECORD."""
+    if len(events) == 1:
+        return np.frombuffer(bytearray(events.tobytes()[-RECORD.itemsize :]), RECORD)
     raw = np.ascontiguousarray(events).view(np.uint8).reshape(len(events), events.dtype.itemsize)
     return np.ascontiguousarray(raw[:, -RECORD.itemsize :]).reshape(-1).view(RECORD)

@@ -167,8 +167,7 @@ class ControlLoop:
     def _take(self, ring: int) -> int:
         events = self._rings[ring].events(EVENTS)
         if len(events):
-            sequence = events["sequence"]
-            first, last = int(sequence[0]), int(sequence[-1])
+            first, last = int(events["sequence"][0]), int(events["sequence"][-1])
             if self._next_sequence[ring]:
                 self.events_lost += first - self._next_sequence[ring]
             self._next_sequence[ring] = last + 1

@@ -16,13 +16,10 @@ import time
 from collections import namedtuple
 from enum import IntEnum
 
-cimport numpy as cnp
 import numpy as np
 
 from nat_fastpath.errors import EventRingFull
 from nat_fastpath.tables import copied
-
-cnp.import_array()
 
 cdef extern from "engine_tables.h" nogil:
     enum:
@@ -722,7 +719,8 @@ cdef class Core:
 
     cdef tuple _command(self, unsigned op, buffer, uint64_t cursor):
         """Carries out a command on a record array; returns (result, cursor)."""
-        return self._carry_out(op, len(buffer), cursor, cnp.PyArray_DATA(<cnp.ndarray>buffer), buffer)
+        cdef uint8_t[::1] view = buffer.view(np.uint8)
+        return self._carry_out(op, len(buffer), cursor, &view[0] if len(view) else NULL, buffer)
 
     cdef tuple _carry_out(self, unsigned op, unsigned count, uint64_t cursor, void *buffer, keeper):
         """The same for any memory, which ``keeper`` holds."""
@@ -805,13 +803,13 @@ cdef class Core:
         """Begins ``what``: install, delete, commit, update or holds; returns a Posted."""
         cdef Posted posted = Posted()
         posted.records = copied(records, RECORD)
-        if what == "holds":
-            posted.records["reserved0"] = 0  # where it is answered
+        posted.records["reserved0"] = 0  # where ``holds`` is answered
+        cdef uint8_t[::1] view = posted.records.view(np.uint8)
         posted.command = <nat_command *>calloc(1, sizeof(nat_command))
         if posted.command == NULL:
             raise MemoryError
         posted.command.op, posted.command.count = _POSTS[what], len(posted.records)
-        posted.command.buffer = cnp.PyArray_DATA(<cnp.ndarray>posted.records)
+        posted.command.buffer = &view[0] if len(view) else NULL
         with self.lock:
             self._alive()
             self.abandoned = [one for one in self.abandoned if not isinstance(one, Posted) or one.result() is None]
@@ -923,9 +921,11 @@ cdef class Core:
         self._alive()
         waiting = (<const uint64_t *>(<const uint8_t *>nat_stats_of(self.core) + counter_rows[N_COUNTER_ROWS - 1].offset))[0]
         events = np.empty(min(maximum, waiting), EVENT)
+        cdef uint8_t[::1] view
         cdef unsigned n = 0
         if len(events):
-            n = nat_events(self.core, <nat_event *>cnp.PyArray_DATA(<cnp.ndarray>events), <unsigned>len(events))
+            view = events.view(np.uint8)
+            n = nat_events(self.core, <nat_event *>&view[0], <unsigned>len(events))
         return events[:n]
 
     def events_sleep(self):

@@ -195,7 +195,6 @@ class _Connection:
         self.probes = probe.Probes(flow_mod)
         self.heard = 0.0
         self.lost = False
-        self.guarded = False  # a timer looks at what is pending
 
 
 class Channel:
@@ -376,31 +375,30 @@ class Channel:
         loop = asyncio.get_running_loop()
         pending = Pending(self.limits, loop.create_future(), loop.time(), decode, kind)
         connection.pending[txid] = pending
+        guard = loop.call_at(pending.due, self._look_at, connection, txid)
         try:
             connection.writer.write(b"".join((data, end)))  # at once: the switch begins with what it has
-            if not connection.guarded:  # one timer for all: one for each takes longer than to write
-                self._look_at_pending(connection)
             await connection.writer.drain()
             await pending.done
         except ConnectionError as error:
             told = pending.done.exception() if pending.done.done() else None
             raise ChannelLost(str(told or error) or "the connection to the switch broke") from None
         finally:
+            guard.cancel()
             connection.pending.pop(txid, None)
             if pending.done.done() and not pending.done.cancelled():
                 pending.done.exception()  # looked at, so that nobody warns about it
         return pending
 
-    def _look_at_pending(self, connection: _Connection) -> None:
-        """Whether an answer is overdue; again when the next one may be."""
+    def _look_at(self, connection: _Connection, txid: int) -> None:
+        """Whether an answer is overdue."""
         loop = asyncio.get_running_loop()
-        connection.guarded = bool(connection.pending) and not connection.lost
-        if connection.guarded:
-            first = min(connection.pending.values(), key=lambda pending: pending.due)
-            if loop.time() < first.due:
-                loop.call_at(first.due, self._look_at_pending, connection)
-            else:
-                self._lose(connection, first.overdue)
+        if (pending := connection.pending.get(txid)) is None:
+            return
+        if loop.time() < pending.due:
+            loop.call_at(pending.due, self._look_at, connection, txid)
+        else:
+            self._lose(connection, pending.overdue)
 
     async def _returns(self, connection: _Connection, returned: asyncio.Future[None], sent: bytes) -> bool:
         """Whether a probe that was sent comes back in time; it is sent again from time to time."""
