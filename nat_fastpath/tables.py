@@ -36,7 +36,5 @@ def chosen(table: Table, which: np.ndarray[Any, np.dtype[np.bool_]]) -> Table:
 
 def joined(*tables: Table) -> Table:
     """One after the other; of one that alone has rows it is that one itself."""
-    if len(tables) == 2 and not len(tables[0]):
-        return tables[1] if len(tables[1]) else tables[0]
     some = [table for table in tables if len(table)] or [tables[0]]
     return some[0] if len(some) == 1 else np.concatenate([_raw(one) for one in some]).view(some[0].dtype)

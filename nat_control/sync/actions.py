@@ -15,8 +15,6 @@ MAX_OUTSTANDING = 64  # batches that a side may leave unacknowledged
 
 
 class State(Enum):
-    __hash__ = object.__hash__  # Enum's own is Python, and every input is looked up by two of them
-
     STARTING = "starting"  # the data plane is not ready
     ALONE = "alone"  # no connection
     HANDSHAKE = "handshake"  # our Hello is sent
@@ -55,8 +53,6 @@ class ErrorCode(IntEnum):
 
 
 class Input(Enum):
-    __hash__ = object.__hash__
-
     PLANE_READY = "plane ready"
     CONNECTED = "connected"
     DISCONNECTED = "disconnected"

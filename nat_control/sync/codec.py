@@ -555,11 +555,6 @@ class Decoder:
 
     def _messages(self, data: memoryview) -> Iterator[Received]:
         at = 0
-        if not self._kept and len(data) >= HEADER.size:  # most often one message, and whole
-            layout, epoch, length = _header(data)
-            if len(data) == HEADER.size + length:
-                yield Received(epoch, layout.read(memoryview(bytes(data[HEADER.size :])), epoch))
-                return
         while at < len(data) or len(self._kept) >= HEADER.size:
             if len(self._kept) < HEADER.size:
                 at += self._keep(data[at:], HEADER.size - len(self._kept))
@@ -580,7 +575,7 @@ class Decoder:
         return len(part)
 
 
-def _header(data: bytearray | memoryview) -> tuple[_Layout, int, int]:
+def _header(data: bytearray) -> tuple[_Layout, int, int]:
     magic, version, number, epoch, length = HEADER.unpack_from(data)
     if magic != MAGIC:
         raise CodecError(f"magic {magic:#06x}: this is not the sync protocol")

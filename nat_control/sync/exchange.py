@@ -68,13 +68,6 @@ class Exchange:
     kept: list[Records] = field(default_factory=list)  # of those aged, what the peer then brought back
 
 
-def of_instance(records: Records, instance: int) -> bool:
-    """Whether it has opened one of them."""
-    if len(records) == 1:
-        return int(records["id"][0]) >> int(INSTANCE_SHIFT) & 0xFF == instance
-    return bool((instances(records) == instance).any())
-
-
 def instances(records: Records) -> Ids:
     """Who opened each session, by its id; shape (n,)."""
     return np.asarray(records["id"] >> INSTANCE_SHIFT & np.uint64(0xFF))

@@ -27,7 +27,7 @@ from nat_control.sync.actions import (
     TakeOwnership,
 )
 from nat_control.sync.codec import Digest, Entries, Error, Hello, Message, PoolRange
-from nat_control.sync.exchange import Exchange, instances, of_instance
+from nat_control.sync.exchange import Exchange, instances
 from nat_control.sync.outbox import Outbox, pending
 from nat_fastpath.engine import FLAG_FOREIGN, FLAG_INBOUND, FLAG_PREVAILS, RECORD
 from nat_fastpath.tables import copied, joined
@@ -97,8 +97,7 @@ class Machine:
         self._outbox = Outbox(self.limits)
         self._plane: dict[int, _Operation] = {}
         self._oldest = 0, 0.0  # of these, and when it is overdue
-        self._received = 0  # the last txid of a change of the peer
-        self._steps = 0  # of our own plane, those included that the peer was not told
+        self._position = Position(self.epoch)
         self._peer_digest: tuple[Position, Digest] | None = None
         self._own_digest: tuple[Position, int] | None = None  # sent; of so many sessions
         self._peer_entries: tuple[Position, tuple[int, ...], Entries] | None = None
@@ -120,10 +119,6 @@ class Machine:
     def busy(self) -> bool:
         """Whether a change is under way, to the peer or from it."""
         return bool(self._outbox or self._plane)
-
-    @property
-    def _position(self) -> Position:
-        return Position(self.epoch, self._outbox.txid, self._received, self._steps)
 
     @property
     def waiting(self) -> int:
@@ -203,7 +198,7 @@ class Machine:
 
     def _enqueue(self, changes: Changes, *, hold: bool) -> None:
         self._outbox.add(changes, hold=hold)
-        self._steps += 1
+        self._position = self._position._replace(steps=self._position.steps + 1)
 
     def _bound(self) -> None:
         waiting = max(self._outbox.waiting, self._exchange.n_closed)
@@ -213,16 +208,14 @@ class Machine:
     def _flush(self, now: float) -> None:
         for message in self._outbox.flush(now):
             self._send(message)
+        self._position = self._position._replace(sent=self._outbox.txid)
 
     # -- the peer's changes, to our plane
 
     def _install_at_plane(self, answer: Input, txid: int, records: Records) -> None:
         ours = copied(records, RECORD)
         ours["flags"] &= FLAG_INBOUND
-        if len(ours) == 1 and not of_instance(ours, self.instance):
-            ours["flags"] |= FLAG_FOREIGN
-        elif len(ours) > 1:
-            ours["flags"][instances(ours) != self.instance] |= FLAG_FOREIGN
+        ours["flags"][instances(ours) != self.instance] |= FLAG_FOREIGN
         self._out.append(Install(self._operation(answer, txid, ours), ours))
 
     def _delete_at_plane(self, answer: Input, txid: int, records: Records) -> None:

@@ -27,7 +27,7 @@ from nat_control.sync.actions import (
 )
 from nat_control.sync.codec import BUCKETS, MAX_ENTRIES, BucketEntries, Buckets, Digest, Resync, WantEntries
 from nat_control.sync.digest import differing, entries_of
-from nat_control.sync.exchange import of_instance
+from nat_control.sync.exchange import instances
 from nat_control.sync.machine import Comparison, Machine
 from nat_fastpath.engine import FLAG_FOREIGN, RECORD
 from nat_fastpath.tables import chosen, joined
@@ -37,7 +37,7 @@ class Merging(Machine):
     def _quiet(self, position: int) -> bool:
         """Whether what the peer says of a position is comparable: it had all our changes, and we have all of its, as the
         stream's order says."""
-        return not self.busy and position == self._outbox.txid
+        return not self.busy and position == self._position.sent
 
     # -- digests
 
@@ -191,11 +191,11 @@ class Merging(Machine):
 
     def _changed(self, txid: int) -> bool:
         """Notes one change of the peer; false when it is not served. What is missing before it is asked for again."""
-        expected = self._received + 1
+        expected = self._position.received + 1
         if txid < expected:
             self._fail(ErrorCode.PROTOCOL, f"change {txid} comes after {expected - 1}")
             return False
-        self._received = txid
+        self._position = self._position._replace(received=txid)
         if txid > expected:
             self.gaps += 1
             self._out.append(Gap(expected, txid - 1))
@@ -234,7 +234,7 @@ class Merging(Machine):
         if len(refused) or self.apart:
             self._note_refused_there(records, refused)
         # Once it could not take these of its own back; now it holds and owns them again. Of others it has not said so yet.
-        if self.peer is not None and of_instance(taken, self.peer.instance):
+        if self.peer is not None and bool((instances(taken) == self.peer.instance).any()):
             self._out.append(Cede(self.peer.instance, np.union1d(self.refused_there, self._offered)))
 
     def _note_refused_there(self, records: Records, refused: Ids) -> None:

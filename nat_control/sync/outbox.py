@@ -15,13 +15,9 @@ from nat_control.sync.codec import DeleteEntries, InstallEntries, UpdateEntries
 from nat_fastpath.engine import FLAG_INBOUND, FLAG_OFFLOAD, FLAG_PENDING, RECORD
 from nat_fastpath.tables import chosen, copied, joined
 
-_FLAGS = RECORD.fields["flags"][1] if RECORD.fields else 0  # where they stand
-
 
 def pending(records: Records) -> Records:
     """Those whose packets are held."""
-    if len(records) == 1:  # most often: numpy takes longer for all of them than Python for one
-        return records if records.tobytes()[_FLAGS] & FLAG_PENDING else NO_RECORDS
     return chosen(records, records["flags"] & FLAG_PENDING != 0)
 
 
@@ -68,13 +64,9 @@ class Outbox:
             brief = np.intersect1d(opened["id"], closed["id"])
             opened = chosen(opened, ~np.isin(opened["id"], brief))
             closed = chosen(closed, ~np.isin(closed["id"], brief))
-        for kind, records in (
-            (Input.DELETE, closed),
-            (Input.INSTALL, opened),
-            (Input.UPDATE, changes.updated),
-        ):
-            if len(records):
-                self._append(kind, records, hold=hold and kind is Input.INSTALL)
+        self._append(Input.DELETE, closed)
+        self._append(Input.INSTALL, opened, hold=hold)
+        self._append(Input.UPDATE, changes.updated)
 
     def _append(self, kind: Input, records: Records, *, hold: bool = False) -> None:
         self.waiting += len(records)
@@ -83,9 +75,7 @@ class Outbox:
                 self._queue.append(Batch(kind, NO_RECORDS, NO_RECORDS))
             batch = self._queue[-1]
             room = self._room(batch)
-            part, records = (
-                (records, NO_RECORDS) if len(records) <= room else (records[:room], records[room:])
-            )
+            part, records = records[:room], records[room:]
             batch.records = joined(batch.records, part)
             if hold:
                 batch.held = joined(batch.held, pending(part))

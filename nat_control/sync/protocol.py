@@ -154,7 +154,7 @@ class Protocol(Offloading):
         if self.state not in CONNECTED:
             return []
         kind = INPUT_OF[type(message)]
-        self.messages["received"][type(message).__name__] += 1
+        self.messages["received"][kind.value] += 1
         if kind is not Input.HELLO and self.peer is not None and epoch != self.peer.epoch:
             self._fail(ErrorCode.EPOCH, f"{kind.value} of epoch {epoch}, this is {self.peer.epoch}")
         elif handler := TABLE.get((self.state, kind)):

@@ -12,14 +12,13 @@ import contextlib
 import socket
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from nat_control.dataplane import NO_IDS, NO_RECORDS, Changes, DataPlane, Front, Ids, NextHops, Records
-from nat_control.eager import begun
 from nat_control.straight import Straight
 from nat_control.sync import actions as do
 from nat_control.sync.codec import Carried, CodecError, Decoder, Error, Hello, Received, VersionError, encode
@@ -42,7 +41,7 @@ NEWCOMERS = 4  # connections beside the peer's that may wait for their Hello to 
 HELLO = 2.0  # seconds that they have for it
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 8000}
 
-Step = Callable[[], Coroutine[Any, Any, object]]
+Step = Callable[[], Awaitable[object]]
 Answer = Callable[[float], list[do.Action]]
 
 
@@ -83,10 +82,8 @@ class Transport:
         self._server: asyncio.Server | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._connection: asyncio.Task[None] | None = None
-        self._work: deque[tuple[int, Step]] = deque()
+        self._work: asyncio.Queue[tuple[int, Step]] = asyncio.Queue()
         self._records = 0  # in _work
-        self._there = asyncio.Event()  # something is in it
-        self._idle = False  # nothing is, and nothing of it is under way
         self._room = asyncio.Event()
         self._room.set()
         self._paging: asyncio.Task[None] | None = None
@@ -319,8 +316,6 @@ class Transport:
             case do.Commit(records):
                 self._held.append(records)
                 self._commit()
-            case do.Install(op, records):
-                self._queue(partial(self._install, op, records), len(records), at_once=True)
             case (
                 do.StateChanged()
                 | do.Conflicts()
@@ -335,6 +330,8 @@ class Transport:
                 self._notice(action)
             case do.Learn(next_hops):
                 self._queue(partial(self._plane.learn, next_hops), len(next_hops))
+            case do.Install(op, records):
+                self._queue(partial(self._install, op, records), len(records))
             case do.Delete(op, records):
                 self._queue(partial(self._delete, op, records), len(records))
             case do.Update(records):
@@ -355,12 +352,13 @@ class Transport:
                 self._queue(partial(self._move, op, ids, front), len(ids))
 
     def _send(self, data: bytes, *, last: bool) -> None:
-        if self._writer is None or (transport := self._writer.transport).is_closing():
+        writer = self._writer
+        if writer is None or writer.is_closing():
             return
-        if transport.get_write_buffer_size() > QUEUED_BYTES and not last:
-            transport.abort()
+        if writer.transport.get_write_buffer_size() > QUEUED_BYTES and not last:
+            writer.transport.abort()
             return
-        transport.write(data)
+        writer.write(data)
 
     def _close(self) -> None:
         """What is written still goes out; the reader then sees the end."""
@@ -375,30 +373,16 @@ class Transport:
 
     # -- the plane, one operation after the other
 
-    def _queue(self, step: Step, records: int = 0, *, at_once: bool = False) -> None:
-        """``at_once``: it begins now if it is small and nothing is before it, since the first packet of a new flow waits."""
-        put = self._work.append
-        if at_once and self._idle and records <= STEP_RECORDS:
-            self._idle = False
-            if (rest := begun(step())) is None:
-                self._idle = not self._work
-                return
-            step, put = partial(_awaited, rest), self._work.appendleft
-        self._idle = False
+    def _queue(self, step: Step, records: int = 0) -> None:
         records += STEP_RECORDS
-        put((records, step))
-        self._there.set()
+        self._work.put_nowait((records, step))
         self._records += records
         if self._records > QUEUED_RECORDS:
             self._room.clear()
 
     async def _operate(self) -> None:
         while True:
-            while not self._work:
-                self._idle = True
-                self._there.clear()
-                await self._there.wait()
-            records, step = self._work.popleft()
+            records, step = await self._work.get()
             await step()
             self._records -= records
             if self._records <= QUEUED_RECORDS and not self._room.is_set():
@@ -490,10 +474,6 @@ class Transport:
         while True:
             self._carry_out(self.protocol.tick(self._clock()))
             await asyncio.sleep(TICK)
-
-
-async def _awaited(rest: Awaitable[object]) -> None:
-    await rest
 
 
 class _Incoming:

@@ -261,7 +261,7 @@ def test_a_bad_peer_hears_why_and_costs_nobody_anything(what: str) -> None:
             assert last.text
             await until(lambda: of.protocol.state is State.ALONE)
             assert of.protocol.last_error == last.text
-            await until(lambda: of.forwarded > before and not of.transport._work)
+            await until(lambda: of.forwarded > before and not of.transport._work.qsize())
             mine = of.nat.sessions()
             its = mine["id"] >> np.uint64(52) & np.uint64(0xFF) == PEER
             assert of.nat.core.delete(mine[its]) == its.sum()  # what it installed before it went wrong
@@ -422,7 +422,7 @@ def test_a_peer_that_never_stops_waits_for_the_plane(what: str) -> None:
         async with side() as of:
             peer = await Peer.connect(of)
             await peer.come_to(State.OPERATIONAL)
-            async with watched(of, lambda of: len(of.transport._work)) as seen:
+            async with watched(of, lambda of: of.transport._work.qsize()) as seen:
                 for _ in range(2):
                     peer.writer.write(FLOODS[what])
                     async with asyncio.timeout(PATIENCE):
