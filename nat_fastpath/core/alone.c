@@ -68,9 +68,7 @@ bool outbound_begin(struct nat_core *core, const struct nat_packet *packet, unsi
         source_fault(core, get32(ip + 12)) || !is_plain(core, destination) ||
         outbound_request(core, packet, l2, hash, false, &request) != NAT_FORWARD)
         return false;
-    opening->verdict = session_begin(core, &request, opening);
-    if (opening->verdict != NAT_FORWARD)
-        neighbours_unneeded(core, request.neighbour);
+    session_begin(core, &request, opening);
     return true;
 }
 
@@ -108,10 +106,7 @@ static enum nat_verdict outbound(struct nat_core *core, struct nat_packet *packe
     if (verdict != NAT_FORWARD)
         return verdict;
     verdict = session_open(core, &request, &at);
-    if (verdict == NAT_FORWARD)
-        return session_packet(core, packet, l2, at, OUT, false);
-    neighbours_unneeded(core, request.neighbour);
-    return verdict;
+    return verdict == NAT_FORWARD ? session_packet(core, packet, l2, at, OUT, false) : verdict;
 }
 
 enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsigned l2, bool hairpinned)
@@ -164,12 +159,12 @@ enum nat_verdict inbound(struct nat_core *core, struct nat_packet *packet, unsig
         return verdict;
     request.neighbour[OUT] =
         hairpinned ? NONE16 : neighbour_behind(core, packet->port, remote, packet->data + 6);
-    verdict = !hairpinned && request.neighbour[OUT] == NONE16 ? NAT_DROP_TABLE_FULL
-                                                              : session_open(core, &request, &at);
-    if (verdict == NAT_FORWARD)
-        return session_packet(core, packet, l2, at, IN, hairpinned);
-    neighbours_unneeded(core, request.neighbour);
-    return verdict;
+    if (!hairpinned && request.neighbour[OUT] == NONE16) {
+        neighbours_unneeded(core, request.neighbour);
+        return NAT_DROP_TABLE_FULL;
+    }
+    verdict = session_open(core, &request, &at);
+    return verdict == NAT_FORWARD ? session_packet(core, packet, l2, at, IN, hairpinned) : verdict;
 }
 
 enum nat_verdict packet_alone(struct nat_core *core, struct nat_packet *packet)

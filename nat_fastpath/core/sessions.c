@@ -168,7 +168,7 @@ static void hash_ends(struct nat_core *core, struct opening *opening)
     flow_table_expect_first(&core->flows, opening->hashes[other]);
 }
 
-enum nat_verdict session_begin(struct nat_core *core, struct session_request *r, struct opening *opening)
+static enum nat_verdict begin(struct nat_core *core, struct session_request *r, struct opening *opening)
 {
     const struct nat_config *config = &core->config;
     if (!event_room_to_open(core))
@@ -241,8 +241,7 @@ enum nat_verdict session_begin(struct nat_core *core, struct session_request *r,
             explain_remember_neighbour(core, r->neighbour[d]);
             core->neighbours[r->neighbour[d]].sessions++;
         }
-    *opening = (struct opening){.verdict = NAT_FORWARD,
-                                .request = *r,
+    *opening = (struct opening){.request = *r,
                                 .at = SLAB_TAKE(&core->session_slab, core->sessions, ports[0]),
                                 .host = h,
                                 .mapping = mapping,
@@ -255,6 +254,14 @@ enum nat_verdict session_begin(struct nat_core *core, struct session_request *r,
 refuse_host:
     host_drop_if_idle(core, h);
     return why;
+}
+
+enum nat_verdict session_begin(struct nat_core *core, struct session_request *r, struct opening *opening)
+{
+    opening->verdict = begin(core, r, opening);
+    if (opening->verdict != NAT_FORWARD)
+        neighbours_unneeded(core, r->neighbour);
+    return opening->verdict;
 }
 
 enum nat_verdict session_finish(struct nat_core *core, const struct opening *opening)

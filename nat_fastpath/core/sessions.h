@@ -21,13 +21,13 @@ bool place_session(struct nat_core *core, uint32_t at, const struct session_requ
 /* A new session in two steps. The first takes all that others might take too; the second needs the index
  * entry of the external end, which the first has asked for. What was begun must be finished, in its order. */
 struct opening {
-    enum nat_verdict verdict; /* of who has begun it */
+    enum nat_verdict verdict; /* of session_begin */
     struct session_request request;
     uint32_t at, host, mapping;
     uint32_t slot; /* of a new port; else POOL_NONE */
     uint32_t hashes[2];
 };
-/* FORWARD, or the reason why not; then nothing has changed. */
+/* FORWARD, or the reason why not; then nothing has changed, and next hops that only it needed are gone. */
 enum nat_verdict session_begin(struct nat_core *core, struct session_request *request,
                                struct opening *opening);
 /* FORWARD and the session is opening->at; or the reason why not, and all is undone. */
